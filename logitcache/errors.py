@@ -1,0 +1,59 @@
+"""One exception tree. Every message is one sentence: what is wrong, where, and what to do next."""
+
+from __future__ import annotations
+
+
+class LogitcacheError(Exception):
+    """Base of every error a user can cause or meet; the command line prints it without a traceback."""
+
+    exit_code = 1
+
+
+class UsageError(LogitcacheError, ValueError):
+    """The arguments make no sense, alone or together (exit status 2)."""
+
+    exit_code = 2
+
+
+class CorpusError(LogitcacheError):
+    """A corpus file is missing, unreadable, undecodable or empty."""
+
+
+class ModelError(LogitcacheError):
+    """A teacher, student or tokenizer cannot be loaded or used."""
+
+
+class TargetsError(LogitcacheError, ValueError):
+    """Sparse targets break an invariant; the message names the row."""
+
+
+class ObjectiveError(LogitcacheError, ValueError):
+    """An objective has no correct meaning for these targets; the message says what to store instead."""
+
+
+class CacheError(LogitcacheError):
+    """A cache folder is missing, is not a cache, or cannot be used as asked."""
+
+
+class DamagedCacheError(CacheError):
+    """Stored bytes differ from what was committed. `shard`, `array` and `chunk` locate the damage."""
+
+    def __init__(self, message: str, *, shard: str = "", array: str = "", chunk: int | None = None) -> None:
+        super().__init__(message)
+        self.shard, self.array, self.chunk = shard, array, chunk
+
+
+class FormatVersionError(CacheError):
+    """The cache was written by a newer logitcache."""
+
+
+class PlanMismatchError(CacheError):
+    """A dump was started again with other arguments. `differences` holds (field, stored, given)."""
+
+    def __init__(self, message: str, differences: list[tuple[str, object, object]]) -> None:
+        super().__init__(message)
+        self.differences = differences
+
+
+class TrainingError(LogitcacheError):
+    """A training run cannot start or resume."""

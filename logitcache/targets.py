@@ -1,0 +1,254 @@
+"""SparseTargets: the one value that flows through the house, and its padded view for a device.
+
+Legend: N rows (token positions), nnz stored entries over all rows, K longest row.
+This module never imports torch at import time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from logitcache.errors import TargetsError
+
+if TYPE_CHECKING:
+    import torch
+
+# Probabilities arrive in float32 after quantisation; a row may exceed 1 by rounding, not by more.
+SUM_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True, eq=False)
+class SparseTargets:
+    """Sparse teacher distributions of N token positions in compressed-sparse-row form.
+
+    Row n's entries are `ids[offsets[n]:offsets[n+1]]`, ascending and unique, with `weights` alike.
+
+    Args:
+        offsets: int64 [N+1].
+        ids: int64 [nnz], token ids.
+        weights: float32 [nnz]. `unbiased=False`: the teacher's probability p(id). `unbiased=True`: E[weight] = p(id).
+        tail_mass: float32 [N], 1 - sum(weights of the row); 0 for unbiased selections. Computed when None.
+        label_logprob: float32 [N], teacher log p(next token) in nats; NaN where there is no next token.
+        entropy: float32 [N], entropy of the full distribution in nats; NaN where unknown.
+        threshold: float32 [N]; entries with weight > threshold are exact probabilities. Default: 0 (all of
+            them) for biased targets, inf (none) for unbiased ones.
+        unbiased: whether E[weights] equals the teacher's distribution.
+
+    Raises:
+        TargetsError: an invariant is broken; the message names the first bad row.
+    """
+
+    offsets: NDArray[np.int64]
+    ids: NDArray[np.int64]
+    weights: NDArray[np.float32]
+    tail_mass: NDArray[np.float32]
+    label_logprob: NDArray[np.float32]
+    entropy: NDArray[np.float32]
+    threshold: NDArray[np.float32]
+    unbiased: bool
+
+    def __init__(
+        self,
+        offsets: ArrayLike,
+        ids: ArrayLike,
+        weights: ArrayLike,
+        tail_mass: ArrayLike | None = None,
+        label_logprob: ArrayLike | None = None,
+        entropy: ArrayLike | None = None,
+        threshold: ArrayLike | None = None,
+        unbiased: bool = False,
+    ) -> None:
+        def put(name: str, value: Any) -> None:
+            object.__setattr__(self, name, value)
+
+        put("offsets", _integers("offsets", offsets))
+        put("ids", _integers("ids", ids))
+        put("weights", np.ascontiguousarray(weights, dtype=np.float32))
+        put("unbiased", bool(unbiased))
+        self._check_offsets()
+        count = len(self)
+        self._check_entries()
+        if tail_mass is None:
+            tail_mass = np.zeros(count) if unbiased else np.maximum(0.0, 1.0 - self.row_sums())
+        put("tail_mass", _column("tail_mass", tail_mass, count, 0.0))
+        put("label_logprob", _column("label_logprob", label_logprob, count, np.nan))
+        put("entropy", _column("entropy", entropy, count, np.nan))
+        put("threshold", _column("threshold", threshold, count, np.inf if unbiased else 0.0))
+        self._check_mass()
+
+    def __len__(self) -> int:
+        return self.offsets.size - 1
+
+    def __repr__(self) -> str:
+        return f"SparseTargets({len(self)} rows, {self.ids.size} entries, unbiased={self.unbiased})"
+
+    @property
+    def row_lengths(self) -> NDArray[np.int64]:
+        """int64 [N]: stored entries of each row."""
+        return np.diff(self.offsets)
+
+    def row_index(self) -> NDArray[np.int64]:
+        """int64 [nnz]: the row each entry belongs to."""
+        return np.repeat(np.arange(len(self), dtype=np.int64), self.row_lengths)
+
+    def row_sums(self) -> NDArray[np.float64]:
+        """float64 [N]: sum of the weights of each row."""
+        running = np.concatenate([[0.0], np.cumsum(self.weights, dtype=np.float64)])
+        return running[self.offsets[1:]] - running[self.offsets[:-1]]
+
+    def slice(self, start: int, stop: int) -> SparseTargets:
+        """Rows [start, stop) as a new SparseTargets (views of the same memory)."""
+        if not 0 <= start <= stop <= len(self):
+            raise TargetsError(f"rows [{start}, {stop}) are outside these targets, which have {len(self)} rows")
+        first, last = int(self.offsets[start]), int(self.offsets[stop])
+        return _unchecked(
+            offsets=self.offsets[start : stop + 1] - first,
+            ids=self.ids[first:last],
+            weights=self.weights[first:last],
+            unbiased=self.unbiased,
+            **{name: getattr(self, name)[start:stop] for name in _COLUMNS},
+        )
+
+    @staticmethod
+    def concatenate(parts: Sequence[SparseTargets]) -> SparseTargets:
+        """Rows of all parts in order. The parts must agree on `unbiased`."""
+        if not parts:
+            raise TargetsError("there is nothing to concatenate; pass at least one SparseTargets")
+        if len({part.unbiased for part in parts}) > 1:
+            raise TargetsError("biased and unbiased targets cannot be concatenated; keep them in separate caches")
+        lengths = np.concatenate([part.row_lengths for part in parts])
+        return _unchecked(
+            offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+            ids=np.concatenate([part.ids for part in parts]),
+            weights=np.concatenate([part.weights for part in parts]),
+            unbiased=parts[0].unbiased,
+            **{name: np.concatenate([getattr(part, name) for part in parts]) for name in _COLUMNS},
+        )
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raise TargetsError, naming the row, if an id does not fit in `vocab_size`."""
+        if self.ids.size and int(self.ids.max()) >= vocab_size:
+            entry = int(np.argmax(self.ids >= vocab_size))
+            raise TargetsError(
+                f"row {self._row_of(entry)} holds token id {int(self.ids[entry])}, but the vocabulary has "
+                f"{vocab_size} ids; use the tokenizer and model these targets were made for"
+            )
+
+    def padded(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """ids int64 [N, K] padded with -1 and weights float32 [N, K] padded with 0; K >= 1."""
+        lengths = self.row_lengths
+        width = max(1, int(lengths.max(initial=0)))
+        filled = np.arange(width) < lengths[:, None]
+        ids = np.full(filled.shape, -1, dtype=np.int64)
+        weights = np.zeros(filled.shape, dtype=np.float32)
+        ids[filled], weights[filled] = self.ids, self.weights
+        return ids, weights
+
+    def to_device(self, device: torch.device | str = "cpu") -> DeviceTargets:
+        """The padded view as torch tensors on `device`."""
+        import torch
+
+        def tensor(array: NDArray[Any]) -> torch.Tensor:
+            return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+
+        ids, weights = self.padded()
+        columns = {name: tensor(getattr(self, name)) for name in _COLUMNS}
+        return DeviceTargets(ids=tensor(ids), weights=tensor(weights), unbiased=self.unbiased, **columns)
+
+    def _row_of(self, entry: int) -> int:
+        return int(np.searchsorted(self.offsets, entry, side="right")) - 1
+
+    def _check_offsets(self) -> None:
+        if self.offsets.ndim != 1 or self.offsets.size == 0 or self.offsets[0] != 0:
+            raise TargetsError("offsets must be one-dimensional, hold N + 1 numbers and begin with 0")
+        drops = np.flatnonzero(np.diff(self.offsets) < 0)
+        if drops.size:
+            raise TargetsError(f"offsets fall after row {int(drops[0])}; each must be at least the one before")
+        for name in ("ids", "weights"):
+            if getattr(self, name).shape != (self.offsets[-1],):
+                raise TargetsError(
+                    f"{name} has shape {getattr(self, name).shape}, but offsets end at {int(self.offsets[-1])}; "
+                    "there must be one entry for each"
+                )
+
+    def _check_entries(self) -> None:
+        if not self.ids.size:
+            return
+        steps = np.diff(self.ids)
+        same_row = np.ones(steps.size, dtype=bool)
+        starts = self.offsets[1:-1]
+        same_row[starts[(starts > 0) & (starts < self.ids.size)] - 1] = False
+        for bad, what in (
+            (self.ids < 0, "a negative token id"),
+            (~np.isfinite(self.weights), "a weight that is not finite"),
+            (self.weights < 0, "a negative weight"),
+            (np.append(False, same_row & (steps <= 0)), "ids that are not ascending and unique"),
+        ):
+            if bad.any():
+                entry = int(np.argmax(bad))
+                raise TargetsError(f"row {self._row_of(entry)} has {what} (entry {entry}, id {int(self.ids[entry])})")
+
+    def _check_mass(self) -> None:
+        low = ~((self.tail_mass >= 0) & (self.tail_mass <= 1))
+        if low.any():
+            row = int(np.argmax(low))
+            raise TargetsError(f"row {row} has tail mass {self.tail_mass[row]}; it must lie in [0, 1]")
+        if self.unbiased:
+            return
+        total = self.row_sums() + self.tail_mass
+        if (total > 1 + SUM_TOLERANCE).any():
+            row = int(np.argmax(total > 1 + SUM_TOLERANCE))
+            raise TargetsError(f"row {row}'s probabilities and tail mass sum to {total[row]:.6f}, which is over 1")
+
+
+@dataclass(frozen=True)
+class DeviceTargets:
+    """The padded view of SparseTargets as torch tensors: what a loss consumes.
+
+    Args:
+        ids: int64 [N, K], ascending in a row, padded with -1.
+        weights: float32 [N, K], padded with 0.
+        tail_mass, label_logprob, entropy, threshold: float32 [N], as in SparseTargets.
+        unbiased: as in SparseTargets.
+    """
+
+    ids: torch.Tensor
+    weights: torch.Tensor
+    tail_mass: torch.Tensor
+    label_logprob: torch.Tensor
+    entropy: torch.Tensor
+    threshold: torch.Tensor
+    unbiased: bool
+
+    def __len__(self) -> int:
+        return int(self.ids.shape[0])
+
+
+_COLUMNS = ("tail_mass", "label_logprob", "entropy", "threshold")
+
+
+def _integers(name: str, values: ArrayLike) -> NDArray[np.int64]:
+    array = np.asarray(values)
+    if array.size and array.dtype.kind not in "iu":
+        raise TargetsError(f"{name} must be integers, not {array.dtype}")
+    return np.ascontiguousarray(array, dtype=np.int64)
+
+
+def _column(name: str, values: ArrayLike | None, count: int, default: float) -> NDArray[np.float32]:
+    array = np.full(count, default, dtype=np.float32) if values is None else np.ascontiguousarray(values, np.float32)
+    if array.shape != (count,):
+        raise TargetsError(f"{name} has shape {array.shape}, but there are {count} rows")
+    return array
+
+
+def _unchecked(**fields: Any) -> SparseTargets:
+    """Build from parts of targets that were validated already."""
+    targets = object.__new__(SparseTargets)
+    for name, value in fields.items():
+        object.__setattr__(targets, name, value)
+    return targets
