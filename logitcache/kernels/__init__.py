@@ -1,0 +1,121 @@
+"""The one primitive every objective is made of: a linear head, reduced to a logsumexp and a few gathered logits.
+
+Legend: N rows (token positions), D width, V rows of the head, K gathered ids per row.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from logitcache.errors import ObjectiveError
+from logitcache.kernels import reference, split, statistics
+from logitcache.kernels.head import (
+    GatherResult,
+    HeadOptions,
+    HeadStatistics,
+    accumulation_dtype,
+    check_head,
+    check_ids,
+    check_temperature,
+)
+from logitcache.kernels.reference import dense_logits
+
+__all__ = [
+    "IMPLEMENTATIONS",
+    "GatherResult",
+    "HeadOptions",
+    "HeadStatistics",
+    "accumulation_dtype",
+    "check_head",
+    "dense_logits",
+    "head_statistics",
+    "linear_gather",
+    "resolve_implementation",
+]
+
+IMPLEMENTATIONS = ("reference", "split")
+
+
+def resolve_implementation(impl: str) -> str:
+    """The implementation that `impl` stands for ('auto' is 'split'); ObjectiveError for a name that does not exist."""
+    if impl == "auto":
+        return "split"
+    if impl not in IMPLEMENTATIONS:
+        raise ObjectiveError(f"impl is {impl!r}; this version has auto, {', '.join(IMPLEMENTATIONS)}")
+    return impl
+
+
+def linear_gather(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    ids: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+    head: HeadOptions | None = None,
+    impl: str = "auto",
+    slice_width: int | None = None,
+) -> GatherResult:
+    """Logsumexp of the head's logits over everything but `ids`, and the logits at `ids`.
+
+    With z = softcap(logit_scale * (hidden @ weight.T + bias)), of which the first `valid_vocab` columns count:
+
+        lse_rest[n]   = log(sum over v not in ids[n] of exp(z[n, v]))
+        lse_rest_T[n] = log(sum over v not in ids[n] of exp(z[n, v] / T))
+        z[n, k]       = z[n, ids[n, k]]
+
+    The sum leaves out the ids on purpose. A full logsumexp is one step away, `logaddexp(lse_rest, logsumexp(z))`, while
+    the student's mass outside the ids, P = exp(lse_rest - lse), is never a difference of nearly equal numbers: it stays
+    exact to rounding however confident the student is (1 - sum(p) would be all error below 1e-7 in float32). Gradients
+    do not overlap either: g * exp(z - lse_rest) outside the ids, the caller's own gradient, as it is, at the ids.
+
+    Args:
+        hidden: [N, D] float64, float32, float16 or bfloat16.
+        weight: [V, D]; its type may differ from hidden's.
+        ids: int64 [N, K], unique within a row; -1, anywhere, is padding. K may be 0.
+        temperature: T > 0.
+        head: bias, softcap, logit_scale and valid_vocab.
+        impl: 'auto' (split), 'split' (one tile of logits at a time) or 'reference' (dense, autograd).
+        slice_width: columns per tile of 'split'; by default as many as keep a tile near 64 MB.
+
+    Returns:
+        lse_rest [N], lse_rest_T [N] (the same tensor at T == 1) and z [N, K]: float64 for float64 inputs, otherwise
+        float32 whatever the inputs. A row whose ids are the whole vocabulary has lse_rest = -inf and no gradient from
+        it. z is -inf at padding, without a gradient. Gradients have the types of the inputs. One derivative only.
+
+    Raises:
+        ObjectiveError: shapes, types or devices do not fit, or impl does not exist. On CPU also: an id past the valid
+            vocabulary or twice in a row. (On other devices reading the ids would stall the device; there an id past
+            the vocabulary gets z = -inf from 'split'.)
+    """
+    head = head or HeadOptions()
+    chosen = resolve_implementation(impl)
+    check_temperature(temperature)
+    check_head(hidden, weight, head)
+    check_ids(hidden, ids, head.columns(weight))
+    if chosen == "reference":
+        return reference.linear_gather(hidden, weight, ids, temperature, head)
+    return split.linear_gather(hidden, weight, ids, temperature, head, slice_width)
+
+
+def head_statistics(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    ids: torch.Tensor,
+    *,
+    head: HeadOptions | None = None,
+    slice_width: int | None = None,
+) -> HeadStatistics:
+    """Logsumexp, largest logit, argmax and the logits at `ids`, over slices of the vocabulary and without a graph.
+
+    Args: as for `linear_gather`.
+
+    Returns:
+        lse [N] (nats, over all valid columns), max_logit [N], argmax int64 [N] (the first one of equals) and z [N, K].
+
+    Raises:
+        ObjectiveError: as for `linear_gather`.
+    """
+    head = head or HeadOptions()
+    check_head(hidden, weight, head)
+    check_ids(hidden, ids, head.columns(weight))
+    return statistics.head_statistics(hidden, weight, ids, head, slice_width)

@@ -1,0 +1,124 @@
+"""Distributions in, sparse rows out, on the device where the logits are.
+
+Legend: n rows of one slice, V vocabulary, K entries kept, G groups of `GROUP` vocabulary columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from logitcache.selection.spec import Selection
+from logitcache.targets import SparseTargets
+
+# Columns summed together before drawing: a draw first picks a group, then a column in it, so that only
+# V + draws * GROUP numbers are summed instead of a float64 running sum over all V.
+GROUP = 128
+
+
+@dataclass
+class Distribution:
+    """Teacher distributions of n positions.
+
+    Args:
+        logits: float32 [n, V]; -inf marks an impossible id.
+        lse: float32 [n], logsumexp of the logits.
+        probs: float32 [n, V], softmax of the logits.
+    """
+
+    logits: torch.Tensor
+    lse: torch.Tensor
+    probs: torch.Tensor
+
+    @classmethod
+    def from_logits(cls, logits_nV: torch.Tensor) -> Distribution:
+        """Build from float32 logits. `lse` is not finite where a row holds NaN or +inf; the caller checks."""
+        probs_nV = torch.softmax(logits_nV, -1)
+        # The largest probability is 1 / sum(exp(z - max)): the logsumexp without another pass of exponentials.
+        lse_n = logits_nV.amax(-1) - probs_nV.amax(-1).log()
+        return cls(logits_nV, lse_n, probs_nV)
+
+    def entropy(self) -> torch.Tensor:
+        """float32 [n], nats: lse - sum p z, where 0 * -inf counts as 0."""
+        expected_n = torch.linalg.vecdot(self.probs, self.logits)
+        if bool(expected_n.isnan().any()):
+            floor = torch.finfo(torch.float32).min / 4
+            expected_n = torch.linalg.vecdot(self.probs, self.logits.clamp(min=floor))
+        return (self.lse - expected_n).clamp_min_(0)
+
+    def label_logprob(self, labels_n: torch.Tensor) -> torch.Tensor:
+        """float32 [n], nats; NaN where the label is negative."""
+        picked = self.logits.gather(1, labels_n.clamp_min(0).unsqueeze(1)).squeeze(1)
+        return torch.where(labels_n >= 0, picked - self.lse, torch.nan)
+
+
+def select(selection: Selection, dist: Distribution, uniforms: NDArray[np.float64] | None = None) -> SparseTargets:
+    """Keep what `selection` says of each row.
+
+    Args:
+        selection: what to keep.
+        dist: n distributions.
+        uniforms: float64 [n, draws] from `block_uniforms`; only for sampled selections.
+
+    Returns:
+        SparseTargets of n rows on the CPU, without label_logprob and entropy. Entries of probability 0 are left out.
+    """
+    if selection.method == "sample":
+        assert uniforms is not None
+        draws_nK = draw(dist.probs, torch.from_numpy(uniforms).to(dist.probs.device))
+        return count_draws(draws_nK.cpu().numpy())
+    return _most_probable(selection, dist)
+
+
+def draw(probs_nV: torch.Tensor, uniforms_nK: torch.Tensor) -> torch.Tensor:
+    """Ids drawn with replacement by inverting the cumulative distribution: int64 [n, K].
+
+    `uniforms_nK` is float64 in [0, 1). Running sums are float64: an id's chance is its float32 probability to
+    about 1e-7 of itself.
+    """
+    rows, vocab = probs_nV.shape
+    if vocab % GROUP:
+        probs_nV = torch.nn.functional.pad(probs_nV, (0, -vocab % GROUP))
+    grouped_nGg = probs_nV.view(rows, -1, GROUP)
+    edges_nG = grouped_nGg.sum(-1).to(torch.float64).cumsum(-1)
+    aim_nK = uniforms_nK * edges_nG[:, -1:]
+    group_nK = torch.searchsorted(edges_nG, aim_nK, right=True).clamp_max_(edges_nG.shape[1] - 1)
+    below_nK = torch.where(group_nK > 0, edges_nG.gather(1, (group_nK - 1).clamp_min(0)), 0.0)
+    share_nK = (aim_nK - below_nK) / (edges_nG.gather(1, group_nK) - below_nK)
+
+    row_n1 = torch.arange(rows, device=probs_nV.device).unsqueeze(1)
+    inner_nKg = grouped_nGg[row_n1, group_nK].to(torch.float64).cumsum(-1)
+    aim_inside = (share_nK * inner_nKg[..., -1]).unsqueeze(-1)
+    column_nK = torch.searchsorted(inner_nKg, aim_inside, right=True).squeeze(-1).clamp_max_(GROUP - 1)
+    return group_nK * GROUP + column_nK
+
+
+def count_draws(draws_nK: NDArray[np.int64]) -> SparseTargets:
+    """Distinct ids of each row with weight count / K."""
+    ordered = np.sort(draws_nK, axis=1)
+    first = np.ones(ordered.shape, dtype=bool)
+    first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    starts = np.flatnonzero(first)
+    counts = np.diff(starts, append=ordered.size)
+    offsets = np.concatenate([[0], np.cumsum(first.sum(1))])
+    return SparseTargets(offsets, ordered.ravel()[starts], counts / np.float32(draws_nK.shape[1]), unbiased=True)
+
+
+def _most_probable(selection: Selection, dist: Distribution) -> SparseTargets:
+    logits_nK, ids_nK = torch.topk(dist.logits, selection.size, dim=-1)
+    weights_nK = torch.exp(logits_nK - dist.lse.unsqueeze(1))
+    keep_nK = weights_nK > 0
+    if selection.mass is not None:
+        before_nK = weights_nK.cumsum(1, dtype=torch.float64) - weights_nK
+        keep_nK &= before_nK < selection.mass
+    tail_n = 1 - torch.where(keep_nK, weights_nK, 0).sum(1, dtype=torch.float64)
+
+    absent = dist.logits.shape[1]
+    order_nK = torch.where(keep_nK, ids_nK, absent).argsort(1)
+    kept = keep_nK.gather(1, order_nK).cpu().numpy()
+    ids, weights = ids_nK.gather(1, order_nK).cpu().numpy(), weights_nK.gather(1, order_nK).cpu().numpy()
+    offsets = np.concatenate([[0], np.cumsum(kept.sum(1))])
+    return SparseTargets(offsets, ids[kept], weights[kept], tail_mass=tail_n.clamp(0, 1).cpu().numpy())

@@ -1,0 +1,298 @@
+"""The read side: open a cache, read blocks of it. Trusts the manifest and what it hashes, never a folder listing."""
+
+from __future__ import annotations
+
+import bisect
+import os
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from logitcache.codec import FrequencyRanks, codec_from_dict
+from logitcache.errors import CacheError, DamagedCacheError, TargetsError
+from logitcache.store.container import Container
+from logitcache.store.files import sha256_of_file
+from logitcache.store.layout import Layout, local_root
+from logitcache.store.schema import Manifest, Plan, Shard, load_document
+from logitcache.store.writer import assemble_manifest, read_codebook
+from logitcache.targets import SparseTargets
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """B consecutive blocks.
+
+    Args:
+        first_block: number of the first one.
+        tokens: int64 [B, L]; 0 where the corpus has ended.
+        targets: SparseTargets of N = B * L rows, row-major; rows after the corpus' end are empty.
+        valid: bool [B, L]; False where the corpus has ended.
+    """
+
+    first_block: int
+    tokens: NDArray[np.int64]
+    targets: SparseTargets
+    valid: NDArray[np.bool_]
+
+    def labels(self, ignore_index: int = -100) -> NDArray[np.int64]:
+        """int64 [B, L]: the next token of each position, `ignore_index` where the block or the corpus ends."""
+        labels = np.full_like(self.tokens, ignore_index)
+        labels[:, :-1] = np.where(self.valid[:, 1:], self.tokens[:, 1:], ignore_index)
+        return labels
+
+
+@dataclass(frozen=True)
+class ChunkRef:
+    """A chunk's place: shard number, chunk number in it, and the blocks it holds."""
+
+    shard: int
+    chunk: int
+    first_block: int
+    num_blocks: int
+
+
+class Cache:
+    """A cache opened for reading. Made by `open_cache`.
+
+    Reading verifies: a shard's SHA-256 on first use, each chunk's crc32c, and that the content is what the
+    manifest says. May be used from several threads and after a fork.
+    """
+
+    def __init__(self, root: Path, manifest: Manifest, kept_chunks: int = 4) -> None:
+        self.root, self.manifest = root, manifest
+        self.codec = codec_from_dict(manifest.identity.codec)
+        self._layout = Layout(root)
+        self._kept_chunks = kept_chunks
+        self._ranks: FrequencyRanks | None = None
+        self._verified: set[int] = set()
+        self._containers: dict[tuple[int, int], Container] = {}
+        self._decoded: OrderedDict[ChunkRef, Blocks] = OrderedDict()
+        self.chunks = self._list_chunks()
+        self._chunk_starts = [chunk.first_block for chunk in self.chunks]
+
+    @property
+    def num_tokens(self) -> int:
+        """Real tokens stored."""
+        return sum(shard.num_tokens for shard in self.manifest.shards)
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the whole cache, the last one perhaps padded."""
+        return self.manifest.identity.geometry.num_blocks
+
+    @property
+    def block_length(self) -> int:
+        return self.manifest.identity.geometry.block_length
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the teacher's LM head; every stored id is below it."""
+        return self.manifest.identity.vocab_size
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex SHA-256 of everything that determines the cache's meaning."""
+        return self.manifest.fingerprint
+
+    @property
+    def unbiased(self) -> bool:
+        """Whether the stored weights are unbiased samples."""
+        return bool(self.manifest.identity.selection["method"] == "sample")
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all files that belong to the cache."""
+        files = [self._layout.manifest, self._layout.plan, self._layout.codebook]
+        files += list(self._layout.commits.glob("*.json"))
+        return sum(shard.num_bytes for shard in self.manifest.shards) + sum(
+            path.stat().st_size for path in files if path.exists()
+        )
+
+    def __repr__(self) -> str:
+        return f"Cache({str(self.root)!r}, {self.num_tokens:,} tokens in {self.num_blocks:,} blocks)"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_containers": {}, "_decoded": OrderedDict()}
+
+    def read_blocks(self, start: int, stop: int) -> Blocks:
+        """Blocks [start, stop).
+
+        Raises:
+            CacheError: the range is not in the cache, or not dumped yet.
+            DamagedCacheError: stored bytes differ from what was committed.
+        """
+        if not 0 <= start < stop <= self.num_blocks:
+            raise CacheError(f"blocks [{start}, {stop}) are outside {self.root}, which holds [0, {self.num_blocks})")
+        parts = []
+        position = start
+        while position < stop:
+            ref = self._chunk_of(position)
+            last = min(stop, ref.first_block + ref.num_blocks)
+            parts.append(_cut(self.read_chunk(ref), position - ref.first_block, last - ref.first_block))
+            position = last
+        return _join(parts)
+
+    def read_chunk(self, ref: ChunkRef) -> Blocks:
+        """All blocks of one chunk; the last few chunks are kept in memory."""
+        if ref in self._decoded:
+            self._decoded.move_to_end(ref)
+            return self._decoded[ref]
+        blocks = self._decode(ref)
+        self._decoded[ref] = blocks
+        while len(self._decoded) > self._kept_chunks:
+            self._decoded.popitem(last=False)
+        return blocks
+
+    def close(self) -> None:
+        """Release open files."""
+        for container in self._containers.values():
+            container.close()
+        self._containers.clear()
+
+    def _list_chunks(self) -> list[ChunkRef]:
+        step = self.manifest.identity.geometry.chunk_blocks
+        return [
+            ChunkRef(number, index, first, min(step, shard.first_block + shard.num_blocks - first))
+            for number, shard in enumerate(self.manifest.shards)
+            for index, first in enumerate(range(shard.first_block, shard.first_block + shard.num_blocks, step))
+        ]
+
+    def _chunk_of(self, block: int) -> ChunkRef:
+        index = bisect.bisect_right(self._chunk_starts, block) - 1
+        if index < 0 or block >= self.chunks[index].first_block + self.chunks[index].num_blocks:
+            raise CacheError(f"block {block} of {self.root} is not dumped yet; run the same dump again to finish it")
+        return self.chunks[index]
+
+    def _decode(self, ref: ChunkRef) -> Blocks:
+        shard = self.manifest.shards[ref.shard]
+        geometry = self.manifest.identity.geometry
+        rows = geometry.tokens_in(ref.first_block, ref.first_block + ref.num_blocks)
+        planes = self._container(ref.shard).read_chunk(ref.chunk)
+        try:
+            ranks = self.frequency_ranks()
+            tokens = ranks.decode(planes.pop("tokens"))
+            if tokens.size != rows:
+                raise DamagedCacheError(f"it holds {tokens.size} tokens, not {rows}")
+            targets = self.codec.decode(planes, rows, ranks)
+            targets.check_vocabulary(self.vocab_size)
+        except (DamagedCacheError, TargetsError, KeyError) as error:
+            raise DamagedCacheError(
+                f"{self._layout.shards / shard.file}, chunk {ref.chunk} is damaged: {error}",
+                shard=shard.file,
+                chunk=ref.chunk,
+            ) from error
+        return _to_blocks(ref, geometry.block_length, tokens, targets)
+
+    def frequency_ranks(self) -> FrequencyRanks:
+        """The cache's id table, checked against the manifest. Raises DamagedCacheError."""
+        if self._ranks is None:
+            path = self._layout.codebook
+            if not path.exists() or sha256_of_file(path) != self.manifest.codebook_sha256:
+                raise DamagedCacheError(f"{path} is missing or differs from the manifest; restore the file")
+            plan = Plan(identity=self.manifest.identity)
+            self._ranks = read_codebook(self._layout, plan.fingerprint, self.vocab_size)
+        return self._ranks
+
+    def _container(self, number: int) -> Container:
+        # A file position is shared with forked children, so every process opens its own.
+        key = (os.getpid(), number)
+        if key not in self._containers:
+            shard = self.manifest.shards[number]
+            path = self._layout.shards / shard.file
+            if number not in self._verified:
+                check_shard_file(path, shard)
+            container = Container(path)
+            self._check_shard(container, shard)
+            self._verified.add(number)
+            self._containers[key] = container
+        return self._containers[key]
+
+    def _check_shard(self, container: Container, shard: Shard) -> None:
+        plan = Plan(identity=self.manifest.identity)
+        stored = {name: container.attributes.get(name) for name in ("role", "plan", "unit", "first_block")}
+        expected = {"role": "shard", "plan": plan.fingerprint, "unit": shard.unit, "first_block": shard.first_block}
+        chunks = sum(1 for chunk in self.chunks if self.manifest.shards[chunk.shard].unit == shard.unit)
+        if stored != expected or container.num_chunks != chunks:
+            raise DamagedCacheError(
+                f"{container.path} is a shard of another cache or unit; restore the right file", shard=shard.file
+            )
+
+
+def open_cache(location: str | Path, *, partial: bool = False) -> Cache:
+    """Open a cache for reading; reads the manifest only.
+
+    Args:
+        location: a folder path or file:// URL.
+        partial: also open a cache whose dump has not finished, up to its commits at this moment.
+
+    Raises:
+        CacheError: there is no cache, or it is unfinished and `partial` is False.
+        DamagedCacheError, FormatVersionError: as they say.
+    """
+    layout = Layout(local_root(location))
+    if not layout.root.is_dir():
+        raise CacheError(f"{layout.root} does not exist or is not a folder; give the folder that `dump --out` wrote")
+    if layout.manifest.exists():
+        manifest = load_document(layout.manifest, Manifest)
+        plan = Plan(identity=manifest.identity)
+        if manifest.fingerprint != Manifest.fingerprint_of(plan, manifest.codebook_sha256, manifest.shards):
+            raise DamagedCacheError(f"{layout.manifest} contradicts itself; restore the file")
+        return Cache(layout.root, manifest)
+    if not layout.plan.exists():
+        raise CacheError(f"{layout.root} is not a logitcache cache: it has no manifest.json and no plan.json")
+    if not partial:
+        raise CacheError(
+            f"{layout.root} is unfinished; run the same dump again to finish it, or open it with partial=True"
+        )
+    return Cache(layout.root, assemble_manifest(layout, load_document(layout.plan, Plan)))
+
+
+def check_shard_file(path: Path, shard: Shard) -> None:
+    """Raise DamagedCacheError unless the file has the committed size and SHA-256."""
+    try:
+        size = path.stat().st_size
+        sha256 = sha256_of_file(path) if size == shard.num_bytes else ""
+    except FileNotFoundError as error:
+        raise DamagedCacheError(f"{path} is missing; restore it or dump again", shard=shard.file) from error
+    except OSError as error:
+        raise CacheError(f"{path} cannot be read: {error.strerror}") from error
+    if size != shard.num_bytes:
+        raise DamagedCacheError(f"{path} has {size} bytes, not {shard.num_bytes}; restore it", shard=shard.file)
+    if sha256 != shard.sha256:
+        raise DamagedCacheError(f"{path} is damaged: its SHA-256 differs; restore it or dump again", shard=shard.file)
+
+
+def _to_blocks(ref: ChunkRef, length: int, tokens: NDArray[np.int64], targets: SparseTargets) -> Blocks:
+    padding = ref.num_blocks * length - tokens.size
+    if padding:
+        empty = SparseTargets(np.zeros(padding + 1, dtype=np.int64), [], [], unbiased=targets.unbiased)
+        targets = SparseTargets.concatenate([targets, empty])
+        tokens = np.concatenate([tokens, np.zeros(padding, dtype=np.int64)])
+    valid = np.arange(tokens.size) < tokens.size - padding
+    shape = (ref.num_blocks, length)
+    return Blocks(ref.first_block, tokens.reshape(shape), targets, valid.reshape(shape))
+
+
+def _cut(blocks: Blocks, start: int, stop: int) -> Blocks:
+    length = blocks.tokens.shape[1]
+    return Blocks(
+        blocks.first_block + start,
+        blocks.tokens[start:stop],
+        blocks.targets.slice(start * length, stop * length),
+        blocks.valid[start:stop],
+    )
+
+
+def _join(parts: list[Blocks]) -> Blocks:
+    if len(parts) == 1:
+        return parts[0]
+    return Blocks(
+        parts[0].first_block,
+        np.concatenate([part.tokens for part in parts]),
+        SparseTargets.concatenate([part.targets for part in parts]),
+        np.concatenate([part.valid for part in parts]),
+    )

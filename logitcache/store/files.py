@@ -1,0 +1,131 @@
+"""Durable file operations, checksummed JSON, and named failpoints for the tests that kill a process half-way."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from logitcache.errors import CacheError, DamagedCacheError
+
+MAX_JSON_BYTES = 64 << 20
+FAILPOINT_VARIABLE = "LOGITCACHE_FAILPOINT"
+
+
+def failpoint(name: str) -> None:
+    """Kill this process, or raise OSError, when `LOGITCACHE_FAILPOINT` is `name:kill` or `name:error`."""
+    wanted, _, action = os.environ.get(FAILPOINT_VARIABLE, "").rpartition(":")
+    if wanted != name:
+        return
+    if action == "kill":
+        sys.stderr.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    raise OSError(f"failpoint {name}")
+
+
+def sha256_of_file(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def canonical_json(fields: Any) -> bytes:
+    """One spelling for one value: sorted keys, no spaces, UTF-8, no NaN."""
+    text = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return text.encode()
+
+
+def digest(fields: Any) -> str:
+    """Hex SHA-256 of the canonical JSON of a value."""
+    return hashlib.sha256(canonical_json(fields)).hexdigest()
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make renames and links inside `folder` durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_temporary(folder: Path, stem: str, write: Callable[[Path], None]) -> Path:
+    """Let `write` fill a new `<stem>.<random>.tmp` in `folder`, fsync it, and return its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=folder, prefix=f"{stem}.", suffix=".tmp")
+    os.close(handle)
+    path = Path(name)
+    try:
+        path.chmod(0o644)
+        write(path)
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    return path
+
+
+def publish(temporary: Path, final: Path) -> bool:
+    """Give a finished temporary file its name, create-only and durably. False: the name was taken already."""
+    try:
+        os.link(temporary, final)
+        return True
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink(missing_ok=True)
+        fsync_folder(final.parent)
+
+
+def replace(temporary: Path, final: Path) -> None:
+    """Move a finished temporary file over `final` atomically and durably."""
+    temporary.replace(final)
+    fsync_folder(final.parent)
+
+
+def checked_json(fields: dict[str, Any]) -> bytes:
+    """Readable JSON of `fields` with a `checksum` over all other fields."""
+    document = {**fields, "checksum": digest(fields)}
+    return (json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def read_checked_json(path: Path) -> dict[str, Any]:
+    """Read what `checked_json` wrote.
+
+    Raises:
+        CacheError: the file cannot be read.
+        DamagedCacheError: it is not JSON of the expected form, or its checksum differs.
+    """
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise DamagedCacheError(f"{path} is over {MAX_JSON_BYTES >> 20} MB, which no {path.name} is")
+        data = path.read_bytes()
+    except OSError as error:
+        raise CacheError(f"{path} cannot be read: {error.strerror}") from error
+    try:
+        fields = json.loads(data, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+        stored = fields.pop("checksum")
+        intact = stored == digest(fields)
+    except (ValueError, RecursionError, KeyError, AttributeError, TypeError) as error:
+        raise DamagedCacheError(f"{path} is damaged: it is not a checksummed JSON object; restore the file") from error
+    if not intact:
+        raise DamagedCacheError(f"{path} is damaged: its content differs from its checksum; restore the file")
+    return dict(fields)
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise ValueError("duplicate key")
+    return fields
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")

@@ -1,0 +1,171 @@
+"""The three JSON documents of a cache as pydantic models: plan, commit record and manifest. FORMAT.md explains them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from logitcache.errors import DamagedCacheError, FormatVersionError
+from logitcache.store.files import digest, read_checked_json
+
+FORMAT_VERSION: Literal[1] = 1
+
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=0, lt=1 << 62)]
+Positive = Annotated[int, Field(ge=1, lt=1 << 62)]
+# A name, never a path: nothing in a manifest can point outside the cache folder.
+FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$")]
+Unit = Annotated[str, StringConstraints(pattern=r"^[0-9]{6,9}$")]
+
+
+class Document(BaseModel):
+    """Frozen and strict: unknown fields and converted types are refused."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+
+class Geometry(Document):
+    """How many blocks there are and how they are grouped.
+
+    A block is `block_length` token positions; a chunk is what is decoded at once; a unit is what is committed at once.
+    """
+
+    num_tokens: Positive
+    block_length: Annotated[int, Field(ge=2, lt=1 << 31)]
+    chunk_blocks: Positive
+    unit_blocks: Positive
+
+    @property
+    def num_blocks(self) -> int:
+        return -(-self.num_tokens // self.block_length)
+
+    @property
+    def num_units(self) -> int:
+        return -(-self.num_blocks // self.unit_blocks)
+
+    def unit_range(self, unit: int) -> tuple[int, int]:
+        """Blocks [first, stop) of a unit."""
+        first = unit * self.unit_blocks
+        return first, min(first + self.unit_blocks, self.num_blocks)
+
+    def tokens_in(self, first: int, stop: int) -> int:
+        """Real tokens in blocks [first, stop); only the corpus' last block can hold padding."""
+        return min(stop * self.block_length, self.num_tokens) - first * self.block_length
+
+
+class Identity(Document):
+    """All that determines what a cache means. `dump` resumes only when every field is equal.
+
+    Args:
+        teacher: name, revision, files with hashes, dtype, attention and engine versions.
+        tokenizer: sha256 and size, and where it was loaded from.
+        vocab_size: rows of the teacher's LM head; every id is below it.
+        corpus: files with hashes, documents, packing policy, sha256 of the token stream.
+        selection: method, size, mass.
+        seed: of the sampled selections.
+        codec: name and parameters.
+    """
+
+    teacher: dict[str, Any]
+    tokenizer: dict[str, Any]
+    vocab_size: Positive
+    corpus: dict[str, Any]
+    selection: dict[str, Any]
+    seed: Count
+    codec: dict[str, Any]
+    geometry: Geometry
+
+
+class Plan(Document):
+    """plan.json: written first."""
+
+    kind: Literal["logitcache-plan"] = "logitcache-plan"
+    format_version: Literal[1] = FORMAT_VERSION
+    identity: Identity
+
+    @property
+    def fingerprint(self) -> str:
+        return digest(self.identity.model_dump(mode="json"))
+
+
+class Commit(Document):
+    """commits/<unit>.json: exists if and only if the unit is complete.
+
+    `counters` hold what was met on the way (masked rows, NaN rows); `seconds` and `host` are for people.
+    """
+
+    kind: Literal["logitcache-commit"] = "logitcache-commit"
+    format_version: Literal[1] = FORMAT_VERSION
+    plan: Sha256
+    codebook_sha256: Sha256
+    unit: Unit
+    file: FileName
+    sha256: Sha256
+    num_bytes: Positive
+    first_block: Count
+    num_blocks: Positive
+    num_tokens: Positive
+    num_entries: Count
+    counters: dict[str, Count] = {}
+    seconds: Annotated[float, Field(ge=0)] = 0.0
+
+
+class Shard(Document):
+    """One line of the manifest's shard list; fields as in Commit."""
+
+    unit: Unit
+    file: FileName
+    sha256: Sha256
+    num_bytes: Positive
+    first_block: Count
+    num_blocks: Positive
+    num_tokens: Positive
+    num_entries: Count
+
+    @classmethod
+    def of(cls, commit: Commit) -> Shard:
+        return cls(**{name: getattr(commit, name) for name in cls.model_fields})
+
+
+class Manifest(Document):
+    """manifest.json: written last; readers need nothing else."""
+
+    kind: Literal["logitcache-manifest"] = "logitcache-manifest"
+    format_version: Literal[1] = FORMAT_VERSION
+    fingerprint: Sha256
+    complete: bool
+    identity: Identity
+    codebook_sha256: Sha256
+    counters: dict[str, Count]
+    shards: list[Shard]
+
+    @staticmethod
+    def fingerprint_of(plan: Plan, codebook_sha256: str, shards: list[Shard]) -> str:
+        """Hash of all that determines meaning: plan, tables and the content of every shard."""
+        return digest([plan.fingerprint, codebook_sha256, [shard.sha256 for shard in shards]])
+
+
+Model = TypeVar("Model", bound=Document)
+
+
+def load_document(path: Path, model: type[Model]) -> Model:
+    """Read and validate one JSON document of a cache.
+
+    Raises:
+        FormatVersionError: a newer version wrote it.
+        DamagedCacheError: it does not have the documented form.
+    """
+    fields = read_checked_json(path)
+    version = fields.get("format_version")
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise FormatVersionError(
+            f"{path} has format version {version}, this logitcache reads up to {FORMAT_VERSION}; upgrade logitcache"
+        )
+    try:
+        return model.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the document"
+        raise DamagedCacheError(f"{path} is not a valid {path.name}: {where}: {first['msg']}") from error

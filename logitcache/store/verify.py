@@ -1,0 +1,120 @@
+"""Checks every byte of a cache and lists what is wrong, as exactly as it can be located."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from logitcache.errors import CacheError, DamagedCacheError
+from logitcache.store.cache import Cache, check_shard_file, open_cache
+from logitcache.store.container import Container
+from logitcache.store.layout import Layout, local_root
+from logitcache.store.schema import Plan, Shard, load_document
+from logitcache.store.writer import read_commits
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong. `array` and `chunk` are empty when the damage cannot be placed that closely."""
+
+    shard: str
+    array: str
+    chunk: int | None
+    what: str
+
+
+@dataclass
+class Report:
+    """What `verify` found; `ok` when there is no problem."""
+
+    problems: list[Problem] = field(default_factory=list)
+    shards: int = 0
+    tokens: int = 0
+    num_bytes: int = 0
+    unfinished: bool = False
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+
+def verify(location: str | Path) -> Report:
+    """Check manifest, plan, commits, tables and every chunk of every shard of a cache.
+
+    An unfinished cache is checked up to its commits. Raises CacheError only when there is no cache at all or it
+    cannot be read; damage is listed in the report.
+    """
+    report = Report()
+    layout = Layout(local_root(location))
+    try:
+        cache = open_cache(location, partial=True)
+    except DamagedCacheError as error:
+        report.problems.append(Problem("", "", None, str(error)))
+        return report
+    report.unfinished = not cache.manifest.complete
+    _check_documents(cache, layout, report)
+    for number, shard in enumerate(cache.manifest.shards):
+        report.shards += 1
+        report.num_bytes += shard.num_bytes
+        found = len(report.problems)
+        _check_shard(cache, number, report)
+        if len(report.problems) == found:
+            report.tokens += shard.num_tokens
+    return report
+
+
+def _check_documents(cache: Cache, layout: Layout, report: Report) -> None:
+    try:
+        plan = load_document(layout.plan, Plan)
+        if plan.identity != cache.manifest.identity:
+            report.problems.append(Problem("", "", None, f"{layout.plan} is not the plan of this manifest"))
+            return
+        commits = [Shard.of(commit) for commit in read_commits(layout, plan)]
+        if commits != cache.manifest.shards:
+            report.problems.append(Problem("", "", None, f"{layout.commits} differs from the manifest's shard list"))
+    except CacheError as error:
+        report.problems.append(Problem("", "", None, str(error)))
+    try:
+        if cache.manifest.shards:
+            cache.frequency_ranks()
+    except CacheError as error:
+        report.problems.append(Problem("", "codebook", None, str(error)))
+
+
+def _check_shard(cache: Cache, number: int, report: Report) -> None:
+    """A shard with the right hash is decoded; one with another hash is searched for the chunks that fail."""
+    shard = cache.manifest.shards[number]
+    path = Layout(cache.root).shards / shard.file
+    try:
+        check_shard_file(path, shard)
+    except CacheError as error:
+        located = _damaged_chunks(path)
+        report.problems += located or [Problem(shard.file, "", None, str(error))]
+        return
+    entries = 0
+    for ref in (ref for ref in cache.chunks if ref.shard == number):
+        try:
+            entries += int(cache.read_chunk(ref).targets.ids.size)
+        except CacheError as error:
+            where = error if isinstance(error, DamagedCacheError) else DamagedCacheError("")
+            report.problems.append(Problem(shard.file, where.array, ref.chunk, str(error)))
+            return
+    if entries != shard.num_entries:
+        what = f"{path} holds {entries} entries, not the {shard.num_entries} that were committed"
+        report.problems.append(Problem(shard.file, "", None, what))
+
+
+def _damaged_chunks(path: Path) -> list[Problem]:
+    try:
+        container = Container(path)
+    except (CacheError, OSError):
+        return []
+    problems = []
+    for name in container.sizes:
+        for chunk in range(container.num_chunks):
+            try:
+                container.read(name, chunk)
+            except DamagedCacheError as error:
+                problems.append(Problem(path.name, name, chunk, str(error)))
+    container.close()
+    return problems

@@ -1,0 +1,252 @@
+"""Creates or resumes a cache, and commits units of it. A unit is committed once, whoever finishes it first."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from logitcache.codec import FrequencyRanks, Planes, codec_from_dict
+from logitcache.errors import CacheError, DamagedCacheError, PlanMismatchError
+from logitcache.store.container import Container, write_container
+from logitcache.store.files import (
+    checked_json,
+    failpoint,
+    fsync_folder,
+    publish,
+    replace,
+    sha256_of_file,
+    write_temporary,
+)
+from logitcache.store.layout import Layout, unit_name, writing
+from logitcache.store.schema import FORMAT_VERSION, Commit, Identity, Manifest, Plan, Shard, load_document
+from logitcache.targets import SparseTargets
+
+
+class CacheWriter:
+    """The write side of one cache folder.
+
+    `open` creates the cache or picks up an unfinished one; `encode` turns a chunk's rows into planes;
+    `commit_unit` makes a unit durable; `finalize` writes the manifest.
+    """
+
+    def __init__(self, layout: Layout, plan: Plan) -> None:
+        self.layout, self.plan = layout, plan
+        self.identity, self.geometry = plan.identity, plan.identity.geometry
+        self.codec = codec_from_dict(plan.identity.codec)
+        self._ranks: FrequencyRanks | None = None
+        self._codebook_sha256 = ""
+
+    @classmethod
+    def open(cls, root: Path, identity: Identity) -> CacheWriter:
+        """Create the cache at `root`, or resume it.
+
+        Raises:
+            PlanMismatchError: the folder holds a cache of another plan; `differences` says how it differs.
+            CacheError: the folder holds something else, or cannot be written.
+        """
+        layout = Layout(root)
+        check_folder(layout)
+        if not layout.plan.exists():
+            with writing(root):
+                plan_json = checked_json(Plan(identity=identity).model_dump(mode="json"))
+                publish(write_temporary(root, "plan.json", lambda path: _write_bytes(path, plan_json)), layout.plan)
+            failpoint("plan.written")
+        plan = load_document(layout.plan, Plan)
+        differences = diff(plan.identity.model_dump(mode="json"), identity.model_dump(mode="json"))
+        if differences:
+            lines = "".join(f"\n  {field}: the cache has {old!r}, this run {new!r}" for field, old, new in differences)
+            raise PlanMismatchError(
+                f"{root} was begun with other arguments; repeat those or choose another --out. The difference:{lines}",
+                differences,
+            )
+        return cls(layout, plan)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the manifest is written."""
+        return self.layout.manifest.exists()
+
+    def pending_units(self) -> list[int]:
+        """Units without a commit record, ascending."""
+        return [unit for unit in range(self.geometry.num_units) if not self.layout.commit(unit).exists()]
+
+    def ranks(self) -> FrequencyRanks | None:
+        """The cache's frequency table, or None when it is not written yet."""
+        if self._ranks is None and self.layout.codebook.exists():
+            self._ranks = read_codebook(self.layout, self.plan.fingerprint, self.identity.vocab_size)
+            self._codebook_sha256 = sha256_of_file(self.layout.codebook)
+        return self._ranks
+
+    def publish_ranks(self, pilot_ids: NDArray[np.int64]) -> FrequencyRanks:
+        """Write the frequency table counted from a pilot's ids, unless another worker did, and return the one there."""
+        table = FrequencyRanks.from_ids(pilot_ids, self.identity.vocab_size)
+        attributes = self._attributes("codebook")
+        with writing(self.layout.root):
+            temporary = write_temporary(
+                self.layout.codebook.parent,
+                "frequency",
+                lambda path: write_container(path, [{"ids": table.listed}], attributes),
+            )
+            publish(temporary, self.layout.codebook)
+            fsync_folder(self.layout.root)
+        failpoint("codebook.written")
+        ranks = self.ranks()
+        assert ranks is not None
+        return ranks
+
+    def encode(self, tokens: NDArray[np.int64], targets: SparseTargets) -> Planes:
+        """Planes of one chunk: `tokens` int64 [N] real tokens and their N rows. Raises TargetsError."""
+        ranks = self.ranks()
+        assert ranks is not None, "publish_ranks comes first"
+        targets.check_vocabulary(self.identity.vocab_size)
+        return {"tokens": ranks.encode(tokens), **self.codec.encode(targets, ranks)}
+
+    def commit_unit(
+        self, unit: int, chunks: Sequence[Planes], counters: dict[str, int] | None = None, seconds: float = 0.0
+    ) -> int:
+        """Write and commit one unit. Returns the shard's bytes; 0 when another worker was first."""
+        first, stop = self.geometry.unit_range(unit)
+        num_tokens = self.geometry.tokens_in(first, stop)
+        name = unit_name(unit)
+        attributes = self._attributes("shard", unit=name, first_block=first, num_tokens=num_tokens)
+        with writing(self.layout.root, needed_bytes=sum(plane.size for chunk in chunks for plane in chunk.values())):
+            failpoint("commit.before_write")
+            temporary = write_temporary(
+                self.layout.shards, name, lambda path: write_container(path, chunks, attributes)
+            )
+            failpoint("commit.after_write")
+            sha256, num_bytes = sha256_of_file(temporary), temporary.stat().st_size
+            # The name carries the content: a slower worker's other bytes can never replace the committed ones.
+            shard = self.layout.shards / f"{name}-{sha256[:12]}.zarr.zip"
+            replace(temporary, shard)
+            failpoint("commit.after_rename")
+            record = Commit(
+                plan=self.plan.fingerprint,
+                codebook_sha256=self._codebook_sha256,
+                unit=name,
+                file=shard.name,
+                sha256=sha256,
+                num_bytes=num_bytes,
+                first_block=first,
+                num_blocks=stop - first,
+                num_tokens=num_tokens,
+                num_entries=sum(int(chunk["ids"].size) for chunk in chunks),
+                counters=counters or {},
+                seconds=round(seconds, 3),
+            )
+            data = checked_json(record.model_dump(mode="json"))
+            pending = write_temporary(self.layout.commits, name, lambda path: _write_bytes(path, data))
+            failpoint("commit.before_link")
+            won = publish(pending, self.layout.commit(unit))
+            fsync_folder(self.layout.root)
+            failpoint("commit.after_link")
+        return num_bytes if won else 0
+
+    def commits(self) -> list[Commit]:
+        """Every commit record there is, in unit order, checked against the plan."""
+        return read_commits(self.layout, self.plan)
+
+    def finalize(self) -> Manifest:
+        """Write the manifest once every unit is committed, and remove the scratch folder."""
+        missing = self.pending_units()
+        if missing:
+            raise CacheError(f"{self.layout.root} still lacks {len(missing)} units; run the same dump again")
+        with writing(self.layout.root):
+            manifest = assemble_manifest(self.layout, self.plan)
+            data = checked_json(manifest.model_dump(mode="json"))
+            failpoint("manifest.before_write")
+            replace(
+                write_temporary(self.layout.root, "manifest.json", lambda path: _write_bytes(path, data)),
+                self.layout.manifest,
+            )
+            failpoint("manifest.written")
+            shutil.rmtree(self.layout.work, ignore_errors=True)
+        return manifest
+
+    def _attributes(self, role: str, **more: Any) -> dict[str, Any]:
+        return {"format_version": FORMAT_VERSION, "role": role, "plan": self.plan.fingerprint, **more}
+
+
+def check_folder(layout: Layout) -> None:
+    """Raise CacheError when the folder cannot become, or is not, a cache."""
+    root = layout.root
+    if root.exists() and not root.is_dir():
+        raise CacheError(f"{root} is a file; choose another folder for --out")
+    strangers = {entry.name for entry in root.iterdir()} - {"work"} if root.is_dir() else set()
+    strangers = {name for name in strangers if not name.endswith(".tmp")}
+    if strangers and not layout.plan.exists():
+        example = sorted(strangers)[0]
+        raise CacheError(f"{root} is not empty and not a logitcache cache (it holds {example!r}); choose another --out")
+
+
+def read_codebook(layout: Layout, plan_fingerprint: str, vocab_size: int) -> FrequencyRanks:
+    """Read and check the frequency table. Raises DamagedCacheError."""
+    container = Container(layout.codebook)
+    try:
+        if container.attributes.get("plan") != plan_fingerprint or container.attributes.get("role") != "codebook":
+            raise DamagedCacheError(f"{layout.codebook} belongs to another cache; restore the right file")
+        return FrequencyRanks(vocab_size, container.read("ids", 0))
+    finally:
+        container.close()
+
+
+def read_commits(layout: Layout, plan: Plan) -> list[Commit]:
+    """Commit records in unit order. Raises DamagedCacheError when one does not belong to this plan."""
+    commits = []
+    geometry = plan.identity.geometry
+    for unit in range(geometry.num_units):
+        path = layout.commit(unit)
+        if not path.exists():
+            continue
+        commit = load_document(path, Commit)
+        first, stop = geometry.unit_range(unit)
+        expected = (plan.fingerprint, unit_name(unit), first, stop - first, geometry.tokens_in(first, stop))
+        if (commit.plan, commit.unit, commit.first_block, commit.num_blocks, commit.num_tokens) != expected:
+            raise DamagedCacheError(f"{path} belongs to another cache or unit; restore the right file")
+        commits.append(commit)
+    return commits
+
+
+def assemble_manifest(layout: Layout, plan: Plan) -> Manifest:
+    """The manifest of all units committed so far; `complete` says whether none is missing."""
+    commits = read_commits(layout, plan)
+    codebook_sha256 = sha256_of_file(layout.codebook) if layout.codebook.exists() else "0" * 64
+    strays = [commit.unit for commit in commits if commit.codebook_sha256 != codebook_sha256]
+    if strays:
+        raise DamagedCacheError(
+            f"{layout.codebook} is not the table that unit {strays[0]} was encoded with; restore it"
+        )
+    shards = [Shard.of(commit) for commit in commits]
+    counters: dict[str, int] = {}
+    for commit in commits:
+        for name, count in commit.counters.items():
+            counters[name] = counters.get(name, 0) + count
+    return Manifest(
+        fingerprint=Manifest.fingerprint_of(plan, codebook_sha256, shards),
+        complete=len(commits) == plan.identity.geometry.num_units,
+        identity=plan.identity,
+        codebook_sha256=codebook_sha256,
+        counters=counters,
+        shards=shards,
+    )
+
+
+def diff(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tuple[str, object, object]]:
+    """Fields in which two nested documents differ: (dotted name, old value, new value)."""
+    rows: list[tuple[str, object, object]] = []
+    for key in sorted({*old, *new}):
+        mine, theirs = old.get(key), new.get(key)
+        if isinstance(mine, dict) and isinstance(theirs, dict):
+            rows += diff(mine, theirs, f"{prefix}{key}.")
+        elif mine != theirs:
+            rows.append((f"{prefix}{key}", mine, theirs))
+    return rows
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
