@@ -8,11 +8,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
+import io
 import json
+import logging
 import math
 import re
 import shutil
 import tempfile
+import textwrap
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,13 +26,15 @@ import torch
 import torch.nn.functional as F
 import transformers
 from huggingface_hub import snapshot_download
-from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
 from logitcache.errors import ModelError, UsageError
+
+_logger = logging.getLogger(__name__)
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEVICES = ("auto", "cpu", "cuda")
@@ -74,22 +79,37 @@ def load_model(
         _check_config(folder, trust_remote_code)
         weight_files(folder)
     with _quiet(), _explained(folder, gguf_file, "model"):
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             gguf_file=gguf_file,
             dtype=torch_dtype,
             trust_remote_code=trust_remote_code,
             local_files_only=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
+    model, info = loaded
+    _check_loaded(folder, info)
+    with _explained(folder, gguf_file, "model"):
+        return model.to(torch_device).eval()
+
+
+def _check_loaded(folder: Path, info: dict[str, Any]) -> None:
+    """Refuse a model of which transformers made up a weight; it would only log that."""
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(
-            f"{len(missing)} weights of {folder} are missing from its files ({', '.join(missing[:3])}), so they would "
-            "be random; fetch or save the model again"
+            f"{folder} lacks {len(missing)} of the model's weights ({', '.join(missing[:3])}), which would be random; "
+            "fetch or save the model again"
         )
-    with _explained(folder, gguf_file, "model"):
-        return model.to(torch_device).eval()
+    for name, stored, expected in sorted(info["mismatched_keys"]):
+        raise ModelError(
+            f"the weight {name} of {folder} has shape {list(stored)}, but its config.json asks for {list(expected)}; "
+            "fetch or save the model again"
+        )
+    unused = sorted(info["unexpected_keys"])
+    if unused:
+        _logger.warning("%d weights in %s are not used by the model, such as %s", len(unused), folder, unused[0])
 
 
 def load_tokenizer(source: str | Path, gguf_file: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -192,11 +212,10 @@ def _check_gguf(folder: Path, gguf_file: str) -> None:
 def _check_config(folder: Path, trust_remote_code: bool) -> None:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        model_type, own_code = config.get("model_type"), "auto_map" in config
-    except (OSError, ValueError, AttributeError) as error:
-        raise ModelError(
-            f"{folder / 'config.json'} is not a JSON object ({error}); fetch or save the model again"
-        ) from error
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder / 'config.json'} is not JSON ({error}); fetch or save the model again") from error
+    own_code = "auto_map" in config
+    model_type = config.get("model_type") if isinstance(config, dict) else None
     if not model_type:
         raise ModelError(f"{folder / 'config.json'} names no model_type; fetch or save the model again")
     known = model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -241,10 +260,12 @@ def _explained(folder: Path, gguf_file: str | None, what: str) -> Iterator[None]
     except torch.OutOfMemoryError as error:
         raise ModelError(f"the model {folder} does not fit on the device; choose --dtype bfloat16 or cpu") from error
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        reason = textwrap.shorten(str(error) or type(error).__name__, 200, placeholder=" ...").rstrip(".")
         damaged = None if gguf_file or what == "tokenizer" else _damaged_file(folder)
         if damaged is not None:
             message = f"the weight file {damaged} is damaged or incomplete ({reason}); fetch or save the model again"
+        elif what == "tokenizer" and gguf_file is None and not any(folder.glob("*token*")):
+            message = f"{folder} has no tokenizer file such as tokenizer.json; save the model's tokenizer there"
         elif what == "tokenizer":
             message = f"{folder} has no tokenizer that can be loaded ({reason}); save the model's tokenizer there"
         else:
@@ -271,7 +292,8 @@ def _quiet() -> Iterator[None]:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        with warnings.catch_warnings():
+        # The GGUF reader draws its progress bar on stderr whatever the settings.
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -360,12 +382,12 @@ def split_model(model: Any) -> tuple[Any, LMHead]:
     if hasattr(model, "get_base_model"):
         raise ModelError(f"{name} wears an adapter; merge it first with merge_and_unload()")
     body, linear = model.base_model, model.get_output_embeddings()
-    weight = getattr(linear, "weight", None)
     if body is model or not isinstance(linear, torch.nn.Linear) or hasattr(linear, "base_layer"):
         raise ModelError(
             f"{name} has {type(linear).__name__} where logitcache needs a plain linear LM head; "
             "merge adapters first, or choose another architecture"
         )
+    weight = linear.weight
     if not weight.is_floating_point():
         raise ModelError(f"{name} has an LM head quantised to {weight.dtype}; load the model without quantisation")
     places = sorted({str(parameter.device) for parameter in model.parameters()})

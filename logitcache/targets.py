@@ -114,6 +114,13 @@ class SparseTargets:
             **{name: getattr(self, name)[start:stop] for name in _COLUMNS},
         )
 
+    def with_columns(self, label_logprob: ArrayLike, entropy: ArrayLike) -> SparseTargets:
+        """The same rows with these label_logprob and entropy columns, float32 [N], nats."""
+        fields: dict[str, Any] = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        fields["label_logprob"] = _column("label_logprob", label_logprob, len(self), np.nan)
+        fields["entropy"] = _column("entropy", entropy, len(self), np.nan)
+        return _unchecked(**fields)
+
     @staticmethod
     def concatenate(parts: Sequence[SparseTargets]) -> SparseTargets:
         """Rows of all parts in order. The parts must agree on `unbiased`."""

@@ -1,9 +1,11 @@
 """The cache on disk: shards, manifest, commits. Torch-free. FORMAT.md is the specification."""
 
 from logitcache.store.cache import Blocks, Cache, ChunkRef, open_cache
-from logitcache.store.schema import Geometry, Identity
+from logitcache.store.layout import Layout
+from logitcache.store.schema import Geometry, Identity, Manifest, Origin, load_document
+from logitcache.store.tokenfile import TokenFile
 from logitcache.store.verify import Problem, Report, verify
-from logitcache.store.writer import CacheWriter
+from logitcache.store.writer import CacheWriter, check_folder
 
 __all__ = [
     "Blocks",
@@ -12,8 +14,14 @@ __all__ = [
     "ChunkRef",
     "Geometry",
     "Identity",
+    "Layout",
+    "Manifest",
+    "Origin",
     "Problem",
     "Report",
+    "TokenFile",
+    "check_folder",
+    "load_document",
     "open_cache",
     "verify",
 ]

@@ -147,6 +147,10 @@ class Cache:
             self._decoded.popitem(last=False)
         return blocks
 
+    def keep_chunks(self, count: int) -> None:
+        """Keep at least `count` decoded chunks in memory (about 12 bytes for each of their entries)."""
+        self._kept_chunks = max(self._kept_chunks, count)
+
     def close(self) -> None:
         """Release open files."""
         for container in self._containers.values():

@@ -78,12 +78,20 @@ class Identity(Document):
     geometry: Geometry
 
 
+class Origin(Document):
+    """Where the teacher was when the dump began: a hint for finding its tokenizer again, no part of the identity."""
+
+    teacher: str = ""
+    gguf_file: str | None = None
+
+
 class Plan(Document):
     """plan.json: written first."""
 
     kind: Literal["logitcache-plan"] = "logitcache-plan"
     format_version: Literal[1] = FORMAT_VERSION
     identity: Identity
+    origin: Origin = Origin()
 
     @property
     def fingerprint(self) -> str:
@@ -137,6 +145,7 @@ class Manifest(Document):
     fingerprint: Sha256
     complete: bool
     identity: Identity
+    origin: Origin
     codebook_sha256: Sha256
     counters: dict[str, Count]
     shards: list[Shard]

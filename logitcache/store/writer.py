@@ -23,7 +23,7 @@ from logitcache.store.files import (
     write_temporary,
 )
 from logitcache.store.layout import Layout, unit_name, writing
-from logitcache.store.schema import FORMAT_VERSION, Commit, Identity, Manifest, Plan, Shard, load_document
+from logitcache.store.schema import FORMAT_VERSION, Commit, Identity, Manifest, Origin, Plan, Shard, load_document
 from logitcache.targets import SparseTargets
 
 
@@ -42,7 +42,7 @@ class CacheWriter:
         self._codebook_sha256 = ""
 
     @classmethod
-    def open(cls, root: Path, identity: Identity) -> CacheWriter:
+    def open(cls, root: Path, identity: Identity, origin: Origin | None = None) -> CacheWriter:
         """Create the cache at `root`, or resume it.
 
         Raises:
@@ -53,7 +53,8 @@ class CacheWriter:
         check_folder(layout)
         if not layout.plan.exists():
             with writing(root):
-                plan_json = checked_json(Plan(identity=identity).model_dump(mode="json"))
+                plan = Plan(identity=identity, origin=origin or Origin())
+                plan_json = checked_json(plan.model_dump(mode="json"))
                 publish(write_temporary(root, "plan.json", lambda path: _write_bytes(path, plan_json)), layout.plan)
             failpoint("plan.written")
         plan = load_document(layout.plan, Plan)
@@ -230,6 +231,7 @@ def assemble_manifest(layout: Layout, plan: Plan) -> Manifest:
         fingerprint=Manifest.fingerprint_of(plan, codebook_sha256, shards),
         complete=len(commits) == plan.identity.geometry.num_units,
         identity=plan.identity,
+        origin=plan.origin,
         codebook_sha256=codebook_sha256,
         counters=counters,
         shards=shards,

@@ -1,0 +1,379 @@
+"""`logitcache dump`: run a teacher once over a corpus and write what it knows. A composition; the parts do the work.
+
+One forward of the teacher can feed several caches: every output has its own selection, plan and commits, and a unit
+is computed when at least one output still lacks it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from logitcache import models
+from logitcache.codec import CountsCodec, LogprobCodec, Planes, RowCodec
+from logitcache.corpus import (
+    CorpusFile,
+    PackingPolicy,
+    corpus_files_identity,
+    expand_paths,
+    iter_documents,
+    pack_to_file,
+    resolve_policy,
+)
+from logitcache.errors import UsageError
+from logitcache.selection import Selection
+from logitcache.store import (
+    CacheWriter,
+    Geometry,
+    Identity,
+    Layout,
+    Manifest,
+    Origin,
+    TokenFile,
+    check_folder,
+    load_document,
+)
+from logitcache.targets import SparseTargets
+from logitcache.teachers import TransformersTeacher
+from logitcache.teachers.capture import capture_blocks
+
+CHUNK_TOKENS = 1 << 16
+CHUNK_ENTRIES = 1 << 23
+LEAST_UNIT_TOKENS, MOST_UNIT_TOKENS = 1 << 14, 1 << 22
+
+
+@dataclass(frozen=True)
+class Output:
+    """One cache to write."""
+
+    selection: Selection
+    root: Path
+
+
+@dataclass(frozen=True)
+class DumpOptions:
+    """Everything `logitcache dump` can be told.
+
+    Args:
+        teacher: folder or hub id of an AutoModelForCausalLM.
+        corpus: files, folders or glob patterns.
+        outputs: the caches to write; all from the same forward passes.
+        gguf_file: name of a GGUF file in the teacher's folder.
+        dtype: "auto" (as stored), "float32", "bfloat16" or "float16".
+        device: "auto", "cpu" or "cuda".
+        block_length: tokens in a block.
+        max_tokens: stop the corpus after so many tokens.
+        batch_tokens: tokens in one forward pass.
+        unit_tokens: tokens committed at once; by default about 1/32 of the corpus, 16,384 to 4 million.
+        seed: of sampled selections, 0 to 2^62 - 1.
+        text_field: of JSONL objects and Parquet columns.
+        bos, eos: packing policy, "auto" or as in `PackingPolicy`.
+        trust_remote_code: let a teacher run Python code of its own.
+    """
+
+    teacher: str
+    corpus: tuple[str, ...]
+    outputs: tuple[Output, ...]
+    gguf_file: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    block_length: int = 1024
+    max_tokens: int | None = None
+    batch_tokens: int = 4096
+    unit_tokens: int | None = None
+    seed: int = 0
+    text_field: str = "text"
+    bos: str = "auto"
+    eos: str = "auto"
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        roots = [output.root.resolve() for output in self.outputs]
+        if not roots or len(set(roots)) != len(roots):
+            raise UsageError("every cache needs a folder of its own; give each selection another --out")
+        for name in ("max_tokens", "batch_tokens", "unit_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name.replace('_', '-')} is {value}; it must be at least 1")
+        if not 0 <= self.seed < 1 << 62:
+            raise UsageError(f"seed is {self.seed}; it must lie between 0 and 2^62 - 1")
+
+
+class Progress(Protocol):
+    """What a dump reports while it runs; the command line draws it."""
+
+    def stage(self, what: str) -> None:
+        """A new stage began, for example loading the teacher."""
+
+    def advance(self, done: int, total: int, computed: int, num_bytes: int) -> None:
+        """`done` of `total` tokens are finished, `computed` of them in this run; the outputs hold `num_bytes`."""
+
+
+class Silent:
+    """Reports nothing."""
+
+    def stage(self, what: str) -> None:
+        pass
+
+    def advance(self, done: int, total: int, computed: int, num_bytes: int) -> None:
+        pass
+
+
+@dataclass
+class DumpReport:
+    """What a dump did.
+
+    Args:
+        tokens: tokens each cache holds.
+        computed_tokens: tokens this run put through the teacher; 0 when there was nothing left to do.
+        seconds: wall time of the capture loop, loading and tokenising not counted.
+        manifests: of the outputs, in their order.
+    """
+
+    tokens: int
+    computed_tokens: int
+    seconds: float
+    manifests: list[Manifest] = field(default_factory=list)
+
+
+def run_dump(options: DumpOptions, progress: Progress | None = None) -> DumpReport:
+    """Write, or finish, the caches that `options` asks for.
+
+    Raises:
+        UsageError, CorpusError, ModelError: the arguments, the corpus or the teacher are not usable.
+        PlanMismatchError: an output folder holds a cache begun with other arguments.
+        CacheError: an output cannot be written; what is committed stays, and the same call resumes.
+    """
+    progress = progress or Silent()
+    for output in options.outputs:
+        check_folder(Layout(output.root))
+    files = expand_paths(options.corpus)
+    progress.stage("loading the teacher")
+    teacher = TransformersTeacher.load(
+        options.teacher, options.gguf_file, options.dtype, options.device, options.trust_remote_code
+    )
+    for output in options.outputs:
+        output.selection.check_vocabulary(teacher.vocab_size)
+    teacher.check_block_length(options.block_length)
+    progress.stage("tokenising the corpus")
+    corpus = Corpus.prepare(options, files, teacher.tokenizer)
+    geometry = _geometry(options, corpus.num_tokens)
+    source = Path(options.teacher)
+    origin = Origin(teacher=str(source.resolve() if source.is_dir() else source), gguf_file=options.gguf_file)
+    writers = [
+        CacheWriter.open(output.root, _identity(options, output, teacher, corpus, geometry), origin)
+        for output in options.outputs
+    ]
+    return _capture_all(options, teacher, corpus, writers, progress)
+
+
+class Corpus:
+    """The token blocks of a dump, kept in a file in the first output's scratch folder until the dump is complete.
+
+    Resuming reuses that file; a finished dump run again needs no tokens and makes none.
+    """
+
+    def __init__(self, record: dict[str, Any], stored: TokenFile, block_length: int) -> None:
+        self.record, self._stored, self._block_length = record, stored, block_length
+
+    @classmethod
+    def prepare(cls, options: DumpOptions, files: Sequence[CorpusFile], tokenizer: Any) -> Corpus:
+        """Find the tokens that an earlier run left, or tokenise. Raises CorpusError."""
+        policy = resolve_policy(tokenizer, options.block_length, options.bos, options.eos)
+        inputs = {
+            "files": corpus_files_identity(files),
+            "packing": policy.to_dict(),
+            "text_field": options.text_field,
+            "max_tokens": options.max_tokens,
+        }
+        key = {**inputs, "tokenizer": models.tokenizer_identity(tokenizer)["sha256"]}
+        layout = Layout(options.outputs[0].root)
+        stored = TokenFile(layout.work)
+        facts = _facts_of_finished(options, inputs) or stored.find(key)
+        if facts is None:
+            facts = cls._tokenise(options, files, tokenizer, policy, stored, key)
+        return cls({**inputs, **facts}, stored, options.block_length)
+
+    @staticmethod
+    def _tokenise(
+        options: DumpOptions,
+        files: Sequence[CorpusFile],
+        tokenizer: Any,
+        policy: PackingPolicy,
+        stored: TokenFile,
+        key: dict[str, Any],
+    ) -> dict[str, Any]:
+        stored.prepare()
+        blocks = pack_to_file(
+            tokenizer, iter_documents(files, options.text_field), policy, stored.path, options.max_tokens
+        )
+        facts = {
+            "num_tokens": blocks.num_tokens,
+            "documents": blocks.documents,
+            "empty_documents": blocks.empty_documents,
+            "sha256": blocks.sha256,
+            # Attention runs over the whole block, across the documents in it.
+            "document_boundaries": "attended",
+        }
+        stored.record(key, facts)
+        return facts
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.record["num_tokens"])
+
+    def read(self, first: int, stop: int) -> NDArray[np.int64]:
+        """Blocks [first, stop) as int64 [B, L], padded at the corpus' end."""
+        return self._stored.read(first * self._block_length, stop * self._block_length).reshape(-1, self._block_length)
+
+
+def _facts_of_finished(options: DumpOptions, inputs: dict[str, Any]) -> dict[str, Any] | None:
+    """What tokenising gave, from the manifests, when every output is finished and was made from the same inputs."""
+    facts = None
+    for output in options.outputs:
+        layout = Layout(output.root)
+        if not layout.manifest.exists():
+            return None
+        corpus = load_document(layout.manifest, Manifest).identity.corpus
+        if any(corpus.get(name) != value for name, value in inputs.items()):
+            return None
+        facts = {name: value for name, value in corpus.items() if name not in inputs}
+    return facts
+
+
+def _geometry(options: DumpOptions, num_tokens: int) -> Geometry:
+    """Chunks of about 65,536 tokens, fewer where rows are long; units of about 1/32 of the corpus."""
+    length = options.block_length
+    widest = max(output.selection.size for output in options.outputs)
+    chunk_blocks = max(1, min(CHUNK_TOKENS, CHUNK_ENTRIES // widest) // length)
+    wanted = options.unit_tokens or min(max(num_tokens // 32, LEAST_UNIT_TOKENS), MOST_UNIT_TOKENS)
+    unit_blocks = max(1, wanted // length)
+    if unit_blocks >= chunk_blocks:
+        unit_blocks -= unit_blocks % chunk_blocks
+    return Geometry(
+        num_tokens=num_tokens,
+        block_length=length,
+        chunk_blocks=min(chunk_blocks, unit_blocks),
+        unit_blocks=unit_blocks,
+    )
+
+
+def _identity(
+    options: DumpOptions, output: Output, teacher: TransformersTeacher, corpus: Corpus, geometry: Geometry
+) -> Identity:
+    selection = output.selection
+    codec: RowCodec = CountsCodec(selection.draws) if selection.unbiased else LogprobCodec()
+    return Identity(
+        teacher=teacher.identity(),
+        tokenizer=models.tokenizer_identity(teacher.tokenizer),
+        vocab_size=teacher.vocab_size,
+        corpus=corpus.record,
+        selection=selection.to_dict(),
+        seed=options.seed,
+        codec=codec.to_dict(),
+        geometry=geometry,
+    )
+
+
+def _capture_all(
+    options: DumpOptions,
+    teacher: TransformersTeacher,
+    corpus: Corpus,
+    writers: list[CacheWriter],
+    progress: Progress,
+) -> DumpReport:
+    geometry = writers[0].geometry
+    pending = {id(writer): set(writer.pending_units()) for writer in writers}
+    todo = sorted(set().union(*pending.values()))
+    meter = _Meter(geometry, todo, progress)
+    progress.stage("running the teacher" if todo else "nothing left to compute")
+    started = time.perf_counter()
+    for unit in todo:
+        wanting = [
+            (writer, output.selection)
+            for writer, output in zip(writers, options.outputs, strict=True)
+            if unit in pending[id(writer)]
+        ]
+        _capture_unit(options, teacher, corpus, unit, wanting, meter)
+    seconds = time.perf_counter() - started
+    manifests = [
+        load_document(writer.layout.manifest, Manifest) if writer.complete else writer.finalize() for writer in writers
+    ]
+    return DumpReport(geometry.num_tokens, meter.computed, seconds, manifests)
+
+
+def _capture_unit(
+    options: DumpOptions,
+    teacher: TransformersTeacher,
+    corpus: Corpus,
+    unit: int,
+    wanting: list[tuple[CacheWriter, Selection]],
+    meter: _Meter,
+) -> None:
+    """Compute one unit and commit it to every output that lacks it."""
+    started = time.perf_counter()
+    geometry = wanting[0][0].geometry
+    first, stop = geometry.unit_range(unit)
+    chunks: list[list[Planes]] = [[] for _ in wanting]
+    for begin in range(first, stop, geometry.chunk_blocks):
+        end = min(begin + geometry.chunk_blocks, stop)
+        tokens = corpus.read(begin, end)
+        rows = _capture_chunk(options, teacher, tokens, begin, geometry, [selection for _, selection in wanting], meter)
+        real = tokens.reshape(-1)[: geometry.tokens_in(begin, end)]
+        for (writer, _), targets, planes in zip(wanting, rows, chunks, strict=True):
+            if writer.ranks() is None:
+                # The cache's first chunk is the pilot that orders ids by frequency.
+                writer.publish_ranks(targets.ids)
+            planes.append(writer.encode(real, targets))
+    seconds = time.perf_counter() - started
+    for (writer, _), planes in zip(wanting, chunks, strict=True):
+        meter.committed(writer.commit_unit(unit, planes, seconds=seconds))
+
+
+def _capture_chunk(
+    options: DumpOptions,
+    teacher: TransformersTeacher,
+    tokens: NDArray[np.int64],
+    first_block: int,
+    geometry: Geometry,
+    selections: Sequence[Selection],
+    meter: _Meter,
+) -> list[SparseTargets]:
+    batch_blocks = max(1, options.batch_tokens // options.block_length)
+    parts: list[list[SparseTargets]] = [[] for _ in selections]
+    for start in range(0, tokens.shape[0], batch_blocks):
+        batch = tokens[start : start + batch_blocks]
+        begin = first_block + start
+        num_rows = geometry.tokens_in(begin, begin + batch.shape[0])
+        for part, targets in zip(
+            parts, capture_blocks(teacher, batch, begin, num_rows, selections, options.seed), strict=True
+        ):
+            part.append(targets)
+        meter.computed_rows(num_rows)
+    return [SparseTargets.concatenate(part) for part in parts]
+
+
+class _Meter:
+    """Counts tokens and bytes and passes them on."""
+
+    def __init__(self, geometry: Geometry, todo: list[int], progress: Progress) -> None:
+        self._total, self._progress = geometry.num_tokens, progress
+        self._before = self._total - sum(geometry.tokens_in(*geometry.unit_range(unit)) for unit in todo)
+        self.computed = self._bytes = 0
+
+    def computed_rows(self, rows: int) -> None:
+        self.computed += rows
+        self._tell()
+
+    def committed(self, num_bytes: int) -> None:
+        self._bytes += num_bytes
+        self._tell()
+
+    def _tell(self) -> None:
+        self._progress.advance(self._before + self.computed, self._total, self.computed, self._bytes)

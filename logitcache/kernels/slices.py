@@ -1,0 +1,121 @@
+"""Slices of the vocabulary: how wide they are, and the tile of logits [N, W] each of them makes.
+
+Legend: N rows (token positions), D width, V rows of the head, W columns of a slice, K gathered ids per row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from logitcache.kernels.head import HeadOptions
+
+# Bytes of one tile of logits.
+TILE_BYTES = 64 << 20
+# Narrower slices starve the matrix product, whatever memory they save.
+MIN_COLUMNS = 1024
+
+
+def slice_columns(rows: int, columns: int, override: int | None = None) -> int:
+    """Width W of the slices for `rows` positions and `columns` tokens; `override` is only kept within [1, columns]."""
+    width = max(TILE_BYTES // (4 * max(rows, 1)), MIN_COLUMNS) if override is None else override
+    return max(1, min(width, columns))
+
+
+def product_dtype(hidden: torch.Tensor, weight: torch.Tensor, accumulate: torch.dtype) -> torch.dtype:
+    """Type of the operands of the matrix products.
+
+    CUDA multiplies half-precision operands into float32 results (`torch.mm(..., out_dtype=)`, PyTorch 2.8 and later);
+    everywhere else the operands are widened, so that logits are never rounded to half precision.
+    """
+    halves = (torch.float16, torch.bfloat16)
+    if hidden.device.type != "cuda" or accumulate != torch.float32 or "dtype" not in torch.ops.aten.mm.overloads():
+        return accumulate
+    if torch.is_autocast_enabled("cuda"):
+        autocast = torch.get_autocast_dtype("cuda")
+        return autocast if autocast in halves else accumulate
+    found = {tensor.dtype for tensor in (hidden, weight) if tensor.dtype in halves}
+    return found.pop() if len(found) == 1 else accumulate
+
+
+def matmul_into(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """out = a @ b, accumulated in float32 or wider whatever the operands' type."""
+    if a.dtype == out.dtype:
+        return torch.mm(a, b, out=out)
+    return torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One slice: columns [start, stop), its tile and the flat places of the row's ids in the tile.
+
+    `flat` is the tile's memory with one element more. Ids outside the slice, and padding, point at that element,
+    so that no mask has to be counted (which would stall a GPU) and no [N, W] mask is ever made.
+    """
+
+    start: int
+    stop: int
+    weight_WD: torch.Tensor
+    flat: torch.Tensor
+    tile_NW: torch.Tensor
+    inside_NK: torch.Tensor
+    places_NK: torch.Tensor
+
+    def gather(self, kept_NK: torch.Tensor) -> torch.Tensor:
+        """`kept_NK`, with the entries inside this slice replaced by the tile's."""
+        return torch.where(self.inside_NK, self.flat.take(self.places_NK), kept_NK)
+
+    def overwrite_(self, values_NK: torch.Tensor | float) -> None:
+        """Write values at the row's ids; entries outside the slice are dropped."""
+        if isinstance(values_NK, torch.Tensor):
+            self.flat.scatter_(0, self.places_NK.view(-1), values_NK.reshape(-1))
+        else:
+            self.flat.scatter_(0, self.places_NK.view(-1), values_NK)
+
+
+class Slicer:
+    """Walks over the vocabulary and hands out tiles of finished logits in one reused buffer."""
+
+    def __init__(
+        self,
+        hidden_ND: torch.Tensor,
+        weight_VD: torch.Tensor,
+        ids_NK: torch.Tensor,
+        head: HeadOptions,
+        dtype: torch.dtype,
+        operand_dtype: torch.dtype,
+        width: int | None,
+    ) -> None:
+        self.weight_VD, self.ids_NK, self.head, self.operand_dtype = weight_VD, ids_NK, head, operand_dtype
+        self.hidden_ND = hidden_ND.to(operand_dtype)
+        self.rows, self.columns = int(hidden_ND.shape[0]), head.columns(weight_VD)
+        self.width = slice_columns(self.rows, self.columns, width)
+        self.buffer = torch.empty(self.rows * self.width + 1, dtype=dtype, device=hidden_ND.device)
+        self.row_offset_N1 = torch.arange(self.rows, device=hidden_ND.device)[:, None]
+
+    def __iter__(self) -> Iterator[Slice]:
+        """The slices in order, with empty tiles: the caller fills them with `fill` if it needs the logits."""
+        for start in range(0, self.columns, self.width):
+            stop = min(start + self.width, self.columns)
+            width = stop - start
+            flat = self.buffer[: self.rows * width + 1]
+            inside_NK = (self.ids_NK >= start) & (self.ids_NK < stop)
+            places_NK = self.row_offset_N1 * width + (self.ids_NK - start)
+            yield Slice(
+                start=start,
+                stop=stop,
+                weight_WD=self.weight_VD[start:stop].to(self.operand_dtype),
+                flat=flat,
+                tile_NW=flat[:-1].view(self.rows, width),
+                inside_NK=inside_NK,
+                places_NK=torch.where(inside_NK, places_NK, self.rows * width),
+            )
+
+    def fill(self, part: Slice) -> torch.Tensor:
+        """Write the slice's logits into its tile and return the tile."""
+        matmul_into(self.hidden_ND, part.weight_WD.T, part.tile_NW)
+        if self.head.bias is not None:
+            part.tile_NW.add_(self.head.bias[part.start : part.stop])
+        return self.head.cap_(part.tile_NW)

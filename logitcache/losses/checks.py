@@ -1,0 +1,87 @@
+"""Checks of what a user hands to the losses. Values are read on CPU only: on a GPU that would stall it.
+
+Legend: N rows (token positions), K stored ids per row.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from logitcache.errors import ObjectiveError, TargetsError
+from logitcache.targets import DeviceTargets, SparseTargets
+
+
+def check_labels(labels: torch.Tensor, hidden_ND: torch.Tensor) -> None:
+    """Raise ObjectiveError unless labels is int64 [N] on hidden's device."""
+    if not isinstance(labels, torch.Tensor) or labels.dtype != torch.int64:
+        found = labels.dtype if isinstance(labels, torch.Tensor) else type(labels).__name__
+        raise ObjectiveError(f"labels is {found}; it must be an int64 tensor")
+    if labels.shape != hidden_ND.shape[:1]:
+        raise ObjectiveError(f"labels has shape {tuple(labels.shape)}, but hidden has {hidden_ND.shape[0]} rows")
+    if labels.device != hidden_ND.device:
+        raise ObjectiveError(f"labels is on {labels.device}, but hidden is on {hidden_ND.device}; move one of them")
+
+
+def check_label_values(labels_N: torch.Tensor, counted_N: torch.Tensor, columns: int) -> None:
+    """Raise ObjectiveError if a counted label is not a token of the head."""
+    if labels_N.device.type != "cpu":
+        return
+    bad_N = counted_N & ((labels_N < 0) | (labels_N >= columns))
+    if bool(bad_N.any()):
+        row = int(bad_N.nonzero()[0])
+        raise ObjectiveError(
+            f"labels holds {int(labels_N[row])} in row {row}, but the head has {columns} valid columns; use "
+            "ignore_index for rows that do not count"
+        )
+
+
+def device_targets(
+    targets: SparseTargets | DeviceTargets | None, hidden_ND: torch.Tensor, columns: int
+) -> DeviceTargets:
+    """The targets as padded tensors on hidden's device, checked against the batch and the head."""
+    if targets is None:
+        raise ObjectiveError(
+            "targets is None, but the objective reads them; pass targets, or Objective.cross_entropy()"
+        )
+    if not isinstance(targets, SparseTargets | DeviceTargets):
+        raise TargetsError(f"targets is a {type(targets).__name__}; pass SparseTargets or DeviceTargets")
+    if len(targets) != hidden_ND.shape[0]:
+        raise TargetsError(f"targets has {len(targets)} rows, but hidden has {hidden_ND.shape[0]}")
+    if isinstance(targets, SparseTargets):
+        targets.check_vocabulary(columns)
+        return targets.to_device(hidden_ND.device)
+    _check_tensors(targets, hidden_ND)
+    if hidden_ND.device.type == "cpu":
+        _check_values(targets, columns)
+    return targets
+
+
+def _check_tensors(targets: DeviceTargets, hidden_ND: torch.Tensor) -> None:
+    rows = int(hidden_ND.shape[0])
+    if targets.ids.ndim != 2 or targets.ids.dtype != torch.int64:
+        raise TargetsError(f"targets.ids is {targets.ids.dtype} {tuple(targets.ids.shape)}; it must be int64 [N, K]")
+    for name, shape in (("weights", tuple(targets.ids.shape)), ("tail_mass", (rows,)), ("entropy", (rows,))):
+        value = getattr(targets, name)
+        if tuple(value.shape) != shape or not value.dtype.is_floating_point:
+            raise TargetsError(
+                f"targets.{name} is {value.dtype} {tuple(value.shape)}; it must be floating point with shape {shape}"
+            )
+    for name in ("ids", "weights", "tail_mass", "entropy"):
+        if getattr(targets, name).device != hidden_ND.device:
+            raise TargetsError(
+                f"targets.{name} is on {getattr(targets, name).device}, but hidden is on {hidden_ND.device}; build "
+                "them with SparseTargets.to_device(hidden.device)"
+            )
+
+
+def _check_values(targets: DeviceTargets, columns: int) -> None:
+    ids_NK, weights_NK, tail_N = targets.ids, targets.weights, targets.tail_mass
+    ascending = (ids_NK[:, 1:] > ids_NK[:, :-1]) & (ids_NK[:, :-1] >= 0)
+    for bad, what in (
+        ((ids_NK < -1) | (ids_NK >= columns), f"targets.ids holds an id outside the head's {columns} valid columns"),
+        (~(ascending | (ids_NK[:, 1:] == -1)), "targets.ids is not ascending and unique, with padding (-1) at the end"),
+        (~(weights_NK >= 0) | torch.isinf(weights_NK), "targets.weights holds a weight that is negative or not finite"),
+        (~((tail_N >= 0) & (tail_N <= 1)), "targets.tail_mass is outside [0, 1]"),
+    ):
+        if bool(bad.any()):
+            raise TargetsError(f"{what} (row {int(bad.nonzero()[0, 0])})")

@@ -1,0 +1,57 @@
+"""The scratch file of token ids a dump works from: int32, little-endian, with a record of what it was made from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from logitcache.errors import CacheError
+from logitcache.store.files import checked_json, digest, read_checked_json, replace, sha256_of_file, write_temporary
+from logitcache.store.layout import writing
+
+
+class TokenFile:
+    """`tokens.bin` and `tokens.json` in a scratch folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.path = folder / "tokens.bin"
+        self._record_path = folder / "tokens.json"
+        self._mapped: NDArray[np.int32] | None = None
+
+    def prepare(self) -> None:
+        """Make the folder, and remove a record that the coming file would contradict."""
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._record_path.unlink(missing_ok=True)
+
+    def record(self, key: dict[str, Any], facts: dict[str, Any]) -> None:
+        """Note that the file is whole, what it was made from and what is known of it."""
+        data = checked_json({"key": digest(key), "facts": facts, "file_sha256": sha256_of_file(self.path)})
+        with writing(self.folder):
+            replace(write_temporary(self.folder, "tokens.json", lambda path: _write(path, data)), self._record_path)
+
+    def find(self, key: dict[str, Any]) -> dict[str, Any] | None:
+        """The facts of a whole file made from `key`, or None."""
+        if not (self._record_path.exists() and self.path.exists()):
+            return None
+        try:
+            stored = read_checked_json(self._record_path)
+        except CacheError:
+            return None
+        if stored["key"] != digest(key) or stored["file_sha256"] != sha256_of_file(self.path):
+            return None
+        return dict(stored["facts"])
+
+    def read(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Tokens [start, stop) as int64."""
+        if self._mapped is None:
+            self._mapped = np.memmap(self.path, dtype="<i4", mode="r")
+        return np.asarray(self._mapped[start:stop], dtype=np.int64)
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.write_bytes(data)

@@ -1,0 +1,113 @@
+"""Blocks in, sparse rows out: one teacher forward, its head in slices, any number of selections on each slice.
+
+Legend: B blocks of L tokens, R real rows (positions before the corpus' end), n rows of a slice, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from logitcache.errors import ModelError
+from logitcache.selection import Selection, block_uniforms
+from logitcache.selection.select import Distribution, select
+from logitcache.targets import SparseTargets
+
+# Softmax, entropy and selection walk their rows several times: on a CPU the rows should stay in its caches.
+_CPU_STATISTICS_BYTES = 12 << 20
+
+
+class Teacher(Protocol):
+    """What capturing needs of a teacher; `TransformersTeacher` is one."""
+
+    vocab_size: int
+    device: torch.device
+
+    def hidden(self, tokens: NDArray[np.int64]) -> torch.Tensor:
+        """Last hidden states [B * L, D] of blocks [B, L]."""
+
+    def logits(self, hidden_rows: torch.Tensor) -> torch.Tensor:
+        """float32 logits [n, V] of hidden states [n, D]."""
+
+    def row_slices(self, n_rows: int) -> Iterator[slice]:
+        """Slices of rows whose logits fit the memory budget."""
+
+
+@torch.inference_mode()
+def capture_blocks(
+    teacher: Teacher,
+    tokens_BL: NDArray[np.int64],
+    first_block: int,
+    num_rows: int,
+    selections: Sequence[Selection],
+    seed: int,
+) -> list[SparseTargets]:
+    """The teacher's distributions at the first `num_rows` positions of consecutive blocks, once for each selection.
+
+    Args:
+        teacher: the teacher.
+        tokens_BL: int64 [B, L]; positions from `num_rows` on (row-major) are padding.
+        first_block: number of the first block; together with `seed` it determines what is sampled.
+        num_rows: R.
+        selections: what to keep; each gives one SparseTargets of R rows.
+        seed: of the sampled selections.
+
+    Raises:
+        ModelError: a logit is NaN or +inf; the message names block and position.
+    """
+    blocks, length = tokens_BL.shape
+    labels_R = torch.from_numpy(_labels(tokens_BL, num_rows))
+    uniforms = [
+        block_uniforms(seed, range(first_block, first_block + blocks), length, selection.draws)
+        if selection.draws
+        else None
+        for selection in selections
+    ]
+    hidden_RD = teacher.hidden(tokens_BL)[:num_rows]
+    parts: list[list[SparseTargets]] = [[] for _ in selections]
+    label_logprobs, entropies = [], []
+    for rows, logits_nV in _logit_slices(teacher, hidden_RD):
+        dist = Distribution.from_logits(logits_nV)
+        _check_finite(dist, first_block * length + rows.start, length)
+        label_logprobs.append(dist.label_logprob(labels_R[rows].to(logits_nV.device)).cpu())
+        entropies.append(dist.entropy().cpu())
+        for selection, uniform, part in zip(selections, uniforms, parts, strict=True):
+            part.append(select(selection, dist, None if uniform is None else uniform[rows]))
+    label_logprob, entropy = torch.cat(label_logprobs).numpy(), torch.cat(entropies).numpy()
+    return [
+        SparseTargets.concatenate(part).with_columns(label_logprob=label_logprob, entropy=entropy) for part in parts
+    ]
+
+
+def _logit_slices(teacher: Teacher, hidden_RD: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Logits of a large slice are made at once, because a matrix product likes many rows, and handed on in pieces."""
+    piece = max(1, _CPU_STATISTICS_BYTES // (4 * teacher.vocab_size))
+    for outer in teacher.row_slices(hidden_RD.shape[0]):
+        logits_nV = teacher.logits(hidden_RD[outer])
+        step = piece if teacher.device.type == "cpu" else logits_nV.shape[0]
+        for start in range(0, logits_nV.shape[0], step):
+            stop = min(start + step, logits_nV.shape[0])
+            yield slice(outer.start + start, outer.start + stop), logits_nV[start:stop]
+
+
+def _labels(tokens_BL: NDArray[np.int64], num_rows: int) -> NDArray[np.int64]:
+    """int64 [R]: the next token inside the same block, -1 where there is none."""
+    labels = np.full(tokens_BL.shape, -1, dtype=np.int64)
+    labels[:, :-1] = tokens_BL[:, 1:]
+    flat = labels.reshape(-1)[:num_rows]
+    flat[-1] = -1
+    return flat
+
+
+def _check_finite(dist: Distribution, first_row: int, length: int) -> None:
+    bad = ~torch.isfinite(dist.lse)
+    if bool(bad.any()):
+        block, position = divmod(first_row + int(bad.nonzero()[0]), length)
+        raise ModelError(
+            f"the teacher's logits hold NaN or infinity at block {block}, position {position}; try --dtype float32, "
+            "or check the model's weights"
+        )

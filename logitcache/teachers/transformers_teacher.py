@@ -1,0 +1,153 @@
+"""A teacher that transformers runs in this process.
+
+Legend: B blocks of L tokens, N = B * L rows, D width of the hidden state, V rows of the LM head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from numpy.typing import NDArray
+
+from logitcache import models
+from logitcache.errors import ModelError
+
+# Logits of one slice of rows: small enough for the caches and memory of a laptop, large enough to keep a GPU busy.
+_CPU_LOGITS_BYTES = 64 << 20
+_CUDA_LOGITS_BYTES = 1 << 30
+_LEAST_ROWS = 16
+
+
+class TransformersTeacher:
+    """A causal language model with its tokenizer; build it with `load`.
+
+    Attributes:
+        model, tokenizer: as loaded.
+        head: the `LMHead` that makes logits of hidden states.
+        device: torch.device of all weights.
+        vocab_size: V, rows of the LM head; the softmax runs over all of them, as in the model itself.
+        valid_vocab: ids that may be selected or be labels lie below this; rows above it are padding of the head.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, model_identity: dict[str, Any]) -> None:
+        models.check_split(model)
+        self.model, self.tokenizer = model, tokenizer
+        self._model_identity = model_identity
+        _, self.head = models.split_model(model)
+        self.device: torch.device = self.head.weight.device
+        self.vocab_size = int(self.head.weight.shape[0])
+        self._config = model.config.get_text_config()
+        self.valid_vocab = min(self.vocab_size, max(len(tokenizer), int(self._config.vocab_size)))
+        self._embedded = int(model.get_input_embeddings().weight.shape[0])
+
+    @classmethod
+    def load(
+        cls,
+        source: str | Path,
+        gguf_file: str | None = None,
+        dtype: str = "auto",
+        device: str = "auto",
+        trust_remote_code: bool = False,
+        tokenizer: str | Path | None = None,
+    ) -> TransformersTeacher:
+        """Load and check a teacher; arguments as `models.load_model`.
+
+        Args:
+            tokenizer: folder or hub id of the tokenizer, if it is not beside the model.
+
+        Raises:
+            UsageError: an unknown dtype or device.
+            ModelError: model or tokenizer cannot be loaded, or the architecture is not understood.
+        """
+        if tokenizer is None:
+            loaded_tokenizer = models.load_tokenizer(source, gguf_file, trust_remote_code)
+        else:
+            loaded_tokenizer = models.load_tokenizer(tokenizer, trust_remote_code=trust_remote_code)
+        model = models.load_model(source, gguf_file, dtype, device, trust_remote_code)
+        return cls(model, loaded_tokenizer, models.model_identity(source, gguf_file))
+
+    def identity(self) -> dict[str, Any]:
+        """What determines the teacher's numbers, ready for JSON: model files, dtype, attention and versions."""
+        return {
+            **self._model_identity,
+            "dtype": str(self.head.weight.dtype).removeprefix("torch."),
+            "attention": str(getattr(self._config, "_attn_implementation", None)),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
+
+    def check_block_length(self, block_length: int) -> None:
+        """Raise ModelError if blocks of `block_length` tokens do not fit into the teacher's context."""
+        for field in ("max_position_embeddings", "max_seq_len"):
+            longest = getattr(self._config, field, None)
+            if isinstance(longest, int) and 0 < longest < block_length:
+                raise ModelError(
+                    f"blocks of {block_length} tokens are longer than the teacher's context of {longest}; "
+                    f"choose a block length of at most {longest}"
+                )
+
+    @torch.inference_mode()
+    def hidden(self, tokens: NDArray[np.integer[Any]] | torch.Tensor) -> torch.Tensor:
+        """Last hidden states [B * L, D], row-major, in the model's dtype, of blocks [B, L] of token ids.
+
+        Padding may only end a block: attention is causal, so it changes nothing before it.
+
+        Raises:
+            ModelError: an id that the model does not embed; the message gives its block and position.
+        """
+        ids = torch.from_numpy(np.array(tokens, dtype=np.int64)) if isinstance(tokens, np.ndarray) else tokens.long()
+        self._check_ids(ids)
+        hidden = models.body_hidden(self.model, ids.to(self.device))
+        return hidden.reshape(-1, hidden.shape[-1])
+
+    @torch.inference_mode()
+    def logits(self, hidden_rows: torch.Tensor) -> torch.Tensor:
+        """Logits float32 [n, V] of hidden states [n, D]; keep n to what `row_slices` gives."""
+        return models.head_logits(hidden_rows, self.head)
+
+    def row_slices(self, n_rows: int, budget_bytes: int | None = None) -> Iterator[slice]:
+        """Slices that cover `n_rows` rows; the float32 logits of each take at most `budget_bytes`, or 16 rows.
+
+        Args:
+            budget_bytes: by default 64 MiB on CPU, 1 GiB on CUDA.
+        """
+        if budget_bytes is None:
+            budget_bytes = _CPU_LOGITS_BYTES if self.device.type == "cpu" else _CUDA_LOGITS_BYTES
+        rows = max(_LEAST_ROWS, budget_bytes // (self.vocab_size * 4))
+        for start in range(0, n_rows, rows):
+            yield slice(start, min(start + rows, n_rows))
+
+    def _check_ids(self, ids: torch.Tensor) -> None:
+        wrong = (ids < 0) | (ids >= self._embedded)
+        if bool(wrong.any()):
+            block, position = (int(index) for index in wrong.nonzero()[0])
+            raise ModelError(
+                f"token id {int(ids[block, position])} at block {block} of this batch, position {position}, is outside "
+                f"the teacher's {self._embedded} embeddings; use the tokenizer that belongs to the teacher"
+            )
+
+
+def check_finite(logits: torch.Tensor, block_length: int, first_row: int = 0, num_rows: int | None = None) -> None:
+    """Raise ModelError, naming block and position, if a row of logits holds NaN or an infinity.
+
+    Args:
+        logits: float32 [n, V].
+        block_length: L.
+        first_row: row-major position, over the whole corpus, of the first row of `logits`.
+        num_rows: check only so many rows (those after them are padding).
+    """
+    logits = logits[:num_rows]
+    # One pass without an [n, V] mask. A sum of finite logits could overflow, so suspects are looked at again.
+    suspects = (~torch.isfinite(logits.sum(dim=-1))).nonzero().flatten()
+    bad = [int(row) for row in suspects if not bool(torch.isfinite(logits[row]).all())]
+    if bad:
+        block, position = divmod(first_row + bad[0], block_length)
+        raise ModelError(
+            f"the teacher's logits are not finite at block {block}, position {position} "
+            f"({len(bad)} such positions in this slice); run it with --dtype float32 or bfloat16"
+        )

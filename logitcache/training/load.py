@@ -1,0 +1,73 @@
+"""Student folders and configs -> models that fit a cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import yaml
+
+from logitcache import models
+from logitcache.errors import ModelError, TrainingError
+from logitcache.store import Cache
+
+
+def load_student(source: str, cache: Cache, tokenizer: Any, seed: int) -> Any:
+    """A student from a model folder, or with random weights from a YAML/JSON file of a transformers config.
+
+    A config without `vocab_size` gets the teacher's. Raises ModelError or TrainingError when it does not fit the cache.
+    """
+    path = Path(source)
+    if path.is_dir() or not path.suffix:
+        student = models.load_model(source, dtype="float32", device="cpu")
+        _check_student_tokenizer(path, cache)
+    else:
+        student = _from_config(path, cache, tokenizer, seed)
+    rows = student.get_output_embeddings().weight.shape[0]
+    if rows < cache.vocab_size:
+        raise TrainingError(
+            f"the student {source} has a vocabulary of {rows} ids, the cache holds ids up to {cache.vocab_size - 1}; "
+            f"use a student of at least {cache.vocab_size} ids and the teacher's tokenizer"
+        )
+    longest = getattr(student.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(longest, int) and longest < cache.block_length:
+        raise TrainingError(
+            f"the student {source} takes {longest} positions, the cache's blocks have {cache.block_length} tokens; "
+            "raise max_position_embeddings or dump with a smaller --block-length"
+        )
+    return student
+
+
+def _from_config(path: Path, cache: Cache, tokenizer: Any, seed: int) -> Any:
+    try:
+        values = yaml.safe_load(path.read_text())
+        if not isinstance(values, dict) or "model_type" not in values:
+            raise ModelError(f"{path} names no model_type; write a transformers config, for example model_type: llama")
+        values.setdefault("vocab_size", cache.vocab_size)
+        if tokenizer is not None:
+            # Ids of special tokens come from the cache's tokenizer; a config class's own may not exist in it.
+            for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+                values.setdefault(name, getattr(tokenizer, name))
+        config = transformers.AutoConfig.for_model(**values)
+        torch.manual_seed(seed)
+        return transformers.AutoModelForCausalLM.from_config(config)
+    except OSError as error:
+        raise ModelError(f"the student config {path} cannot be read ({error.strerror}); check the path") from error
+    except (yaml.YAMLError, ValueError, TypeError, KeyError, UnicodeDecodeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(f"the student config {path} is not a usable transformers config: {reason}") from error
+
+
+def _check_student_tokenizer(folder: Path, cache: Cache) -> None:
+    """A student folder that brings a tokenizer must bring the cache's."""
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+        return
+    found = models.tokenizer_identity(models.load_tokenizer(folder))["sha256"]
+    wanted = cache.manifest.identity.tokenizer.get("sha256")
+    if found != wanted:
+        raise TrainingError(
+            f"the student {folder} has a tokenizer with hash {found[:12]}, the cache was made with "
+            f"{str(wanted)[:12]}; use a student with the teacher's tokenizer"
+        )

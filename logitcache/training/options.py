@@ -1,0 +1,75 @@
+"""Options of a training run, as the command line, `--config` files and run.json spell them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from logitcache.errors import UsageError
+
+
+class TrainOptions(BaseModel):
+    """Everything `logitcache train` can be told; also the form of `--config` files.
+
+    Sizes are in tokens, rounded to whole blocks of the cache. `epochs`, `max_tokens` and `max_steps` each bound the
+    run; the last one given in that order wins.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    cache: str
+    student: str
+    out: str
+    objective: Literal["auto", "forward-kl", "cross-entropy"] = "auto"
+    tail: Literal["auto", "bucket", "renormalised", "unnormalised", "label", "unbiased"] = "auto"
+    alpha: float = Field(0.9, ge=0, le=1)
+    temperature: float = Field(1.0, gt=0)
+    alpha_schedule: Literal["constant", "linear", "wsd"] = "constant"
+    alpha_warmup: float = Field(0.1, ge=0, le=1)
+    alpha_decay: float = Field(0.2, ge=0, le=1)
+    epochs: float = Field(1.0, gt=0)
+    max_tokens: int | None = Field(None, ge=1)
+    max_steps: int | None = Field(None, ge=1)
+    batch_tokens: int = Field(4096, ge=1)
+    accumulate: int = Field(1, ge=1)
+    learning_rate: float = Field(1e-3, gt=0)
+    lr_schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    warmup: float = Field(0.05, ge=0, le=1)
+    weight_decay: float = Field(0.1, ge=0)
+    max_grad_norm: float = Field(1.0, ge=0)
+    held_out: float = Field(0.05, ge=0, lt=1)
+    held_out_cache: str | None = None
+    eval_tokens: int = Field(16384, ge=1)
+    eval_text: tuple[str, ...] = ()
+    eval_every: int | None = Field(None, ge=1)
+    save_every: int | None = Field(None, ge=1)
+    log_every: int = Field(10, ge=1)
+    tokenizer: str | None = None
+    seed: int = Field(0, ge=0, lt=2**32)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    impl: Literal["auto", "reference", "split"] = "auto"
+    report_to: tuple[str, ...] = ()
+
+    @classmethod
+    def build(cls, values: dict[str, Any]) -> TrainOptions:
+        """Validate. Raises UsageError that names the key, suggests the nearest one, or says what is out of range."""
+        for key in values:
+            if key not in cls.model_fields:
+                raise UsageError(_unknown_key(key, cls.model_fields))
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(str(part) for part in first["loc"])
+            given = "" if first["type"] == "missing" else f" ({first['input']!r} was given)"
+            raise UsageError(f"{key.replace('_', '-')}: {first['msg']}{given}") from error
+
+
+def _unknown_key(key: str, known: Iterable[str]) -> str:
+    nearest = difflib.get_close_matches(key, list(known), n=1)
+    hint = f"did you mean {nearest[0]!r}?" if nearest else f"the keys are {', '.join(sorted(known))}"
+    return f"there is no option {key!r}; {hint}"

@@ -1,0 +1,113 @@
+"""What a run leaves behind besides weights: metrics.jsonl, whole checkpoints only, and a picture of its losses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+COMPLETE = "logitcache_reader.json"
+
+
+class MetricsLog:
+    """metrics.jsonl: one line for each logged step. Resuming drops lines from after the checkpoint."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def cut(self, last_step: int) -> None:
+        """Forget everything after `last_step`."""
+        kept = [row for row in self.rows() if row["step"] <= last_step]
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+
+    def append(self, row: dict[str, Any]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All lines; one that a kill left half-written is left out."""
+        rows = []
+        for line in self.path.read_text().splitlines() if self.path.exists() else []:
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+        return rows
+
+
+class RecordCallback(TrainerCallback):
+    """Writes metrics, marks whole checkpoints with the reader's state, and tells `progress` about each step.
+
+    Args:
+        metrics: where logged values go.
+        reader_state: global step -> state of the reader after it.
+        progress: called as progress(step, total_steps, latest metrics).
+    """
+
+    def __init__(
+        self,
+        metrics: MetricsLog,
+        reader_state: Callable[[int], dict[str, Any]],
+        progress: Callable[[int, int, dict[str, float]], None],
+    ) -> None:
+        self._metrics, self._reader_state, self._progress = metrics, reader_state, progress
+        self._latest: dict[str, float] = {}
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        values = {name: value for name, value in (logs or {}).items() if name not in ("total_flos", "epoch")}
+        if "train_runtime" in values or not state.is_world_process_zero:
+            return
+        self._metrics.append({"step": state.global_step, **values})
+        self._latest |= values
+        self._progress(state.global_step, state.max_steps, self._latest)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._progress(state.global_step, state.max_steps, self._latest)
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        # Trainer writes a checkpoint file by file; this one comes last, so a folder that has it is whole.
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        temporary = folder / f"{COMPLETE}.tmp"
+        temporary.write_text(json.dumps(self._reader_state(state.global_step)))
+        temporary.replace(folder / COMPLETE)
+
+
+def last_whole_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint that was written completely, with its reader state; half-written ones are removed."""
+    whole: list[tuple[int, Path]] = []
+    for path in folder.glob("checkpoint-*"):
+        if (path / COMPLETE).exists():
+            whole.append((int(path.name.rpartition("-")[2]), path))
+        else:
+            shutil.rmtree(path)
+    if not whole:
+        return None
+    newest = max(whole)[1]
+    return newest, json.loads((newest / COMPLETE).read_text())
+
+
+def plot_losses(rows: list[dict[str, Any]], path: Path, title: str) -> None:
+    """A PNG of training loss, cross entropy and divergence, and of the held-out values, against optimiser steps."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for name, label, style in (
+        ("ce", "training cross entropy", "-"),
+        ("divergence", "training divergence", "-"),
+        ("eval_ce", "held-out cross entropy", "o--"),
+        ("eval_kl", "held-out KL from the teacher", "o--"),
+        ("eval_other_ce", "other domain, cross entropy", "s:"),
+    ):
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, markersize=4, linewidth=1.4)
+    axes.set(xlabel="optimiser step", ylabel="nats per token", title=title)
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend(frameon=False, fontsize=9)
+    figure.savefig(path, dpi=130)

@@ -1,0 +1,158 @@
+"""transformers.Trainer with the fused distillation loss: the logits [B, L, V] never exist."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import Trainer, TrainingArguments
+
+from logitcache.losses import DistillationTerms, Objective
+from logitcache.targets import DeviceTargets
+from logitcache.training.schedules import AlphaSchedule
+from logitcache.training.student import DistillationCall, attach_distillation
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True)
+class DistillationSettings:
+    """What is minimised.
+
+    Args:
+        objective: the divergence, or `Objective.cross_entropy()` to train on labels alone.
+        alpha: weight of the divergence over the run.
+        temperature: of the divergence.
+        unbiased: whether the batches' targets are unbiased samples.
+        impl: of the loss: "auto", "reference" or "split".
+    """
+
+    objective: Objective
+    alpha: AlphaSchedule = field(default_factory=AlphaSchedule)
+    temperature: float = 1.0
+    unbiased: bool = False
+    impl: str = "auto"
+
+    @property
+    def labels_only(self) -> bool:
+        """Whether the teacher's rows are not read at all."""
+        return self.objective.kind == "cross_entropy" or (self.alpha.kind == "constant" and self.alpha.peak == 0)
+
+
+class DistillationTrainer(Trainer):
+    """Trains a causal language model on batches of cached teacher rows.
+
+    Args:
+        model: a transformers causal language model.
+        args: TrainingArguments with `max_steps` set; `remove_unused_columns` must be False.
+        train_dataset: iterable of batches as `CacheDataset` yields them, already sliced for this rank.
+        settings: what is minimised.
+        evaluator: called as evaluator(model) for `evaluate`; returns metrics without the "eval_" prefix.
+        Further keywords go to transformers.Trainer.
+
+    Logged besides Trainer's own values: `ce` and `divergence` (nats per counted token), `alpha`, `tokens_per_second`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: TrainingArguments,
+        train_dataset: Iterable[dict[str, Any]],
+        settings: DistillationSettings,
+        evaluator: Callable[[Any], dict[str, float]] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        attach_distillation(model)
+        if evaluator is not None:
+            # Trainer wants a dataset before it calls `evaluate`; ours asks the evaluator instead.
+            kwargs.setdefault("eval_dataset", [])
+        super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
+        # The loss is a sum over counted tokens divided by their number over accumulation steps and ranks, which
+        # Trainer counts from the labels; ours are aligned with the positions, not shifted.
+        self.model_accepts_loss_kwargs = True
+        self._loss_shifts_labels = False
+        self.settings, self.evaluator = settings, evaluator
+        self._sums: dict[str, torch.Tensor] = {}
+        self._clock = 0.0
+
+    @contextmanager
+    def _off_the_clock(self) -> Iterator[None]:
+        """Time spent inside does not count against tokens per second."""
+        started = time.perf_counter()
+        yield
+        self._clock += time.perf_counter() - started
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        with self._off_the_clock():
+            super()._save_checkpoint(model, trial)
+
+    def get_train_dataloader(self) -> Any:
+        dataset = self.train_dataset
+        if isinstance(dataset, IterableDataset):
+            return DataLoader(dataset, batch_size=None, num_workers=self.args.dataloader_num_workers)
+        return dataset
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._clock = time.perf_counter()
+        return super()._inner_training_loop(*args, **kwargs)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        terms: DistillationTerms = model(input_ids=inputs["input_ids"], distillation=self._call(inputs))
+        alpha = self.settings.alpha.at(self.state.global_step, self.state.max_steps)
+        loss = terms.loss(alpha=alpha if terms.divergence is not None else 0.0, normalizer=num_items_in_batch)
+        # With tokens counted over all ranks, DDP's mean over ranks must be undone.
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes
+        self._record(terms)
+        return (loss, terms) if return_outputs else loss
+
+    def _call(self, inputs: dict[str, Any]) -> DistillationCall:
+        targets, objective = None, self.settings.objective
+        if self.settings.labels_only:
+            objective = Objective.cross_entropy()
+        else:
+            targets = DeviceTargets(**inputs["targets"], unbiased=self.settings.unbiased)
+        return DistillationCall(inputs["labels"], targets, objective, self.settings.temperature, self.settings.impl)
+
+    def _record(self, terms: DistillationTerms) -> None:
+        """Add up what will be logged, on the device and without a synchronisation."""
+        with torch.no_grad():
+            values = {"tokens": terms.counted.sum(), "ce": None if terms.ce is None else terms.ce.sum()}
+            values["divergence"] = None if terms.divergence is None else terms.divergence.sum()
+            for name, value in values.items():
+                if value is not None:
+                    self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._sums:
+            totals = {name: self.accelerator.reduce(value, "sum").item() for name, value in self._sums.items()}
+            tokens = max(1.0, totals.pop("tokens"))
+            logs |= {name: value / tokens for name, value in totals.items()}
+            logs["tokens_per_second"] = tokens / (time.perf_counter() - self._clock)
+            self._clock = time.perf_counter()
+            logs["alpha"] = self.settings.alpha.at(max(0, self.state.global_step - 1), self.state.max_steps)
+            self._sums = {}
+        super().log(logs, start_time)
+
+    def evaluate(self, *_args: Any, metric_key_prefix: str = "eval", **_kwargs: Any) -> dict[str, float]:
+        """Run the evaluator, log its metrics under the prefix and return them."""
+        if self.evaluator is None:
+            return {}
+        model: Any = self.model
+        training = model.training
+        model.eval()
+        try:
+            with self._off_the_clock():
+                metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.evaluator(model).items()}
+        finally:
+            model.train(training)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics

@@ -1,0 +1,63 @@
+"""Small heads with ids, for the kernel tests. Legend: N rows, D width, V rows of the head, K ids per row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from logitcache.kernels import GatherResult, HeadOptions, linear_gather
+
+HEADS = {
+    "plain": HeadOptions(),
+    "softcap": HeadOptions(softcap=2.0),
+    "scale": HeadOptions(logit_scale=0.37),
+    "padded": HeadOptions(valid_vocab=17),
+    "all": HeadOptions(softcap=3.0, logit_scale=1.7, valid_vocab=19),
+}
+
+
+@dataclass
+class Problem:
+    """Leaves of a graph (hidden, weight, bias) and ids."""
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor
+    ids: torch.Tensor
+
+    def run(self, head: HeadOptions, **options: object) -> GatherResult:
+        return linear_gather(self.hidden, self.weight, self.ids, head=replace(head, bias=self.bias), **options)
+
+    @property
+    def leaves(self) -> tuple[torch.Tensor, ...]:
+        return self.hidden, self.weight, self.bias
+
+
+def random_ids(rows: int, columns: int, k: int, generator: torch.Generator) -> torch.Tensor:
+    """Unique ids with padding at random places; the first row is empty, the second full."""
+    ids = torch.stack([torch.randperm(columns, generator=generator)[:k] for _ in range(rows)])
+    ids[torch.rand(ids.shape, generator=generator) < 0.2] = -1
+    ids[0] = -1
+    ids[1] = torch.randperm(columns, generator=generator)[:k]
+    return ids
+
+
+def make_problem(
+    n: int = 5, v: int = 23, d: int = 7, k: int = 4, columns: int | None = None, dtype=torch.float64, seed: int = 0
+) -> Problem:
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(n, d, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
+    weight = torch.randn(v, d, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
+    bias = torch.randn(v, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
+    return Problem(hidden, weight, bias, random_ids(n, columns or v, k, g))
+
+
+def mix(result: GatherResult, seed: int = 1) -> torch.Tensor:
+    """A scalar with random weights of both signs on every finite output."""
+    g = torch.Generator().manual_seed(seed)
+    total = result.z.new_zeros(())
+    for value in result:
+        weights = torch.randn(value.shape, generator=g, dtype=torch.float64).to(value.dtype)
+        total = total + (torch.where(torch.isfinite(value), value, 0.0) * weights).sum()
+    return total

@@ -1,0 +1,76 @@
+"""Every objective against its dense definition: values and gradients, on every implementation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from logitcache.kernels import IMPLEMENTATIONS, slices
+from logitcache.losses import Objective
+from tests.losses.problems import HEADS, OBJECTIVES, N, Problem
+
+
+@pytest.fixture(autouse=True, params=[1, 5, 1024])
+def narrow_slices(request, monkeypatch):
+    monkeypatch.setattr(slices, "MIN_COLUMNS", request.param)
+    monkeypatch.setattr(slices, "TILE_BYTES", 0)
+
+
+def assert_same(mine: torch.Tensor, right: torch.Tensor, leaves: tuple[torch.Tensor, ...]) -> None:
+    torch.testing.assert_close(mine, right, rtol=1e-10, atol=1e-12)
+    for found, exact in zip(
+        torch.autograd.grad(mine.sum(), leaves), torch.autograd.grad(right.sum(), leaves), strict=True
+    ):
+        assert (found - exact).norm() <= 1e-10 * exact.norm()
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize(("objective", "temperature"), OBJECTIVES)
+@pytest.mark.parametrize("alpha", [1.0, 0.7, "rows"])
+def test_objective_is_its_definition(impl, head, objective, temperature, alpha):
+    problem = Problem(objective, temperature, HEADS[head])
+    alpha = torch.linspace(0, 1, N, dtype=torch.float64) if alpha == "rows" else alpha
+    assert_same(problem.loss(impl=impl, alpha=alpha, reduction="none"), problem.dense(alpha), problem.leaves)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("head", HEADS)
+def test_cross_entropy_is_its_definition(impl, head):
+    problem = Problem(Objective.cross_entropy(), 1.0, HEADS[head])
+    assert_same(problem.loss(impl=impl, reduction="none", targets=None), problem.dense(0.5), problem.leaves)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("objective", "temperature"), OBJECTIVES)
+def test_gradient_is_that_of_the_reported_loss(impl, objective, temperature):
+    """Central differences of the number the user sees: catches a T^2 in one of value and gradient only."""
+    problem = Problem(objective, temperature)
+    grad = torch.autograd.grad(problem.loss(impl=impl), problem.weight)[0]
+    direction = torch.randn(grad.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    with torch.no_grad():
+        start, step = problem.weight.clone(), 1e-6
+        ends = []
+        for sign in (1, -1):
+            problem.weight.copy_(start + sign * step * direction)
+            ends.append(problem.loss(impl=impl))
+    slope = (ends[0] - ends[1]) / (2 * step)
+    torch.testing.assert_close(slope, (grad * direction).sum(), rtol=1e-6, atol=1e-9)
+
+
+def test_closed_form_of_the_bucket_gradient():
+    """dL/dz = (1 - tau/P) p + 1_S ((tau/P) p - q), the published form ('ghost token')."""
+    problem = Problem(Objective.forward_kl("bucket"))
+    grad = torch.autograd.grad(problem.loss(alpha=1.0, reduction="sum"), problem.bias)[0]
+    p = torch.softmax(problem.hidden @ problem.weight.T + problem.bias, 1).detach()
+    expected = torch.zeros(19, dtype=torch.float64)
+    targets = problem.device_targets
+    for row in range(N - 1):
+        ids = targets.ids[row][targets.ids[row] >= 0]
+        q, tau = targets.weights[row][: len(ids)].double(), targets.tail_mass[row].double()
+        ratio = tau / (1 - p[row, ids].sum()) if len(ids) < 19 else torch.zeros(())
+        expected += (1 - ratio) * p[row]
+        expected[ids] += ratio * p[row, ids] - q
+        # The form assumes sum(q) + tau = 1, which float32 storage breaks by rounding.
+        expected += (q.sum() + tau - 1) * p[row]
+    torch.testing.assert_close(grad, expected, rtol=1e-6, atol=1e-6)
