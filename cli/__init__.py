@@ -1,0 +1,1 @@
+"""The command line: click commands, a thin layer over the library. Installed as `logitcache.cli`."""

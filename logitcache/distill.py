@@ -33,7 +33,8 @@ def run_training(options: TrainOptions, resume: bool = False, progress: StepProg
 
     Args:
         options: what to do.
-        resume: go on from the last checkpoint of an interrupted run with the same options.
+        resume: go on from the last checkpoint of an interrupted run with the same options; of a finished run, return
+            its result.
         progress: called as progress(step, total_steps, latest metrics).
 
     Returns:
@@ -44,6 +45,8 @@ def run_training(options: TrainOptions, resume: bool = False, progress: StepProg
         no sense; or DamagedCacheError when stored data turns out damaged.
     """
     run = _Run(options, resume)
+    if resume and run.result_path.exists():
+        return dict(json.loads(run.result_path.read_text()))
     return run.train(progress or (lambda step, total, metrics: None))
 
 
@@ -53,6 +56,7 @@ class _Run:
     def __init__(self, options: TrainOptions, resume: bool) -> None:
         self.options = options
         self.out = Path(options.out)
+        self.result_path = self.out / "result.json"
         self.cache = open_cache(options.cache)
         self.held_out_cache = open_cache(options.held_out_cache) if options.held_out_cache else None
         self._check_caches()
@@ -101,12 +105,14 @@ class _Run:
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(self.out)
         plot_losses(rows, self.out / "loss.png", f"{self.out.name}: {self.settings.objective.kind}")
-        return {
+        result = {
             **{name: value for name, value in final.items() if name.startswith("eval_")},
             "steps": self.steps,
             "tokens": self.steps * self._step_blocks * self.cache.block_length,
             "tokens_per_second": sorted(rates)[len(rates) // 2] if rates else 0.0,
         }
+        self.result_path.write_text(json.dumps(result, indent=1) + "\n")
+        return result
 
     def _check_caches(self) -> None:
         other = self.held_out_cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import sys
@@ -16,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from logitcache import models
 from logitcache.errors import LogitcacheError, ModelError, UsageError
+from logitcache.models import saving
 from tests.tiny import FAMILIES, save_tiny, tiny_model, tiny_tokenizer
 
 
@@ -171,7 +173,7 @@ def test_progress_bars_that_ignore_the_settings_are_silenced(
 ) -> None:
     from tqdm.auto import tqdm
 
-    monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", lambda *_, **__: list(tqdm(range(3))))
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: list(tqdm(range(3))))
     assert models.load_tokenizer(folder) == [0, 1, 2]
     assert capsys.readouterr() == ("", "")
 
@@ -220,7 +222,7 @@ def test_gguf_that_is_not_named_or_not_there(folder: Path, tmp_path: Path, monke
     assert refused(models.load_model, gguf / "a.gguf").endswith(f"name its folder {gguf} and add --gguf-file a.gguf")
     assert refused(models.load_model, gguf, "a.gguf").startswith(f"the model {gguf}/a.gguf cannot be loaded (")
     monkeypatch.setitem(sys.modules, "gguf", None)
-    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     expected = 'loading a.gguf needs the gguf package; run: pip install "logitcache[demo]"'
     assert refused(models.load_model, gguf, "a.gguf") == expected
 
@@ -417,8 +419,8 @@ def test_convert_gguf_is_atomic_and_happens_once(tmp_path: Path, monkeypatch: py
         )
         return model
 
-    monkeypatch.setattr(models, "load_model", load)
-    monkeypatch.setattr(models, "load_tokenizer", lambda folder, gguf_file: tiny_tokenizer())
+    monkeypatch.setattr(saving, "load_model", load)
+    monkeypatch.setattr(saving, "load_tokenizer", lambda folder, gguf_file: tiny_tokenizer())
     out = tmp_path / "cache" / "converted"
 
     with monkeypatch.context() as patch:
@@ -440,8 +442,8 @@ def test_convert_gguf_is_atomic_and_happens_once(tmp_path: Path, monkeypatch: py
     occupied = tmp_path / "occupied"
     occupied.mkdir()
     (occupied / "notes.txt").write_text("mine")
-    monkeypatch.setattr(models, "load_model", load)
-    monkeypatch.setattr(models, "load_tokenizer", lambda folder, gguf_file: tiny_tokenizer())
+    monkeypatch.setattr(saving, "load_model", load)
+    monkeypatch.setattr(saving, "load_tokenizer", lambda folder, gguf_file: tiny_tokenizer())
     assert refused(models.convert_gguf, tmp_path, "a.gguf", occupied).startswith(f"{occupied} cannot be written (")
 
 

@@ -75,7 +75,7 @@ def linear_gather(
         temperature: T > 0.
         head: bias, softcap, logit_scale and valid_vocab.
         impl: 'auto' (split), 'split' (one tile of logits at a time) or 'reference' (dense, autograd).
-        slice_width: columns per tile of 'split'; by default as many as keep a tile near 64 MB.
+        slice_width: columns per tile of 'split'; by default as many as keep a tile near 16 MB on CPU, 64 MB elsewhere.
 
     Returns:
         lse_rest [N], lse_rest_T [N] (the same tensor at T == 1) and z [N, K]: float64 for float64 inputs, otherwise

@@ -12,15 +12,18 @@ import torch
 
 from logitcache.kernels.head import HeadOptions
 
-# Bytes of one tile of logits.
+# Bytes of one tile of logits. On CPU it should stay in the last-level cache (8 to 32 MB measured alike, 64 MB 10 to 25 %
+# slower); on accelerators fewer, larger products hide the launches.
+TILE_BYTES_CPU = 16 << 20
 TILE_BYTES = 64 << 20
 # Narrower slices starve the matrix product, whatever memory they save.
 MIN_COLUMNS = 1024
 
 
-def slice_columns(rows: int, columns: int, override: int | None = None) -> int:
+def slice_columns(rows: int, columns: int, device_type: str = "cpu", override: int | None = None) -> int:
     """Width W of the slices for `rows` positions and `columns` tokens; `override` is only kept within [1, columns]."""
-    width = max(TILE_BYTES // (4 * max(rows, 1)), MIN_COLUMNS) if override is None else override
+    budget = TILE_BYTES_CPU if device_type == "cpu" else TILE_BYTES
+    width = max(budget // (4 * max(rows, 1)), MIN_COLUMNS) if override is None else override
     return max(1, min(width, columns))
 
 
@@ -91,7 +94,7 @@ class Slicer:
         self.weight_VD, self.ids_NK, self.head, self.operand_dtype = weight_VD, ids_NK, head, operand_dtype
         self.hidden_ND = hidden_ND.to(operand_dtype)
         self.rows, self.columns = int(hidden_ND.shape[0]), head.columns(weight_VD)
-        self.width = slice_columns(self.rows, self.columns, width)
+        self.width = slice_columns(self.rows, self.columns, hidden_ND.device.type, width)
         self.buffer = torch.empty(self.rows * self.width + 1, dtype=dtype, device=hidden_ND.device)
         self.row_offset_N1 = torch.arange(self.rows, device=hidden_ND.device)[:, None]
 

@@ -1,5 +1,5 @@
 """Teachers: blocks of token ids -> the teacher's logits at every position."""
 
-from logitcache.teachers.transformers_teacher import TransformersTeacher, check_finite
+from logitcache.teachers.transformers_teacher import TransformersTeacher
 
-__all__ = ["TransformersTeacher", "check_finite"]
+__all__ = ["TransformersTeacher"]

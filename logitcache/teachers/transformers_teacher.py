@@ -130,24 +130,3 @@ class TransformersTeacher:
                 f"token id {int(ids[block, position])} at block {block} of this batch, position {position}, is outside "
                 f"the teacher's {self._embedded} embeddings; use the tokenizer that belongs to the teacher"
             )
-
-
-def check_finite(logits: torch.Tensor, block_length: int, first_row: int = 0, num_rows: int | None = None) -> None:
-    """Raise ModelError, naming block and position, if a row of logits holds NaN or an infinity.
-
-    Args:
-        logits: float32 [n, V].
-        block_length: L.
-        first_row: row-major position, over the whole corpus, of the first row of `logits`.
-        num_rows: check only so many rows (those after them are padding).
-    """
-    logits = logits[:num_rows]
-    # One pass without an [n, V] mask. A sum of finite logits could overflow, so suspects are looked at again.
-    suspects = (~torch.isfinite(logits.sum(dim=-1))).nonzero().flatten()
-    bad = [int(row) for row in suspects if not bool(torch.isfinite(logits[row]).all())]
-    if bad:
-        block, position = divmod(first_row + bad[0], block_length)
-        raise ModelError(
-            f"the teacher's logits are not finite at block {block}, position {position} "
-            f"({len(bad)} such positions in this slice); run it with --dtype float32 or bfloat16"
-        )

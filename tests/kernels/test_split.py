@@ -41,7 +41,8 @@ def test_no_tensor_of_the_size_of_the_logits(dtype, head, temperature):
 
 
 def test_width_keeps_a_tile_near_its_budget():
-    assert slices.slice_columns(2048, 10**6) * 2048 * 4 == slices.TILE_BYTES
+    assert slices.slice_columns(2048, 10**6) * 2048 * 4 == slices.TILE_BYTES_CPU
+    assert slices.slice_columns(2048, 10**6, "cuda") * 2048 * 4 == slices.TILE_BYTES
     assert slices.slice_columns(10**6, 10**6) == slices.MIN_COLUMNS
     assert slices.slice_columns(1, 500) == 500
     assert slices.slice_columns(0, 500) == 500

@@ -1,4 +1,7 @@
-"""Small distillation problems that hold every awkward row. Legend: N rows, D width, V rows of the head, K ids per row."""
+"""Small distillation problems that hold every awkward row.
+
+Legend: N rows, D width, V rows of the head, K ids per row.
+"""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from tests.losses.problems import HEADS, OBJECTIVES, N, Problem
 @pytest.fixture(autouse=True, params=[1, 5, 1024])
 def narrow_slices(request, monkeypatch):
     monkeypatch.setattr(slices, "MIN_COLUMNS", request.param)
-    monkeypatch.setattr(slices, "TILE_BYTES", 0)
+    monkeypatch.setattr(slices, "TILE_BYTES_CPU", 0)
 
 
 def assert_same(mine: torch.Tensor, right: torch.Tensor, leaves: tuple[torch.Tensor, ...]) -> None:

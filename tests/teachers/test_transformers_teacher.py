@@ -11,7 +11,7 @@ import torch
 
 from logitcache.corpus import Document, PackingPolicy, pack
 from logitcache.errors import ModelError
-from logitcache.teachers import TransformersTeacher, check_finite
+from logitcache.teachers import TransformersTeacher
 from tests.tiny import FAMILIES, save_tiny, tiny_model, tiny_tokenizer
 
 
@@ -107,21 +107,3 @@ def test_a_tokenizer_from_elsewhere(tmp_path: Path) -> None:
         TransformersTeacher.load(bare, device="cpu")
     full = save_tiny(tmp_path / "full")
     assert len(TransformersTeacher.load(bare, device="cpu", tokenizer=full).tokenizer) == 300
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_logits_that_are_not_finite_are_named(value: float) -> None:
-    logits = torch.zeros(20, 50)
-    check_finite(logits, block_length=8)
-    logits[13, 49] = value
-    logits[17, 0] = value
-    with pytest.raises(
-        ModelError,
-        match=r"^the teacher's logits are not finite at block 14, position 1 \(2 such positions in this slice\); run",
-    ):
-        check_finite(logits, block_length=8, first_row=100)
-    check_finite(logits, block_length=8, first_row=100, num_rows=13)
-
-
-def test_large_finite_logits_are_finite() -> None:
-    check_finite(torch.full((2, 50), 3e38), block_length=8)

@@ -1,0 +1,111 @@
+"""What all commands share: consoles, JSON output, and turning exceptions into one sentence and an exit status."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, NoReturn
+
+import click
+from rich.console import Console
+
+from logitcache.errors import LogitcacheError
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived."""
+
+
+def debug_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add `--debug` to a command."""
+
+    def remember(_context: click.Context, _parameter: click.Parameter, value: bool) -> None:
+        if value:
+            os.environ["LOGITCACHE_DEBUG"] = "1"
+
+    return click.option(
+        "--debug", is_flag=True, expose_value=False, callback=remember, help="Show a traceback when something fails."
+    )(command)
+
+
+def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add `--json` to a command that prints facts."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output instead.")(command)
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on standard output; NaN becomes null."""
+    click.echo(json.dumps(_plain(value), indent=1, allow_nan=False, ensure_ascii=False))
+
+
+def run(command: Callable[[], Any]) -> NoReturn:
+    """Run a click command and leave with the right exit status: 0, 1, 2, 130 or 143."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        command()
+        sys.stdout.flush()
+        status = 0
+    except (Exception, KeyboardInterrupt, Terminated) as error:
+        status = _explain(error)
+    if status in (130, 143):
+        # Threads of libraries must not keep a stopped process alive.
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+def _terminate(_signal: int, _frame: FrameType | None) -> None:
+    raise Terminated
+
+
+def _explain(error: BaseException) -> int:
+    if os.environ.get("LOGITCACHE_DEBUG"):
+        traceback.print_exception(error)
+    if isinstance(error, click.exceptions.Exit):
+        return error.exit_code
+    if isinstance(error, click.ClickException):
+        error.show()
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt | click.Abort):
+        _say("interrupted; what is committed is kept, and the same command goes on from there (train: add --resume)")
+        return 130
+    if isinstance(error, Terminated):
+        _say("stopped by SIGTERM; what is committed is kept, and the same command goes on from there")
+        return 143
+    if isinstance(error, LogitcacheError):
+        _say(f"error: {error}")
+        return error.exit_code
+    if isinstance(error, BrokenPipeError):
+        # Nobody reads any more; Python would complain again when it closes standard output.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    if isinstance(error, OSError):
+        _say(f"error: {error.filename or 'a file'} cannot be used: {error.strerror or error}")
+        return 1
+    if isinstance(error, MemoryError):
+        _say("error: out of memory; use a smaller --batch-tokens")
+        return 1
+    _say(f"error: unexpected {type(error).__name__}: {error}; run again with --debug and report it")
+    return 1
+
+
+def _say(message: str) -> None:
+    click.echo(message, err=True)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    return value

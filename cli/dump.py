@@ -1,0 +1,92 @@
+"""`logitcache dump`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.table import Table
+
+from .console import debug_option, json_option, out, print_json
+from .progress import DumpView
+
+EXAMPLE = """
+\b
+Example:
+  logitcache dump --teacher ./SmolLM2-135M --corpus 'texts/*.txt' --select sample:25 --out cache
+
+Selections: top-k:K (K most probable ids), top-p:P:K (mass P, at most K ids), sample:N (N unbiased draws).
+Run the same line again to resume after an interruption. Exit status: 0 done, 1 failed, 2 wrong usage.
+"""
+
+
+@click.command(epilog=EXAMPLE)
+@click.option("--teacher", required=True, metavar="DIR_OR_ID", help="Folder or hub id of a causal language model.")
+@click.option("--gguf-file", metavar="FILE", help="GGUF file inside the teacher's folder.")
+@click.option("--corpus", required=True, multiple=True, metavar="PATH", help="File, folder or glob; may be repeated.")
+@click.option("--out", "root", required=True, type=click.Path(path_type=Path), metavar="CACHE", help="Cache folder.")
+@click.option("--select", required=True, metavar="SPEC", help="What to keep, for example top-k:64 or sample:50.")
+@click.option("--also", nargs=2, multiple=True, metavar="SPEC CACHE", help="Write another cache from the same run.")
+@click.option("--block-length", default=1024, show_default=True, help="Tokens in a block.")
+@click.option("--max-tokens", type=int, help="Stop the corpus after so many tokens.")
+@click.option("--dtype", default="auto", show_default=True, help="auto (as stored), float32, bfloat16 or float16.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@click.option("--batch-tokens", default=4096, show_default=True, help="Tokens in one forward pass.")
+@click.option("--unit-tokens", type=int, help="Tokens committed at once; default: about 1/32 of the corpus.")
+@click.option("--seed", default=0, show_default=True, help="Of sampled selections.")
+@click.option("--text-field", default="text", show_default=True, help="Field of JSONL objects and Parquet columns.")
+@click.option("--bos", default="auto", show_default=True, help="auto, none, document or block.")
+@click.option("--eos", default="auto", show_default=True, help="auto, none or document.")
+@click.option("--trust-remote-code", is_flag=True, help="Let the teacher's folder run Python code of its own.")
+@json_option
+@debug_option
+def dump(
+    root: Path, select: str, also: tuple[tuple[str, str], ...], corpus: tuple[str, ...], as_json: bool, **rest: Any
+) -> None:
+    """Run a teacher over a corpus once and store its sparse distributions."""
+    from logitcache.selection import Selection
+
+    selections = [(Selection.parse(spec), Path(folder)) for spec, folder in [(select, str(root)), *also]]
+    from logitcache.dump import DumpOptions, Output, run_dump
+
+    outputs = tuple(Output(selection, folder) for selection, folder in selections)
+    with DumpView() as view:
+        report = run_dump(DumpOptions(corpus=corpus, outputs=outputs, **rest), view)
+    facts = [
+        {
+            "cache": str(output.root),
+            "select": str(output.selection),
+            "tokens": report.tokens,
+            "bytes": (num_bytes := folder_bytes(output.root)),
+            "bytes_per_token": num_bytes / report.tokens,
+            "fingerprint": manifest.fingerprint,
+        }
+        for output, manifest in zip(outputs, report.manifests, strict=True)
+    ]
+    if as_json:
+        print_json({"computed_tokens": report.computed_tokens, "seconds": report.seconds, "caches": facts})
+    else:
+        _print_table(facts, report)
+
+
+def folder_bytes(root: Path) -> int:
+    """Bytes of all files of a finished cache."""
+    return sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
+
+
+def _print_table(facts: list[dict[str, Any]], report: Any) -> None:
+    table = Table(box=None, pad_edge=False)
+    for column in ("cache", "select", "tokens", "size", "B/token"):
+        table.add_column(column, justify="left" if column in ("cache", "select") else "right", overflow="fold")
+    for row in facts:
+        size = f"{row['bytes'] / 1e6:,.2f} MB"
+        table.add_row(
+            row["cache"], row["select"], f"{row['tokens']:,}", size, f"{row['bytes_per_token']:.1f}", style="bold"
+        )
+    out.print(table)
+    if not report.computed_tokens:
+        out.print("Nothing was left to compute.")
+    else:
+        rate = report.computed_tokens / max(report.seconds, 1e-9)
+        out.print(f"{report.computed_tokens:,} tokens computed in {report.seconds:,.1f} s, {rate:,.0f} tokens/s")

@@ -1,0 +1,214 @@
+"""`logitcache inspect`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.table import Table
+from rich.text import Text
+
+from logitcache.errors import LogitcacheError, UsageError
+
+from .console import debug_option, json_option, out, print_json
+from .dump import folder_bytes
+
+if TYPE_CHECKING:
+    from logitcache.store import Blocks, Cache
+
+CONTEXT_TOKENS = 40
+EXAMPLE = """
+\b
+Example:
+  logitcache inspect cache
+  logitcache inspect cache --position 1500
+
+Exit status: 0 done, 1 damaged or no cache, 2 wrong usage.
+"""
+
+
+@click.command(epilog=EXAMPLE)
+@click.argument("cache", type=click.Path(path_type=Path))
+@click.option(
+    "--position", type=int, metavar="N", help="Show the teacher's distribution after the N-th token (from 0)."
+)
+@click.option("--block", type=int, metavar="B", help="Show the text of a block and what the teacher made of it.")
+@click.option("--tokenizer", metavar="DIR", help="The teacher's tokenizer, if it is no longer where the dump found it.")
+@click.option("--rows", default=20, show_default=True, help="Tokens to list with --position.")
+@json_option
+@debug_option
+def inspect(
+    cache: Path, position: int | None, block: int | None, tokenizer: str | None, rows: int, as_json: bool
+) -> None:
+    """Show what is in a cache: its facts, or one position or block decoded to text."""
+    from logitcache.store import open_cache
+
+    opened = open_cache(cache, partial=True)
+    if position is not None and block is not None:
+        raise UsageError("--position and --block exclude each other; give one of them")
+    if position is not None:
+        show_position(opened, position, _Decoder(opened, tokenizer), rows, as_json)
+    elif block is not None:
+        show_block(opened, block, _Decoder(opened, tokenizer), as_json)
+    else:
+        show_facts(opened, as_json)
+
+
+def show_facts(cache: Cache, as_json: bool) -> None:
+    """The cache as a whole."""
+    manifest = cache.manifest
+    identity = manifest.identity
+    num_bytes = folder_bytes(cache.root)
+    tokens = cache.num_tokens
+    entries = sum(shard.num_entries for shard in manifest.shards)
+    selection = identity.selection
+    size = ":".join(str(part) for part in (selection["method"], selection.get("mass"), selection["size"]) if part)
+    packing = identity.corpus.get("packing", {})
+    facts: dict[str, Any] = {
+        "cache": str(cache.root),
+        "complete": manifest.complete,
+        "teacher": identity.teacher.get("name"),
+        "teacher dtype": identity.teacher.get("dtype"),
+        "vocabulary": cache.vocab_size,
+        "select": size,
+        "unbiased": cache.unbiased,
+        "tokens": tokens,
+        "blocks": cache.num_blocks,
+        "block length": cache.block_length,
+        "documents": identity.corpus.get("documents"),
+        "BOS / EOS": f"{packing.get('bos')} / {packing.get('eos')}",
+        "ids per token": round(entries / tokens, 2) if tokens else 0.0,
+        "bytes": num_bytes,
+        "bytes per token": round(num_bytes / tokens, 2) if tokens else None,
+        "shards": len(manifest.shards),
+        "fingerprint": cache.fingerprint,
+    }
+    if as_json:
+        print_json(facts)
+        return
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for name, value in facts.items():
+        table.add_row(Text(name, style="dim"), Text(f"{value:,}" if type(value) in (int, float) else str(value)))
+    out.print(table)
+
+
+def show_position(cache: Cache, position: int, decoder: _Decoder, rows: int, as_json: bool) -> None:
+    """The text before a position and the teacher's tokens after it, most probable first."""
+    if not 0 <= position < cache.manifest.identity.geometry.num_tokens:
+        last = cache.manifest.identity.geometry.num_tokens - 1
+        raise UsageError(f"position {position} is outside {cache.root}; choose 0 to {last}")
+    block, place = divmod(position, cache.block_length)
+    blocks = cache.read_blocks(block, block + 1)
+    row = blocks.targets.slice(place, place + 1)
+    order = (-row.weights).argsort(kind="stable")[:rows]
+    label = int(blocks.labels()[0, place])
+    kind = "weight (unbiased)" if row.unbiased else "probability"
+    listed = [
+        {"id": int(row.ids[entry]), "token": decoder.token(int(row.ids[entry])), "weight": float(row.weights[entry])}
+        for entry in order
+    ]
+    context = decoder.text(blocks.tokens[0, max(0, place - CONTEXT_TOKENS + 1) : place + 1].tolist())
+    facts = {
+        "position": position,
+        "block": block,
+        "place": place,
+        "context": context,
+        "next_id": None if label < 0 else label,
+        "next_token": None if label < 0 else decoder.token(label),
+        "label_logprob": float(row.label_logprob[0]),
+        "entropy": float(row.entropy[0]),
+        "tail_mass": float(row.tail_mass[0]),
+        "entries": len(row.ids),
+        "unbiased": row.unbiased,
+        "teacher": listed,
+    }
+    if as_json:
+        print_json(facts)
+        return
+    out.print(Text(f"position {position} (block {block}, place {place})", style="bold"))
+    out.print(Text("… " if place >= CONTEXT_TOKENS else "", style="dim") + Text(context) + Text(" ▮", style="cyan"))
+    table = Table(box=None, pad_edge=False)
+    for column, justify in (("id", "right"), ("token", "left"), (kind, "right"), ("", "left")):
+        table.add_column(column, justify="right" if justify == "right" else "left", no_wrap=True)
+    for entry in listed:
+        style = "green" if entry["id"] == label else ""
+        bar = "█" * round(30 * entry["weight"])
+        table.add_row(str(entry["id"]), Text(entry["token"]), f"{entry['weight']:.4f}", Text(bar), style=style)
+    out.print(table)
+    _print_row_facts(facts, len(listed))
+
+
+def _print_row_facts(facts: dict[str, Any], listed: int) -> None:
+    if facts["entries"] > listed:
+        out.print(Text(f"{facts['entries'] - listed} more entries; see them with --rows", style="dim"))
+    label = facts["label_logprob"]
+    if facts["next_id"] is None:
+        out.print("there is no next token here: the block or the corpus ends")
+    else:
+        out.print(Text(f"next token in the text: {facts['next_token']} (teacher log-probability {label:.3f} nats)"))
+    out.print(f"entropy {facts['entropy']:.3f} nats, tail mass {facts['tail_mass']:.4f}")
+
+
+def show_block(cache: Cache, block: int, decoder: _Decoder, as_json: bool) -> None:
+    """A block's text and averages over its positions."""
+    import numpy as np
+
+    if not 0 <= block < cache.num_blocks:
+        raise UsageError(f"block {block} is outside {cache.root}; choose 0 to {cache.num_blocks - 1}")
+    blocks: Blocks = cache.read_blocks(block, block + 1)
+    valid = blocks.valid[0]
+    targets = blocks.targets
+    labelled = np.isfinite(targets.label_logprob)
+    facts = {
+        "block": block,
+        "tokens": int(valid.sum()),
+        "entropy": float(targets.entropy[valid].mean()),
+        "cross_entropy": float(-targets.label_logprob[labelled].mean()) if labelled.any() else float("nan"),
+        "tail_mass": float(targets.tail_mass[valid].mean()),
+        "entries_per_token": float(targets.row_lengths[valid].mean()),
+        "text": decoder.text(blocks.tokens[0][valid].tolist()),
+    }
+    if as_json:
+        print_json(facts)
+        return
+    out.print(Text(f"block {block}, {facts['tokens']} tokens", style="bold"))
+    out.print(Text(str(facts["text"])))
+    out.print(
+        f"teacher's cross entropy {facts['cross_entropy']:.3f} nats, entropy {facts['entropy']:.3f} nats, "
+        f"tail mass {facts['tail_mass']:.4f}, {facts['entries_per_token']:.1f} ids per token"
+    )
+
+
+class _Decoder:
+    """Ids to text with the cache's own tokenizer, or plain ids when it cannot be found."""
+
+    def __init__(self, cache: Cache, folder: str | None) -> None:
+        from logitcache import models
+
+        origin = cache.manifest.origin
+        wanted = cache.manifest.identity.tokenizer.get("sha256")
+        self._tokenizer: Any = None
+        try:
+            found = models.load_tokenizer(folder) if folder else models.load_tokenizer(origin.teacher, origin.gguf_file)
+        except LogitcacheError as error:
+            if folder:
+                raise
+            out.print(Text(f"(showing ids only: {error}; give the tokenizer with --tokenizer)", style="dim"))
+            return
+        if models.tokenizer_identity(found)["sha256"] != wanted:
+            raise UsageError(
+                f"the tokenizer in {folder or origin.teacher} is not the one this cache was made with; "
+                "give the right one with --tokenizer"
+            )
+        self._tokenizer = found
+
+    def text(self, ids: list[int]) -> str:
+        """Running text."""
+        if self._tokenizer is None:
+            return " ".join(str(number) for number in ids)
+        return str(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+    def token(self, number: int) -> str:
+        """One token, quoted so that spaces show."""
+        return "" if self._tokenizer is None else repr(self.text([number]))

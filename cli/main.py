@@ -1,0 +1,37 @@
+"""`logitcache`: the command group. Commands import what they need when they run, so that --help is quick."""
+
+from __future__ import annotations
+
+import click
+
+from logitcache import __version__
+
+from .console import run
+from .demo import demo
+from .dump import dump
+from .inspect import inspect
+from .train import train
+from .verify import verify
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="logitcache")
+def cli() -> None:
+    """Distil language models without a live teacher.
+
+    `dump` runs a teacher once over a corpus and stores what it knows of every next token; `train` teaches students
+    from that cache, as many as you like. Start with `logitcache demo`.
+    """
+
+
+for command in (dump, train, inspect, verify, demo):
+    cli.add_command(command)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    run(lambda: cli(standalone_mode=False))
+
+
+if __name__ == "__main__":
+    main()

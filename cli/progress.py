@@ -1,0 +1,126 @@
+"""Progress on a terminal as a bar, elsewhere (a log file, CI) as a line every few seconds."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Any
+
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TaskProgressColumn, TextColumn
+from rich.text import Text
+
+from .console import err
+
+LINE_SECONDS = 10.0
+
+
+class _TimeLeft(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        left = task.fields.get("seconds_left")
+        return Text("" if left is None else f"{duration(left)} left", style="cyan")
+
+
+class View:
+    """One running job: stages, then a bar. Use as a context manager."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._live: Progress | None = None
+        self._task: Any = None
+        self._last_line = 0.0
+        self._started: float | None = None
+
+    def __enter__(self) -> View:
+        if err.is_terminal:
+            self._live = Progress(
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                TaskProgressColumn(),
+                TextColumn("{task.fields[facts]}"),
+                _TimeLeft(),
+                console=err,
+            )
+            self._live.start()
+            self._task = self._live.add_task(self._name, total=None, facts="", seconds_left=None)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def stage(self, what: str) -> None:
+        """A new stage without a known length."""
+        if self._live is not None:
+            self._live.update(self._task, description=f"{self._name}: {what}")
+        else:
+            err.print(f"{self._name}: {what}")
+
+    def bar(self, done: float, total: float, facts: str, seconds_left: float | None) -> None:
+        """`done` of `total`, with a few words about speed or quality."""
+        if self._live is not None:
+            self._live.update(self._task, completed=done, total=total, facts=facts, seconds_left=seconds_left)
+        elif time.monotonic() - self._last_line >= LINE_SECONDS or done >= total:
+            self._last_line = time.monotonic()
+            left = "" if seconds_left is None else f", {duration(seconds_left)} left"
+            err.print(f"{self._name}: {done / max(total, 1):4.0%}, {facts}{left}")
+
+    def seconds_since_start(self) -> float:
+        """Since the first call."""
+        now = time.monotonic()
+        self._started = self._started or now
+        return now - self._started
+
+
+class DumpView(View):
+    """What `run_dump` reports to."""
+
+    def __init__(self, name: str = "dump") -> None:
+        super().__init__(name)
+        self._resumed_bytes = 0
+        self._committed = 0
+
+    def stage(self, what: str) -> None:
+        super().stage(what)
+        if what == "running the teacher":
+            self.seconds_since_start()
+
+    def advance(self, done: int, total: int, computed: int, num_bytes: int) -> None:
+        """See `logitcache.dump.Progress`."""
+        seconds = max(self.seconds_since_start(), 1e-9)
+        rate = computed / seconds
+        if num_bytes != self._resumed_bytes:
+            self._resumed_bytes, self._committed = num_bytes, computed
+        size = f", {num_bytes / self._committed:.1f} B/token" if self._committed else ""
+        facts = f"{done:,} of {total:,} tokens, {rate:,.0f} tokens/s{size}"
+        self.bar(done, total, facts, (total - done) / rate if rate else None)
+
+
+class TrainView(View):
+    """What `run_training` reports to."""
+
+    def __init__(self, name: str = "train") -> None:
+        super().__init__(name)
+        self._first_step: int | None = None
+
+    def step(self, step: int, total: int, metrics: dict[str, float]) -> None:
+        """After each optimiser step."""
+        if self._first_step is None:
+            self._first_step = step - 1
+        seconds = max(self.seconds_since_start(), 1e-9)
+        rate = (step - self._first_step) / seconds
+        names = {"loss": "loss", "ce": "ce", "divergence": "kl", "eval_ce": "held-out ce"}
+        facts = [f"step {step} of {total}"]
+        facts += [f"{label} {metrics[name]:.3f}" for name, label in names.items() if name in metrics]
+        if "tokens_per_second" in metrics:
+            facts.append(f"{metrics['tokens_per_second']:,.0f} tokens/s")
+        self.bar(step, total, ", ".join(facts), (total - step) / rate if step > self._first_step + 1 else None)
+
+
+def duration(seconds: float) -> str:
+    """1:02:03 or 2:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

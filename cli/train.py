@@ -1,0 +1,114 @@
+"""`logitcache train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.table import Table
+
+from .console import debug_option, json_option, out, print_json
+from .progress import TrainView
+
+EXAMPLE = """
+\b
+Example:
+  logitcache train --cache cache --student student.yaml --out run --epochs 4
+
+The student is a model folder or a YAML/JSON transformers config (`model_type: llama`, ...; the vocabulary comes from
+the cache). Every option may stand in a `--config` file (with underscores); --set and the options above it win.
+Exit status: 0 done, 1 failed, 2 wrong usage.
+"""
+
+
+@click.command(epilog=EXAMPLE)
+@click.option("--cache", metavar="CACHE", help="Cache folder that `dump` wrote.")
+@click.option("--student", metavar="CONFIG_OR_DIR", help="Model folder, or YAML/JSON of a transformers config.")
+@click.option("--out", metavar="DIR", help="Folder of the run and of the trained student.")
+@click.option("--objective", help="auto, forward-kl or cross-entropy.")
+@click.option("--tail", help="auto, bucket, renormalised, unnormalised, label or unbiased.")
+@click.option("--alpha", type=float, help="Weight of distillation: (1 - alpha) CE + alpha T^2 KL.  [default: 0.9]")
+@click.option("--temperature", type=float, help="Temperature of the divergence.  [default: 1]")
+@click.option("--alpha-schedule", help="constant, linear or wsd.  [default: constant]")
+@click.option("--epochs", type=float, help="Passes over the training blocks.  [default: 1]")
+@click.option("--max-tokens", type=int, help="Length of the run in tokens, instead of --epochs.")
+@click.option("--max-steps", type=int, help="Length of the run in optimiser steps, instead of --epochs.")
+@click.option("--batch-tokens", type=int, help="Tokens in a batch.  [default: 4096]")
+@click.option("--learning-rate", type=float, help="Peak learning rate of AdamW.  [default: 1e-3]")
+@click.option("--held-out", type=float, help="Share of the cache's blocks kept for evaluation.  [default: 0.05]")
+@click.option("--held-out-cache", metavar="CACHE", help="Evaluate on this cache instead.")
+@click.option("--eval-text", multiple=True, metavar="PATH", help="Plain text of another domain to evaluate on.")
+@click.option("--tokenizer", metavar="DIR", help="The teacher's tokenizer, if it is no longer where the dump found it.")
+@click.option("--seed", type=int, help="Of weights, order and dropout.  [default: 0]")
+@click.option("--dtype", help="float32, or bfloat16 for mixed precision.")
+@click.option("--device", help="auto, cpu or cuda.")
+@click.option("--config", type=click.Path(path_type=Path), metavar="YAML", help="File with any of the options.")
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any other option, e.g. warmup=0.1.")
+@click.option("--resume", is_flag=True, help="Go on from the last checkpoint of the same run.")
+@json_option
+@debug_option
+def train(
+    config: Path | None,
+    assignments: tuple[str, ...],
+    resume: bool,
+    as_json: bool,
+    eval_text: tuple[str, ...],
+    **given: Any,
+) -> None:
+    """Train a student from a cache; no teacher is needed."""
+    values = _read_config(config) | {key: value for key, value in given.items() if value is not None}
+    if eval_text:
+        values["eval_text"] = eval_text
+    values |= dict(_assignment(text) for text in assignments)
+    from logitcache.distill import run_training
+    from logitcache.training.options import TrainOptions
+
+    options = TrainOptions.build(values)
+    with TrainView() as view:
+        view.stage("loading")
+        metrics = run_training(options, resume, view.step)
+    if as_json:
+        print_json(metrics)
+        return
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for name, value in metrics.items():
+        table.add_row(name.replace("_", " "), f"{value:,.4f}" if isinstance(value, float) else f"{value:,}")
+    out.print(table)
+    out.print(f"The student is in {options.out}, its loss curve in {Path(options.out) / 'loss.png'}")
+
+
+def _read_config(path: Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    import yaml
+
+    from logitcache.errors import UsageError
+
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UsageError(f"--config {path} cannot be read ({error.strerror}); check the path") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {path} is not YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"--config {path} must hold keys and values, for example `alpha: 0.9`")
+    return {_text(key): value for key, value in values.items()}
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    import yaml
+
+    from logitcache.errors import UsageError
+
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise UsageError(f"--set {text} has no value; write --set key=value")
+    try:
+        return _text(key), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UsageError(f"--set {text}: the value is not YAML; quote it") from error
+
+
+def _text(key: Any) -> str:
+    return str(key).strip().replace("-", "_")

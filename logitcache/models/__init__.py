@@ -1,0 +1,35 @@
+"""Models and tokenizers: where they come from, what identifies them, and how their logits are made."""
+
+from logitcache.models.head import LMHead, body_hidden, check_split, head_logits, split_model
+from logitcache.models.identity import model_identity, tokenizer_identity
+from logitcache.models.loading import (
+    DEVICES,
+    DTYPES,
+    choose_device,
+    load_model,
+    load_tokenizer,
+    quiet,
+    resolve_source,
+    weight_files,
+)
+from logitcache.models.saving import convert_gguf, save_model
+
+__all__ = [
+    "DEVICES",
+    "DTYPES",
+    "LMHead",
+    "body_hidden",
+    "check_split",
+    "choose_device",
+    "convert_gguf",
+    "head_logits",
+    "load_model",
+    "load_tokenizer",
+    "model_identity",
+    "quiet",
+    "resolve_source",
+    "save_model",
+    "split_model",
+    "tokenizer_identity",
+    "weight_files",
+]
