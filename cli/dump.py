@@ -17,7 +17,9 @@ Example:
   logitcache dump --teacher ./SmolLM2-135M --corpus 'texts/*.txt' --select sample:25 --out cache
 
 Selections: top-k:K (K most probable ids), top-p:P:K (mass P, at most K ids), sample:N (N unbiased draws).
-Run the same line again to resume after an interruption. Exit status: 0 done, 1 failed, 2 wrong usage.
+Run the same line again to resume after an interruption.
+
+Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 """
 
 

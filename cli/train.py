@@ -17,8 +17,10 @@ Example:
   logitcache train --cache cache --student student.yaml --out run --epochs 4
 
 The student is a model folder or a YAML/JSON transformers config (`model_type: llama`, ...; the vocabulary comes from
-the cache). Every option may stand in a `--config` file (with underscores); --set and the options above it win.
-Exit status: 0 done, 1 failed, 2 wrong usage.
+the cache). Every option may stand in a `--config` file (with underscores); --set and the options above win.
+
+
+Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 """
 
 

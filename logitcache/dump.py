@@ -26,7 +26,7 @@ from logitcache.corpus import (
     pack_to_file,
     resolve_policy,
 )
-from logitcache.errors import UsageError
+from logitcache.errors import CorpusError, PlanMismatchError, UsageError
 from logitcache.selection import Selection
 from logitcache.store import (
     CacheWriter,
@@ -142,8 +142,12 @@ class DumpReport:
     manifests: list[Manifest] = field(default_factory=list)
 
 
-def run_dump(options: DumpOptions, progress: Progress | None = None) -> DumpReport:
+def run_dump(
+    options: DumpOptions, progress: Progress | None = None, teacher: TransformersTeacher | None = None
+) -> DumpReport:
     """Write, or finish, the caches that `options` asks for.
+
+    `teacher` is one loaded already from `options.teacher`; by default it is loaded here.
 
     Raises:
         UsageError, CorpusError, ModelError: the arguments, the corpus or the teacher are not usable.
@@ -154,10 +158,11 @@ def run_dump(options: DumpOptions, progress: Progress | None = None) -> DumpRepo
     for output in options.outputs:
         check_folder(Layout(output.root))
     files = expand_paths(options.corpus)
-    progress.stage("loading the teacher")
-    teacher = TransformersTeacher.load(
-        options.teacher, options.gguf_file, options.dtype, options.device, options.trust_remote_code
-    )
+    if teacher is None:
+        progress.stage("loading the teacher")
+        teacher = TransformersTeacher.load(
+            options.teacher, options.gguf_file, options.dtype, options.device, options.trust_remote_code
+        )
     for output in options.outputs:
         output.selection.check_vocabulary(teacher.vocab_size)
     teacher.check_block_length(options.block_length)
@@ -166,10 +171,14 @@ def run_dump(options: DumpOptions, progress: Progress | None = None) -> DumpRepo
     geometry = _geometry(options, corpus.num_tokens)
     source = Path(options.teacher)
     origin = Origin(teacher=str(source.resolve() if source.is_dir() else source), gguf_file=options.gguf_file)
-    writers = [
-        CacheWriter.open(output.root, _identity(options, output, teacher, corpus, geometry), origin)
-        for output in options.outputs
-    ]
+    try:
+        writers = [
+            CacheWriter.open(output.root, _identity(options, output, teacher, corpus, geometry), origin)
+            for output in options.outputs
+        ]
+    except PlanMismatchError:
+        corpus.discard_new()
+        raise
     return _capture_all(options, teacher, corpus, writers, progress)
 
 
@@ -179,8 +188,8 @@ class Corpus:
     Resuming reuses that file; a finished dump run again needs no tokens and makes none.
     """
 
-    def __init__(self, record: dict[str, Any], stored: TokenFile, block_length: int) -> None:
-        self.record, self._stored, self._block_length = record, stored, block_length
+    def __init__(self, record: dict[str, Any], stored: TokenFile, block_length: int, new: bool) -> None:
+        self.record, self._stored, self._block_length, self._new = record, stored, block_length, new
 
     @classmethod
     def prepare(cls, options: DumpOptions, files: Sequence[CorpusFile], tokenizer: Any) -> Corpus:
@@ -195,10 +204,9 @@ class Corpus:
         key = {**inputs, "tokenizer": models.tokenizer_identity(tokenizer)["sha256"]}
         layout = Layout(options.outputs[0].root)
         stored = TokenFile(layout.work)
-        facts = _facts_of_finished(options, inputs) or stored.find(key)
-        if facts is None:
-            facts = cls._tokenise(options, files, tokenizer, policy, stored, key)
-        return cls({**inputs, **facts}, stored, options.block_length)
+        found = _facts_of_finished(options, inputs) or stored.find(key)
+        facts = found or cls._tokenise(options, files, tokenizer, policy, stored, key)
+        return cls({**inputs, **facts}, stored, options.block_length, new=found is None)
 
     @staticmethod
     def _tokenise(
@@ -210,9 +218,12 @@ class Corpus:
         key: dict[str, Any],
     ) -> dict[str, Any]:
         stored.prepare()
-        blocks = pack_to_file(
-            tokenizer, iter_documents(files, options.text_field), policy, stored.path, options.max_tokens
-        )
+        documents = iter_documents(files, options.text_field)
+        try:
+            blocks = pack_to_file(tokenizer, documents, policy, stored.path, options.max_tokens)
+        except CorpusError:
+            stored.discard()
+            raise
         facts = {
             "num_tokens": blocks.num_tokens,
             "documents": blocks.documents,
@@ -223,6 +234,11 @@ class Corpus:
         }
         stored.record(key, facts)
         return facts
+
+    def discard_new(self) -> None:
+        """Remove the token file if this run made it: the cache there has no use for it."""
+        if self._new:
+            self._stored.discard()
 
     @property
     def num_tokens(self) -> int:
@@ -302,10 +318,7 @@ def _capture_all(
         ]
         _capture_unit(options, teacher, corpus, unit, wanting, meter)
     seconds = time.perf_counter() - started
-    manifests = [
-        load_document(writer.layout.manifest, Manifest) if writer.complete else writer.finalize() for writer in writers
-    ]
-    return DumpReport(geometry.num_tokens, meter.computed, seconds, manifests)
+    return DumpReport(geometry.num_tokens, meter.computed, seconds, [writer.finalize() for writer in writers])
 
 
 def _capture_unit(

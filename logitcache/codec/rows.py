@@ -6,6 +6,7 @@ is ever masked or wrapped. FORMAT.md defines every plane.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -15,9 +16,10 @@ from numpy.typing import NDArray
 from logitcache.codec import columns, slots
 from logitcache.codec.frequency import FrequencyRanks
 from logitcache.errors import DamagedCacheError, FormatVersionError, TargetsError
-from logitcache.targets import SparseTargets
+from logitcache.targets import SUM_TOLERANCE, SparseTargets
 
 Planes = dict[str, NDArray[np.int64]]
+_SIDE = ("label_logprob", "entropy")
 
 
 class RowCodec(Protocol):
@@ -46,6 +48,7 @@ class CountsCodec:
     def encode(self, targets: SparseTargets, ranks: FrequencyRanks) -> Planes:
         if not targets.unbiased:
             raise TargetsError("the counts codec stores sampled targets; these hold exact probabilities")
+        targets.check_vocabulary(ranks.vocab_size)
         mask, ids, weights = slots.grids(targets, ranks.encode(targets.ids))
         counts = np.rint(weights.astype(np.float64) * self.draws).astype(np.int64)
         off = mask & ((np.abs(weights * self.draws - counts) > 1e-2) | (counts < 1))
@@ -56,13 +59,12 @@ class CountsCodec:
         return {"ids": deltas[mask], "counts": counts[mask] - 1, **_side_columns(targets)}
 
     def decode(self, planes: Planes, num_rows: int, ranks: FrequencyRanks) -> SparseTargets:
-        empty = num_rows - planes["label_logprob"].size
-        if empty != 0:
-            raise DamagedCacheError("row planes have unequal lengths")
+        _check_planes(planes, ("counts", "ids", *_SIDE), _SIDE, num_rows)
         lengths, counts = self._walk_counts(planes["counts"], num_rows)
+        _check_lengths(lengths, planes["ids"].size)
         mask = slots.slot_mask(lengths)
-        if int(mask.sum()) != planes["ids"].size:
-            raise DamagedCacheError("ids and counts disagree about the number of entries")
+        if planes["ids"].max(initial=0) >= ranks.vocab_size:
+            raise DamagedCacheError(f"a step between id ranks is outside the vocabulary of {ranks.vocab_size} ids")
         ids = ranks.decode(np.cumsum(slots.spread(planes["ids"] + 1, mask), axis=0)[mask] - 1)
         weights = (slots.spread(counts, mask) / np.float64(self.draws)).astype(np.float32)
         offsets, flat_ids, flat_weights = slots.to_rows(slots.spread(ids, mask), weights, mask)
@@ -103,9 +105,11 @@ class LogprobCodec:
     def encode(self, targets: SparseTargets, ranks: FrequencyRanks) -> Planes:
         if targets.unbiased:
             raise TargetsError("the log-probability codec stores exact probabilities; these targets are sampled")
+        targets.check_vocabulary(ranks.vocab_size)
         if (targets.weights <= 0).any():
             entry = int(np.argmax(targets.weights <= 0))
             raise TargetsError(f"row {int(targets.row_index()[entry])} stores an entry of weight 0; leave it out")
+        _check_sums(targets)
         mask, ids, weights = slots.grids(targets, -targets.weights)
         steps = np.zeros(mask.shape, dtype=np.int64)
         # A probability may exceed 1 by rounding; its logarithm must not.
@@ -116,22 +120,22 @@ class LogprobCodec:
             "lengths": targets.row_lengths,
             "ids": ranks.encode(ids[mask]),
             "logprobs": rises[mask],
-            "tail": columns.encode_tail(targets.tail_mass),
+            "tail": columns.encode_tail(targets.tail_mass, targets.row_sums()),
             **_side_columns(targets),
         }
 
     def decode(self, planes: Planes, num_rows: int, ranks: FrequencyRanks) -> SparseTargets:
+        _check_planes(planes, ("ids", "logprobs", "lengths", "tail", *_SIDE), ("lengths", "tail", *_SIDE), num_rows)
         lengths = planes["lengths"]
-        sizes = {lengths.size, planes["tail"].size, planes["label_logprob"].size, num_rows}
+        _check_lengths(lengths, planes["ids"].size)
+        _check_lengths(lengths, planes["logprobs"].size)
         mask = slots.slot_mask(lengths)
-        if len(sizes) > 1 or {planes["ids"].size, planes["logprobs"].size} != {int(lengths.sum())}:
-            raise DamagedCacheError("row lengths, ids and log-probabilities disagree about the number of entries")
         ids = slots.spread(ranks.decode(planes["ids"]), mask)
         steps = np.cumsum(slots.spread(planes["logprobs"], mask), axis=0)
-        tail = columns.decode_tail(planes["tail"])
+        tail, head = columns.decode_tail(planes["tail"])
         weights = np.where(mask, np.exp(-steps / self.steps_per_nat), 0.0)
         sums = weights.sum(0)
-        weights *= np.divide(1 - tail, sums, out=np.zeros_like(sums), where=sums > 0)
+        weights *= np.divide(head, sums, out=np.zeros_like(sums), where=sums > 0)
         offsets, flat_ids, flat_weights = slots.to_rows(ids, weights.astype(np.float32), mask)
         return SparseTargets(
             offsets, flat_ids, flat_weights, tail_mass=tail, unbiased=False, **_decode_side_columns(planes)
@@ -147,9 +151,38 @@ def codec_from_dict(fields: dict[str, Any]) -> RowCodec:
     parameters = {key: value for key, value in fields.items() if key != "name"}
     try:
         codec: RowCodec = kinds[fields["name"]](**parameters)
+        if not all(type(value) is int and 1 <= value <= slots.MAX_LENGTH for value in parameters.values()):
+            raise TypeError("a parameter is out of range")
     except (KeyError, TypeError) as error:
         raise FormatVersionError(f"codec {fields} is unknown to this version; upgrade logitcache") from error
     return codec
+
+
+def _check_planes(planes: Planes, names: Sequence[str], of_rows: Sequence[str], num_rows: int) -> None:
+    """Raise DamagedCacheError unless `names` are there and those `of_rows` hold a number for each row."""
+    absent = [name for name in names if name not in planes]
+    if absent:
+        raise DamagedCacheError(f"there is no plane {absent[0]!r}")
+    for name in of_rows:
+        if planes[name].size != num_rows:
+            raise DamagedCacheError(f"plane {name!r} has {planes[name].size} numbers for {num_rows} rows")
+
+
+def _check_lengths(lengths: NDArray[np.int64], num_entries: int) -> None:
+    """Raise DamagedCacheError, before anything of that size is allocated, unless lengths add up to the entries."""
+    if lengths.max(initial=0) > slots.MAX_LENGTH:
+        raise DamagedCacheError(f"a row of {int(lengths.max())} entries is longer than the format allows")
+    if int(lengths.sum()) != num_entries:
+        raise DamagedCacheError("the planes disagree about the number of entries")
+
+
+def _check_sums(targets: SparseTargets) -> None:
+    """A decoded row sums to 1 - tail mass; refuse one that did not."""
+    total = targets.row_sums() + targets.tail_mass
+    off = (targets.row_lengths > 0) & (np.abs(total - 1) > SUM_TOLERANCE)
+    if off.any():
+        row = int(np.argmax(off))
+        raise TargetsError(f"row {row}'s probabilities and tail mass sum to {total[row]:.6f}; store the whole tail")
 
 
 def _side_columns(targets: SparseTargets) -> Planes:

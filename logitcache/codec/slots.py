@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from logitcache.errors import TargetsError
 from logitcache.targets import SparseTargets
 
 SLOT_BITS = 16
+MAX_LENGTH = (1 << SLOT_BITS) - 1
 
 
 def slot_mask(lengths: NDArray[np.int64]) -> NDArray[np.bool_]:
@@ -52,6 +54,9 @@ def grids(
     """Mask, ids and weights [K, N] of targets, each row ordered by `order_key` [nnz] ascending."""
     order = np.lexsort((order_key, targets.row_index()))
     lengths = targets.row_lengths
+    if (lengths > MAX_LENGTH).any():
+        row = int(np.argmax(lengths > MAX_LENGTH))
+        raise TargetsError(f"row {row} has {lengths[row]} entries; a cache stores at most {MAX_LENGTH} a row")
     mask = slot_mask(lengths)
     ids = np.zeros(mask.T.shape, dtype=np.int64)
     weights = np.zeros(mask.T.shape, dtype=np.float32)

@@ -43,8 +43,5 @@ def linear_gather(
 
 
 def _rest_logsumexp(logits_NV: torch.Tensor, gathered_NV: torch.Tensor) -> torch.Tensor:
-    # logsumexp of a row of -inf has a NaN gradient; such a row gets a constant instead.
-    nothing_left_N = gathered_NV.all(dim=1)
-    hide_NV = gathered_NV & ~nothing_left_N[:, None]
-    lse_N = torch.logsumexp(logits_NV.masked_fill(hide_NV, float("-inf")), dim=1)
-    return lse_N.masked_fill(nothing_left_N, float("-inf"))
+    # A row of nothing but -inf has a NaN gradient, which masked_fill stops; -inf is its right value.
+    return torch.logsumexp(logits_NV.masked_fill(gathered_NV, float("-inf")), dim=1)

@@ -12,8 +12,8 @@ import torch
 
 from logitcache.kernels.head import HeadOptions
 
-# Bytes of one tile of logits. On CPU it should stay in the last-level cache (8 to 32 MB measured alike, 64 MB 10 to 25 %
-# slower); on accelerators fewer, larger products hide the launches.
+# Bytes of one tile of logits. On CPU it should stay in the last-level cache (8 to 32 MB measured alike, 64 MB 10 to
+# 25 % slower); on accelerators fewer, larger products hide the launches.
 TILE_BYTES_CPU = 16 << 20
 TILE_BYTES = 64 << 20
 # Narrower slices starve the matrix product, whatever memory they save.

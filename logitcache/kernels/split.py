@@ -93,8 +93,8 @@ class _Term:
 
     def __init__(self, grad_N: torch.Tensor, lse_N: torch.Tensor, temperature: float) -> None:
         self.temperature = temperature
-        # A row whose ids cover the vocabulary has lse = -inf: +inf makes every power 0 instead of inf.
-        self.shift_N1 = lse_N.masked_fill(lse_N == float("-inf"), float("inf"))[:, None]
+        # -inf where a row's ids cover the vocabulary. Its powers are not finite, and all of them are overwritten.
+        self.shift_N1 = lse_N[:, None]
         self.factor_N1 = (grad_N / temperature)[:, None]
 
 

@@ -49,8 +49,7 @@ def distillation_loss(
         temperature: T of the divergence; the cross entropy is at 1. Only tail='renormalised' allows another T than 1.
         impl: 'auto' (split), 'split' or 'reference' (dense; its cross entropy is torch's, bit for bit).
         reduction: 'mean' over the rows that count, 'sum', or 'none': [N], with 0 on rows that do not count.
-        bias: [V]. softcap: c in z = c * tanh(z / c). logit_scale: factor on the logits, before the softcap.
-        valid_vocab: rows of weight from here on are padding and take no part.
+        bias, softcap, logit_scale, valid_vocab: see HeadOptions.
         ignore_index: the label of rows that do not count.
         normalizer: divides the sum in place of the number of counted rows, for gradient accumulation.
 
@@ -66,22 +65,14 @@ def distillation_loss(
     check_reduction(reduction, normalizer)
     check_alpha(alpha)
     fixed = None if isinstance(alpha, torch.Tensor) else alpha
+    ce = fixed != 1
     if fixed == 0:
         objective = Objective.cross_entropy()
     pure = objective is not None and objective.kind == "cross_entropy"
     if pure and resolve_implementation(impl) == "reference":
         return _dense_cross_entropy(hidden, weight, labels, head, ignore_index, reduction, normalizer)
     terms = distillation_terms(
-        hidden,
-        weight,
-        labels,
-        targets,
-        objective,
-        temperature,
-        impl,
-        head=head,
-        ignore_index=ignore_index,
-        with_ce=fixed != 1,
+        hidden, weight, labels, targets, objective, temperature, impl, head=head, ignore_index=ignore_index, with_ce=ce
     )
     return terms.loss(alpha, reduction, normalizer)
 

@@ -25,34 +25,41 @@ class Distribution:
 
     Args:
         logits: float32 [n, V]; -inf marks an impossible id.
-        lse: float32 [n], logsumexp of the logits.
         probs: float32 [n, V], softmax of the logits.
+        peak: float32 [n], the largest logit.
+        log_sum: float32 [n], log(sum(exp(logits - peak))), in [0, log V]. Kept apart from `peak`: beside a logit of
+            100,000 their sum would lose what it says.
     """
 
     logits: torch.Tensor
-    lse: torch.Tensor
     probs: torch.Tensor
+    peak: torch.Tensor
+    log_sum: torch.Tensor
 
     @classmethod
     def from_logits(cls, logits_nV: torch.Tensor) -> Distribution:
-        """Build from float32 logits. `lse` is not finite where a row holds NaN or +inf; the caller checks."""
+        """Build from float32 logits. `lse` is not finite where a row has no softmax; the caller checks."""
         probs_nV = torch.softmax(logits_nV, -1)
         # The largest probability is 1 / sum(exp(z - max)): the logsumexp without another pass of exponentials.
-        lse_n = logits_nV.amax(-1) - probs_nV.amax(-1).log()
-        return cls(logits_nV, lse_n, probs_nV)
+        return cls(logits_nV, probs_nV, logits_nV.amax(-1), -probs_nV.amax(-1).log())
+
+    @property
+    def lse(self) -> torch.Tensor:
+        """float32 [n], logsumexp of the logits; not finite where a row holds NaN or +inf, or -inf only."""
+        return self.peak + self.log_sum
 
     def entropy(self) -> torch.Tensor:
-        """float32 [n], nats: lse - sum p z, where 0 * -inf counts as 0."""
+        """float32 [n], nats: log_sum + peak - sum p z, where 0 * -inf counts as 0."""
         expected_n = torch.linalg.vecdot(self.probs, self.logits)
         if bool(expected_n.isnan().any()):
             floor = torch.finfo(torch.float32).min / 4
             expected_n = torch.linalg.vecdot(self.probs, self.logits.clamp(min=floor))
-        return (self.lse - expected_n).clamp_min_(0)
+        return (self.log_sum + (self.peak - expected_n)).clamp_min_(0)
 
     def label_logprob(self, labels_n: torch.Tensor) -> torch.Tensor:
         """float32 [n], nats; NaN where the label is negative."""
         picked = self.logits.gather(1, labels_n.clamp_min(0).unsqueeze(1)).squeeze(1)
-        return torch.where(labels_n >= 0, picked - self.lse, torch.nan)
+        return torch.where(labels_n >= 0, (picked - self.peak) - self.log_sum, torch.nan)
 
 
 def select(selection: Selection, dist: Distribution, uniforms: NDArray[np.float64] | None = None) -> SparseTargets:
@@ -88,6 +95,8 @@ def draw(probs_nV: torch.Tensor, uniforms_nK: torch.Tensor) -> torch.Tensor:
     group_nK = torch.searchsorted(edges_nG, aim_nK, right=True).clamp_max_(edges_nG.shape[1] - 1)
     below_nK = torch.where(group_nK > 0, edges_nG.gather(1, (group_nK - 1).clamp_min(0)), 0.0)
     share_nK = (aim_nK - below_nK) / (edges_nG.gather(1, group_nK) - below_nK)
+    # Both differences may round to the same number; a share of 1 would step past the group's last possible id.
+    share_nK.clamp_max_(1 - 2.0**-53)
 
     row_n1 = torch.arange(rows, device=probs_nV.device).unsqueeze(1)
     inner_nKg = grouped_nGg[row_n1, group_nK].to(torch.float64).cumsum(-1)
@@ -108,8 +117,8 @@ def count_draws(draws_nK: NDArray[np.int64]) -> SparseTargets:
 
 
 def _most_probable(selection: Selection, dist: Distribution) -> SparseTargets:
-    logits_nK, ids_nK = torch.topk(dist.logits, selection.size, dim=-1)
-    weights_nK = torch.exp(logits_nK - dist.lse.unsqueeze(1))
+    ids_nK = torch.topk(dist.logits, selection.size, dim=-1).indices
+    weights_nK = dist.probs.gather(1, ids_nK)
     keep_nK = weights_nK > 0
     if selection.mass is not None:
         before_nK = weights_nK.cumsum(1, dtype=torch.float64) - weights_nK

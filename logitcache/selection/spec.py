@@ -57,7 +57,7 @@ class Selection:
         raise UsageError(f"selection {text!r} is not understood; write {SPELLINGS}")
 
     def __str__(self) -> str:
-        parts = [self.method] + ([f"{self.mass:g}"] if self.mass is not None else []) + [str(self.size)]
+        parts = [self.method] + ([repr(self.mass)] if self.mass is not None else []) + [str(self.size)]
         return ":".join(parts)
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import os
 from collections import OrderedDict
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,13 +139,15 @@ class Cache:
 
     def read_chunk(self, ref: ChunkRef) -> Blocks:
         """All blocks of one chunk; the last few chunks are kept in memory."""
-        if ref in self._decoded:
+        # No lock, which a forked child could inherit locked: each step is atomic, and another thread may do it first.
+        blocks = self._decoded.get(ref)
+        if blocks is None:
+            blocks = self._decoded[ref] = self._decode(ref)
+        with suppress(KeyError):
             self._decoded.move_to_end(ref)
-            return self._decoded[ref]
-        blocks = self._decode(ref)
-        self._decoded[ref] = blocks
         while len(self._decoded) > self._kept_chunks:
-            self._decoded.popitem(last=False)
+            with suppress(KeyError):
+                self._decoded.popitem(last=False)
         return blocks
 
     def keep_chunks(self, count: int) -> None:

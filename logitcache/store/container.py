@@ -105,6 +105,8 @@ class Container:
                 chunk=chunk,
             ) from error
         size = self.sizes[name][chunk]
+        if int(row.max(initial=0)) > np.iinfo(np.int64).max:
+            raise self._damaged(f"array {name!r} holds a number over 2^63 - 1")
         if np.any(row[size:]):
             raise DamagedCacheError(
                 f"{self.path}: array {name!r}, chunk {chunk} holds data beyond its end",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,14 @@ class TokenFile:
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._record_path.unlink(missing_ok=True)
+
+    def discard(self) -> None:
+        """Remove file and record, and the folders around them where nothing else is in them."""
+        with suppress(OSError):
+            self.path.unlink(missing_ok=True)
+            self._record_path.unlink(missing_ok=True)
+            self.folder.rmdir()
+            self.folder.parent.rmdir()
 
     def record(self, key: dict[str, Any], facts: dict[str, Any]) -> None:
         """Note that the file is whole, what it was made from and what is known of it."""

@@ -153,7 +153,11 @@ class CacheWriter:
         return read_commits(self.layout, self.plan)
 
     def finalize(self) -> Manifest:
-        """Write the manifest once every unit is committed, and remove the scratch folder."""
+        """Write the manifest once every unit is committed (or load the one there), and remove the scratch folder."""
+        if self.complete:
+            # A run killed between the manifest and here left the folder; so does one that resumes another output.
+            shutil.rmtree(self.layout.work, ignore_errors=True)
+            return load_document(self.layout.manifest, Manifest)
         missing = self.pending_units()
         if missing:
             raise CacheError(f"{self.layout.root} still lacks {len(missing)} units; run the same dump again")

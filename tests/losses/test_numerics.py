@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -37,7 +38,7 @@ def targets_of(ids: list[int], weights: list[float], tail: str, **options: objec
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("tail", TAILS)
-@pytest.mark.parametrize("gap", [0.0, 20.0, 30.0, 60.0, 300.0])
+@pytest.mark.parametrize("gap", [0.0, 30.0, 60.0, 300.0])
 @pytest.mark.parametrize(
     ("ids", "weights"),
     [
@@ -49,13 +50,13 @@ def targets_of(ids: list[int], weights: list[float], tail: str, **options: objec
         ([3, 7], [1 - 1e-6, 1e-7]),
     ],
 )
-@pytest.mark.parametrize("label", [3, 5, 9])
-def test_confident_rows_are_finite_and_right(impl, dtype, tail, gap, ids, weights, label):
+def test_confident_rows_are_finite_and_right(impl, dtype, tail, gap, ids, weights):
     logits = confident_logits(gap)
     hidden, weight = one_hot_head(logits, dtype)
-    targets, labels = targets_of(ids, weights, tail), torch.tensor([label])
+    targets = targets_of(ids, weights, tail)
     objective = Objective.forward_kl(tail)
-    for alpha in (0.5, 1.0):
+    for label, alpha in itertools.product((3, 5, 9), (0.5, 1.0)):
+        labels = torch.tensor([label])
         loss = distillation_loss(hidden, weight, labels, targets, objective, alpha=alpha, impl=impl)
         grad = torch.autograd.grad(loss, hidden)[0]
         if gap >= 300:
@@ -125,6 +126,17 @@ def test_no_columns_at_all(tail):
     loss.backward()
     assert torch.isfinite(loss)
     assert torch.isfinite(hidden.grad).all()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_stored_ids_without_any_mass_teach_nothing_when_renormalised(temperature):
+    targets = targets_of([1, 4], [0.0, 0.0], "renormalised")
+    hidden, weight = one_hot_head(confident_logits(5.0), torch.float64)
+    objective = Objective.forward_kl("renormalised")
+    loss = distillation_loss(hidden, weight, torch.tensor([3]), targets, objective, alpha=1.0, temperature=temperature)
+    loss.backward()
+    assert loss == 0
+    assert (hidden.grad == 0).all()
 
 
 def test_weights_at_padding_are_not_read():

@@ -1,0 +1,62 @@
+"""Dated results files with machine and versions."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "transformers", "numpy", "zarr", "numcodecs", "pcodec")
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """Arguments every benchmark has."""
+    arguments = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--save", action="store_true", help="also write a dated file under benchmarks/results")
+    return arguments
+
+
+def hardware() -> str:
+    """A short name of this machine for file names."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name().split()[-1].lower()
+    return f"{os.cpu_count()}cpu"
+
+
+def machine() -> str:
+    """One line: processor, cores, Python and package versions."""
+    model = next(
+        (line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")), platform.machine()
+    )
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
+    return f"{model}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def publish(theme: str, command: str, body: str, save: bool) -> None:
+    """Print the result and, with `save`, write it to results/<theme>_<hardware>_<date>.md."""
+    today = datetime.date.today().isoformat()
+    text = f"# {theme}, {today}\n\n`{command}` on {machine()}.\n\n{body}\n"
+    print(text)
+    if save:
+        RESULTS.mkdir(exist_ok=True)
+        path = RESULTS / f"{theme}_{hardware()}_{today}.md"
+        path.write_text(text)
+        print(f"written to {path}")
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []

@@ -1,0 +1,45 @@
+"""Logits to select from, and the plain float64 way of selecting."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+VOCABULARIES = (5, 127, 128, 129, 300, 1000)
+LARGE_VOCABULARY = (1 << 18) + 77
+SHAPES = (*VOCABULARIES, LARGE_VOCABULARY)
+
+
+def logits_of(vocab_size: int, seed: int = 0) -> torch.Tensor:
+    """float32 [n, V]: ordinary rows, and every kind of extreme row that has a softmax."""
+    rng = np.random.default_rng([seed, vocab_size])
+    rows = [rng.normal(0, scale, vocab_size) for scale in (0.0, 1.0, 5.0, 40.0)]
+    rows.append(rng.normal(0, 3, vocab_size) + 1e5)
+    rows.append(rng.normal(0, 3, vocab_size) - 1e5)
+    rows.append(rng.integers(0, 3, vocab_size))
+    rows.append(np.where(rng.random(vocab_size) < 0.5, -np.inf, rng.normal(0, 3, vocab_size)))
+    rows += [one_hot(vocab_size, hot) for hot in (0, vocab_size // 2, vocab_size - 1)]
+    spike = rng.normal(0, 1, vocab_size)
+    spike[vocab_size - 1] = 60
+    rows.append(spike)
+    rows[7][vocab_size // 3] = 0.0
+    return torch.from_numpy(np.stack(rows).astype(np.float32))
+
+
+def one_hot(vocab_size: int, hot: int) -> NDArray[np.float64]:
+    row = np.full(vocab_size, -np.inf)
+    row[hot] = 3.0
+    return row
+
+
+def softmax64(logits: torch.Tensor) -> NDArray[np.float64]:
+    """float64 [n, V]."""
+    return torch.softmax(logits.double(), -1).numpy()
+
+
+def inverse_cdf(probs: NDArray[np.float64], uniform: float) -> tuple[int, float]:
+    """The id whose stretch of the cumulative distribution holds `uniform`, and the distance to the nearest edge."""
+    edges = np.cumsum(probs)
+    aim = uniform * edges[-1]
+    return int(np.searchsorted(edges, aim, side="right")), float(np.abs(edges - aim).min())
