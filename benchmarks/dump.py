@@ -65,7 +65,9 @@ def load(dtype: str) -> TransformersTeacher:
 
 def speed(dtype: str, tokens: int, rounds: int, batch_tokens: int) -> list[list[str]]:
     teacher = load(dtype)
+    # Once each before timing: imports, memory and threads are warm.
     bare_loop(teacher, batch_tokens, batch_tokens)
+    capture(teacher, SELECTIONS[0], BLOCK_LENGTH, dtype, batch_tokens)
     bare: list[float] = []
     captured: dict[str, list[float]] = {name: [] for name in SELECTIONS}
     for _ in range(rounds):
@@ -99,6 +101,7 @@ def one(name: str, dtype: str, tokens: int, batch_tokens: int) -> None:
         if name == "bare"
         else (lambda: capture(teacher, name, tokens, dtype, batch_tokens))
     )
+    measure.forget_peak()
     job()
     print(json.dumps({"peak_mb": measure.resident_peak()}))
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 
 def interleaved(jobs: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
@@ -27,13 +28,17 @@ def median_ratio(base: list[float], other: list[float]) -> float:
 
 
 def peak_megabytes(module: str, *arguments: str) -> float:
-    """Peak resident memory above that before the work, of `python -m module arguments` printing JSON `{"peak_mb"}`."""
+    """What `python -m module arguments` prints last: JSON `{"peak_mb": ...}`."""
     done = subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True, check=True)
     return float(json.loads(done.stdout.splitlines()[-1])["peak_mb"])
 
 
-def resident_peak() -> float:
-    """This process' peak resident memory in MB."""
-    import resource
+def forget_peak() -> None:
+    """Start the peak of resident memory anew, so that loading does not count (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+def resident_peak() -> float:
+    """This process' peak resident memory in MB since `forget_peak`."""
+    status = Path("/proc/self/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 1024

@@ -73,7 +73,7 @@ class _Terminal:
     """The demo's view: bars, or lines where there is no terminal."""
 
     def say(self, text: str) -> None:
-        err.print(f"demo: {text}")
+        err.print(f"demo: {text}", soft_wrap=True)
 
     @contextmanager
     def dumping(self, name: str) -> Iterator[DumpView]:

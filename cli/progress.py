@@ -56,7 +56,7 @@ class View:
         if self._live is not None:
             self._live.update(self._task, description=f"{self._name}: {what}")
         else:
-            err.print(f"{self._name}: {what}")
+            err.print(f"{self._name}: {what}", soft_wrap=True)
 
     def bar(self, done: float, total: float, facts: str, seconds_left: float | None) -> None:
         """`done` of `total`, with a few words about speed or quality."""
@@ -65,7 +65,7 @@ class View:
         elif time.monotonic() - self._last_line >= LINE_SECONDS or done >= total:
             self._last_line = time.monotonic()
             left = "" if seconds_left is None else f", {duration(seconds_left)} left"
-            err.print(f"{self._name}: {done / max(total, 1):4.0%}, {facts}{left}")
+            err.print(f"{self._name}: {done / max(total, 1):4.0%}, {facts}{left}", soft_wrap=True)
 
     def seconds_since_start(self) -> float:
         """Since the first call."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
 from typing import Any
 
@@ -77,7 +78,7 @@ def test_broken_invariants_are_refused(change: dict[str, Any], message: str) -> 
 
 def test_sampled_rows_may_sum_to_anything_but_not_hold_bad_mass() -> None:
     assert SparseTargets([0, 2], [3, 4], [1.0, 0.5], unbiased=True).row_sums()[0] == 1.5
-    with pytest.raises(TargetsError, match="^row 0 has tail mass 2"):
+    with pytest.raises(TargetsError, match=r"^row 0 has tail mass 2"):
         SparseTargets([0, 1], [3], [1.0], tail_mass=[2.0], unbiased=True)
 
 
@@ -92,7 +93,7 @@ def test_order_is_only_asked_within_a_row() -> None:
 def test_vocabulary() -> None:
     targets = SparseTargets(**GOOD)
     targets.check_vocabulary(5)
-    with pytest.raises(TargetsError, match="^row 0 holds token id 4, but the vocabulary has 4 ids;"):
+    with pytest.raises(TargetsError, match=r"^row 0 holds token id 4, but the vocabulary has 4 ids;"):
         targets.check_vocabulary(4)
     SparseTargets([0, 0], [], []).check_vocabulary(1)
 
@@ -115,7 +116,7 @@ def test_pieces_join_to_the_whole(rng: np.random.Generator, rows: int, unbiased:
     targets = rows_of(rng, rows, unbiased)
     cuts = sorted(data.draw(st.lists(st.integers(0, rows), max_size=4)))
     edges = [0, *cuts, rows]
-    parts = [targets.slice(start, stop) for start, stop in zip(edges[:-1], edges[1:], strict=True)]
+    parts = [targets.slice(start, stop) for start, stop in itertools.pairwise(edges)]
     assert [len(part) for part in parts] == list(np.diff(edges))
     assert_equal(SparseTargets.concatenate(parts), targets)
     for part in parts:
@@ -157,9 +158,9 @@ def test_pieces_that_do_not_fit() -> None:
     for start, stop in ((0, 4), (-1, 2), (2, 1)):
         with pytest.raises(TargetsError, match=rf"^rows \[{start}, {stop}\) are outside these targets, which have 3"):
             targets.slice(start, stop)
-    with pytest.raises(TargetsError, match="^there is nothing to concatenate"):
+    with pytest.raises(TargetsError, match=r"^there is nothing to concatenate"):
         SparseTargets.concatenate([])
-    with pytest.raises(TargetsError, match="^biased and unbiased targets cannot be concatenated"):
+    with pytest.raises(TargetsError, match=r"^biased and unbiased targets cannot be concatenated"):
         SparseTargets.concatenate([targets, SparseTargets(**GOOD, unbiased=True)])
 
 

@@ -58,7 +58,7 @@ def test_literal_codes() -> None:
     assert encode_logprob(np.float32([np.nan, -np.inf, 0, -0.0, -1, -2.5])).tolist() == [0, 1, 2, 2, 66, 162]
     assert encode_entropy(np.float32([np.nan, 0, 1, 2.5])).tolist() == [0, 1, 65, 161]
     assert encode_tail(np.float32([0, 1, 0.5, 0.5]), np.array([1, 0, 0.5, 0])).tolist() == [0, 1, 2050, 2050]
-    assert encode_tail(np.float32([1e-45, 1, 0.7]), np.array([1, 1e-45, 0])).tolist() == [397, 3703, 2064]
+    assert encode_tail(np.float32([1e-45, 1, 0.7]), np.array([1, 1e-45, 0])).tolist() == [398, 3708, 2064]
     tail, head = decode_tail(np.array([0, 1, 2050]))
     assert (tail.tolist(), head.tolist()) == ([0, 1, 0.5], [1, 0, 0.5])
 

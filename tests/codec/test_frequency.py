@@ -32,13 +32,13 @@ def test_ranks_are_a_permutation(vocab_size: int, seed: int, pilot: int) -> None
 def test_ids_and_ranks_outside_the_vocabulary() -> None:
     ranks = FrequencyRanks.from_ids([3, 3], 10)
     for wrong in (10, -1, 1 << 40):
-        with pytest.raises(TargetsError, match=f"^token id {wrong} is outside the vocabulary of 10 ids$"):
+        with pytest.raises(TargetsError, match=rf"^token id {wrong} is outside the vocabulary of 10 ids$"):
             ranks.encode(np.array([3, wrong]))
-        with pytest.raises(DamagedCacheError, match="^a stored id rank is outside the vocabulary of 10 ids$"):
+        with pytest.raises(DamagedCacheError, match=r"^a stored id rank is outside the vocabulary of 10 ids$"):
             ranks.decode(np.array([3, wrong]))
 
 
 @pytest.mark.parametrize("listed", [[1, 1], [10], [-1], list(range(11))])
 def test_damaged_tables(listed: list[int]) -> None:
-    with pytest.raises(DamagedCacheError, match="^the frequency table is not a list of distinct ids below 10$"):
+    with pytest.raises(DamagedCacheError, match=r"^the frequency table is not a list of distinct ids below 10$"):
         FrequencyRanks(10, np.array(listed))

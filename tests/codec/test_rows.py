@@ -108,7 +108,7 @@ def test_the_largest_rows_and_ids() -> None:
     np.testing.assert_array_equal(decoded.ids, row.ids)
     check_weights(decoded, row)
     one_more = SparseTargets([0, 0, length + 1], np.arange(length + 1), np.full(length + 1, 1 / (length + 1)))
-    with pytest.raises(TargetsError, match="^row 1 has 65536 entries; a cache stores at most 65535 a row$"):
+    with pytest.raises(TargetsError, match=r"^row 1 has 65536 entries; a cache stores at most 65535 a row$"):
         LogprobCodec().encode(one_more, ranks)
 
 
@@ -126,15 +126,15 @@ def sampled(weights: list[float]) -> SparseTargets:
 @pytest.mark.parametrize("weights", [[0.5, 0.25], [0.5, 0.3, 0.2], [1.0, 0.25], [1.0, 0.0], []])
 def test_weights_that_are_no_counts(weights: list[float]) -> None:
     CountsCodec(4).encode(sampled([0.5, 0.25, 0.25]), RANKS)
-    with pytest.raises(TargetsError, match="^row 1's weights are not counts among 4 draws$"):
+    with pytest.raises(TargetsError, match=r"^row 1's weights are not counts among 4 draws$"):
         CountsCodec(4).encode(sampled(weights), RANKS)
 
 
 def test_targets_of_the_other_kind() -> None:
     biased = SparseTargets([0, 1], [2], [0.5])
-    with pytest.raises(TargetsError, match="^the counts codec stores sampled targets"):
+    with pytest.raises(TargetsError, match=r"^the counts codec stores sampled targets"):
         CountsCodec(4).encode(biased, RANKS)
-    with pytest.raises(TargetsError, match="^the log-probability codec stores exact probabilities"):
+    with pytest.raises(TargetsError, match=r"^the log-probability codec stores exact probabilities"):
         LogprobCodec().encode(sampled([1.0]), RANKS)
 
 
@@ -161,7 +161,7 @@ def test_values_that_cannot_be_stored(fields: dict[str, Any], message: str) -> N
 
 def test_sampled_ids_outside_the_vocabulary() -> None:
     targets = SparseTargets([0, 1, 2], [1, 50], [1, 1], unbiased=True)
-    with pytest.raises(TargetsError, match="^row 1 holds token id 50"):
+    with pytest.raises(TargetsError, match=r"^row 1 holds token id 50"):
         CountsCodec(4).encode(targets, RANKS)
 
 
@@ -191,7 +191,7 @@ def test_planes_of_wrong_size(kind: str) -> None:
         for other in (plane[:-1], np.append(plane, 0), np.append(plane, plane), plane[:0]):
             with pytest.raises(DamagedCacheError):
                 codec.decode({**planes, name: other}, 6, RANKS)
-        with pytest.raises(DamagedCacheError, match=f"^there is no plane '{name}'$"):
+        with pytest.raises(DamagedCacheError, match=rf"^there is no plane '{name}'$"):
             codec.decode({key: value for key, value in planes.items() if key != name}, 6, RANKS)
     for rows in (5, 7, 0):
         with pytest.raises(DamagedCacheError):
@@ -215,7 +215,7 @@ def test_ranks_outside_the_vocabulary(kind: str) -> None:
         for value in (50, 1 << 20, (1 << 63) - 1):
             ids = planes["ids"].copy()
             ids[index] = value
-            with pytest.raises(DamagedCacheError, match="outside the vocabulary of 50 ids"):
+            with pytest.raises(DamagedCacheError, match=r"outside the vocabulary of 50 ids"):
                 codec.decode({**planes, "ids": ids}, 6, RANKS)
 
 
@@ -241,7 +241,7 @@ def test_equal_ids_in_a_row_are_damage() -> None:
     ids = np.array([3, 3])
     planes = {"lengths": np.array([2]), "ids": ids, "logprobs": np.array([4, 0]), "tail": np.array([0])}
     planes |= {"label_logprob": np.array([0]), "entropy": np.array([0])}
-    with pytest.raises(TargetsError, match="not ascending and unique"):
+    with pytest.raises(TargetsError, match=r"not ascending and unique"):
         LogprobCodec().decode(planes, 1, RANKS)
     assert LogprobCodec().decode({**planes, "ids": np.array([3, 4])}, 1, RANKS).ids.size == 2
 
@@ -254,7 +254,7 @@ def test_tails_outside_their_range(code: int) -> None:
     if code == 2:
         assert codec.decode({**planes, "tail": tail}, 6, RANKS).tail_mass[3] < 1e-37
         return
-    with pytest.raises(DamagedCacheError, match="^a stored tail mass is outside its range$"):
+    with pytest.raises(DamagedCacheError, match=r"^a stored tail mass is outside its range$"):
         codec.decode({**planes, "tail": tail}, 6, RANKS)
 
 
@@ -282,5 +282,5 @@ def test_codecs_round_trip_through_json() -> None:
     ],
 )
 def test_unknown_codecs_ask_for_an_upgrade(fields: dict[str, Any]) -> None:
-    with pytest.raises(FormatVersionError, match="is unknown to this version; upgrade logitcache$"):
+    with pytest.raises(FormatVersionError, match=r"is unknown to this version; upgrade logitcache$"):
         codec_from_dict(fields)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -204,6 +206,6 @@ def test_sub_batches_select_the_same(spec: str, vocab_size: int) -> None:
     edges = [0, 1, 4, len(logits)]
     parts = [
         select(selection, Distribution.from_logits(logits[start:stop]), uniforms[start:stop])
-        for start, stop in zip(edges[:-1], edges[1:], strict=True)
+        for start, stop in itertools.pairwise(edges)
     ]
     assert_equal(SparseTargets.concatenate(parts), whole)

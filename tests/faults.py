@@ -1,0 +1,63 @@
+"""Ways to break files and processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from logitcache.store.files import FAILPOINT_VARIABLE
+
+
+def flip_bit(path: Path, bit: int) -> None:
+    """Invert one bit of a file."""
+    data = bytearray(path.read_bytes())
+    data[bit // 8] ^= 1 << (bit % 8)
+    path.write_bytes(data)
+
+
+def random_bits(rng: np.random.Generator, path: Path, count: int) -> list[int]:
+    """Distinct bit numbers inside a file."""
+    return [int(bit) for bit in rng.choice(path.stat().st_size * 8, count, replace=False)]
+
+
+def forkserver(*preload: str) -> ForkServerContext:
+    """A process that has imported `preload` and run nothing else: children start from it in milliseconds.
+
+    Forking this process itself would copy torch's thread pools without their threads.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.faults", *preload])
+    return context
+
+
+def start(context: ForkServerContext, job: Callable[..., None], *arguments: Any, failpoint: str = "") -> Any:
+    """Start `job` in a child that meets `failpoint`."""
+    process: ForkServerProcess = context.Process(target=_run, args=(job, arguments, failpoint))
+    process.start()
+    return process
+
+
+def run_killed(context: ForkServerContext, job: Callable[..., None], *arguments: Any, failpoint: str) -> None:
+    """Run `job` in a child that is killed at `failpoint`; fails when it gets past that point."""
+    process = start(context, job, *arguments, failpoint=f"{failpoint}:kill")
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, f"exit status {process.exitcode} instead of a kill at {failpoint}"
+
+
+def run_to_end(context: ForkServerContext, job: Callable[..., None], *arguments: Any) -> None:
+    """Run `job` in a child."""
+    process = start(context, job, *arguments)
+    process.join()
+    assert process.exitcode == 0
+
+
+def _run(job: Callable[..., None], arguments: tuple[Any, ...], failpoint: str) -> None:
+    os.environ[FAILPOINT_VARIABLE] = failpoint
+    job(*arguments)
