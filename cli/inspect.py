@@ -104,12 +104,12 @@ def show_position(cache: Cache, position: int, decoder: _Decoder, rows: int, as_
     order = (-row.weights).argsort(kind="stable")[:rows]
     label = int(blocks.labels()[0, place])
     kind = "weight (unbiased)" if row.unbiased else "probability"
-    listed = [
+    listed: list[dict[str, Any]] = [
         {"id": int(row.ids[entry]), "token": decoder.token(int(row.ids[entry])), "weight": float(row.weights[entry])}
         for entry in order
     ]
     context = decoder.text(blocks.tokens[0, max(0, place - CONTEXT_TOKENS + 1) : place + 1].tolist())
-    facts = {
+    facts: dict[str, Any] = {
         "position": position,
         "block": block,
         "place": place,
@@ -160,7 +160,7 @@ def show_block(cache: Cache, block: int, decoder: _Decoder, as_json: bool) -> No
     valid = blocks.valid[0]
     targets = blocks.targets
     labelled = np.isfinite(targets.label_logprob)
-    facts = {
+    facts: dict[str, Any] = {
         "block": block,
         "tokens": int(valid.sum()),
         "entropy": float(targets.entropy[valid].mean()),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TaskProgressColumn, TextColumn
 from rich.text import Text
@@ -30,7 +30,7 @@ class View:
         self._last_line = 0.0
         self._started: float | None = None
 
-    def __enter__(self) -> View:
+    def __enter__(self) -> Self:
         if err.is_terminal:
             self._live = Progress(
                 SpinnerColumn(),

@@ -28,6 +28,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def test_every_range_of_blocks(made: Made) -> None:
     """Inside chunks, across chunk and shard borders, and the padded last block."""
     cache = open_cache(made.root)
+    cache.keep_chunks(8)
     for start in range(GEOMETRY.num_blocks):
         for stop in range(start + 1, GEOMETRY.num_blocks + 1):
             made.check(cache.read_blocks(start, stop), start, stop)
