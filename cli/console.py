@@ -50,9 +50,10 @@ def run(command: Callable[[], Any]) -> NoReturn:
     """Run a click command and leave with the right exit status: 0, 1, 2, 130 or 143."""
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        command()
+        # Outside its standalone mode click returns the status of `Exit` instead of raising it.
+        result = command()
         sys.stdout.flush()
-        status = 0
+        status = result if isinstance(result, int) else 0
     except (Exception, KeyboardInterrupt, Terminated) as error:
         status = _explain(error)
     if status in (130, 143):

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from logitcache.errors import LogitcacheError, UsageError
 
-from .console import debug_option, json_option, out, print_json
+from .console import debug_option, err, json_option, out, print_json
 from .dump import folder_bytes
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ Exit status: 0 done, 1 damaged or no cache, 2 wrong usage.
 )
 @click.option("--block", type=int, metavar="B", help="Show the text of a block and what the teacher made of it.")
 @click.option("--tokenizer", metavar="DIR", help="The teacher's tokenizer, if it is no longer where the dump found it.")
-@click.option("--rows", default=20, show_default=True, help="Tokens to list with --position.")
+@click.option("--rows", type=click.IntRange(min=1), default=20, show_default=True, help="Tokens for --position.")
 @json_option
 @debug_option
 def inspect(
@@ -194,7 +194,7 @@ class _Decoder:
         except LogitcacheError as error:
             if folder:
                 raise
-            out.print(Text(f"(showing ids only: {error}; give the tokenizer with --tokenizer)", style="dim"))
+            err.print(Text(f"(showing ids only: {error}; give the tokenizer with --tokenizer)", style="dim"))
             return
         if models.tokenizer_identity(found)["sha256"] != wanted:
             raise UsageError(

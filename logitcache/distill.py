@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 import logitcache
 from logitcache import models
@@ -19,7 +20,7 @@ from logitcache.losses import Objective
 from logitcache.reader import CacheDataset, ReaderOptions, make_batch
 from logitcache.store import open_cache
 from logitcache.training import AlphaSchedule, DistillationSettings, DistillationTrainer, evaluate_blocks
-from logitcache.training.load import load_student
+from logitcache.training.load import check_fits, load_student
 from logitcache.training.options import TrainOptions
 from logitcache.training.records import MetricsLog, RecordCallback, last_whole_checkpoint, plot_losses
 
@@ -56,7 +57,7 @@ class _Run:
     def __init__(self, options: TrainOptions, resume: bool) -> None:
         self.options = options
         self.out = Path(options.out)
-        self.result_path = self.out / "result.json"
+        self.record_path, self.result_path = self.out / "run.json", self.out / "result.json"
         self.cache = open_cache(options.cache)
         self.held_out_cache = open_cache(options.held_out_cache) if options.held_out_cache else None
         self._check_caches()
@@ -64,14 +65,19 @@ class _Run:
         self.train_blocks, self.eval_blocks = self._split()
         self.batch_blocks = max(1, round(options.batch_tokens / self.cache.block_length))
         self.steps = self._count_steps()
-        self.checkpoint = self._prepare_folder(resume)
+        self.checkpoint = self._find_checkpoint(resume)
         self.tokenizer = self._load_tokenizer()
         self.other_domain = self._other_domain()
         self.device = models.choose_device(options.device)
+        self._check_reporters()
+        self.arguments = self._arguments()
         transformers.set_seed(options.seed)
         self.student = load_student(options.student, self.cache, self.tokenizer, options.seed)
+        if self.held_out_cache is not None:
+            check_fits(self.student, options.student, self.held_out_cache)
 
     def train(self, progress: StepProgress) -> dict[str, Any]:
+        self._write_record()
         metrics = MetricsLog(self.out / "metrics.jsonl")
         dataset = self._dataset()
         state = dataset.state_dict()
@@ -81,13 +87,20 @@ class _Run:
             metrics.cut(state["samples_seen"] // self._step_blocks)
         else:
             metrics.cut(-1)
+        finished = state["samples_seen"] == self.steps * self._step_blocks
+        if finished and self.checkpoint is not None:
+            # Trainer would take one step more.
+            self.student = models.load_model(self.checkpoint[0], dtype="float32", device=str(self.device))
         callback = RecordCallback(metrics, lambda step: {**state, "samples_seen": step * self._step_blocks}, progress)
         trainer = DistillationTrainer(
-            self.student, self._arguments(), dataset, self.settings, self._evaluate, callbacks=[callback]
+            self.student, self.arguments, dataset, self.settings, self._evaluate, callbacks=[callback]
         )
         for noisy in (transformers.PrinterCallback, transformers.ProgressCallback):
             trainer.remove_callback(noisy)
-        trainer.train(resume_from_checkpoint=str(self.checkpoint[0]) if self.checkpoint else None)
+        if finished:
+            trainer.state.global_step = trainer.state.max_steps = self.steps
+        else:
+            trainer.train(resume_from_checkpoint=str(self.checkpoint[0]) if self.checkpoint else None)
         return self._finish(trainer, metrics)
 
     @property
@@ -101,9 +114,7 @@ class _Run:
             final = trainer.evaluate()
             rows = metrics.rows()
         rates = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]
-        self.student.save_pretrained(self.out)
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(self.out)
+        models.save_model(self.student, self.out, self.tokenizer)
         plot_losses(rows, self.out / "loss.png", f"{self.out.name}: {self.settings.objective.kind}")
         result = {
             **{name: value for name, value in final.items() if name.startswith("eval_")},
@@ -159,23 +170,37 @@ class _Run:
         tokens = options.max_tokens or options.epochs * (stop - first) * self.cache.block_length
         return max(1, round(tokens / step_tokens))
 
-    def _prepare_folder(self, resume: bool) -> tuple[Path, dict[str, Any]] | None:
-        """Write run.json, or check that this is the same run and find its last checkpoint."""
-        record_path = self.out / "run.json"
+    def _find_checkpoint(self, resume: bool) -> tuple[Path, dict[str, Any]] | None:
+        """Check that the folder is free, or that it holds this same run; then its last checkpoint. Writes nothing."""
         if self.out.exists() and not self.out.is_dir():
             raise TrainingError(f"{self.out} is a file; choose another folder for --out")
-        if record_path.exists():
+        if self.record_path.exists():
             if not resume:
                 raise TrainingError(f"{self.out} holds a run already; go on with --resume or choose another --out")
-            self._check_same_run(json.loads(record_path.read_text()))
+            self._check_same_run(self._stored_record())
             return last_whole_checkpoint(self.out / "checkpoints")
-        if self.out.is_dir() and any(self.out.iterdir()):
+        if self.out.is_dir() and {entry.name for entry in self.out.iterdir()} - {self._unfinished_record.name}:
             raise TrainingError(f"{self.out} is not empty and holds no run; choose another folder for --out")
         if resume:
             raise TrainingError(f"{self.out} holds no run to resume; start it without --resume")
-        self.out.mkdir(parents=True, exist_ok=True)
-        record_path.write_text(json.dumps(self._record(), indent=1) + "\n")
         return None
+
+    @property
+    def _unfinished_record(self) -> Path:
+        return self.record_path.with_suffix(".tmp")
+
+    def _write_record(self) -> None:
+        """Make the folder. Comes after every check, so that a refused start leaves nothing behind."""
+        if not self.record_path.exists():
+            self.out.mkdir(parents=True, exist_ok=True)
+            self._unfinished_record.write_text(json.dumps(self._record(), indent=1) + "\n")
+            self._unfinished_record.replace(self.record_path)
+
+    def _stored_record(self) -> dict[str, Any]:
+        try:
+            return dict(json.loads(self.record_path.read_text()))
+        except ValueError as error:
+            raise TrainingError(f"{self.record_path} is damaged ({error}); choose another --out") from error
 
     def _record(self) -> dict[str, Any]:
         return {
@@ -276,6 +301,14 @@ class _Run:
             other = evaluate_blocks(model, self.other_domain, False, device)
             metrics |= {"other_ce": other["ce"], "other_ece": other["ece"]}
         return metrics
+
+    def _check_reporters(self) -> None:
+        for name in self.options.report_to:
+            if name not in (there := get_available_reporting_integrations()):
+                raise UsageError(
+                    f"report_to: {name!r} is not installed or does not exist; install its package or choose of: "
+                    f"{', '.join(sorted(there)) or 'none is installed'}"
+                )
 
     def _arguments(self) -> transformers.TrainingArguments:
         options = self.options

@@ -6,13 +6,15 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable
-from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from logitcache.store.files import FAILPOINT_VARIABLE
+
+_STORE = ("zarr.storage", "zarr.codecs.numcodecs", "pyarrow")
 
 
 def flip_bit(path: Path, bit: int) -> None:
@@ -27,31 +29,32 @@ def random_bits(rng: np.random.Generator, path: Path, count: int) -> list[int]:
     return [int(bit) for bit in rng.choice(path.stat().st_size * 8, count, replace=False)]
 
 
-def forkserver(*preload: str) -> ForkServerContext:
-    """A process that has imported `preload` and run nothing else: children start from it in milliseconds.
+def forkserver() -> BaseContext:
+    """A process that has imported what a dump needs and run nothing: children start from it in milliseconds.
 
-    Forking this process itself would copy torch's thread pools without their threads.
+    Forking this process itself would copy torch's thread pools without their threads. There is one such server for
+    all tests, so whoever starts it must preload the same modules.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.faults", *preload])
+    context.set_forkserver_preload(["tests.test_dump", "transformers.models.llama.modeling_llama", *_STORE])
     return context
 
 
-def start(context: ForkServerContext, job: Callable[..., None], *arguments: Any, failpoint: str = "") -> Any:
+def start(context: BaseContext, job: Callable[..., None], *arguments: Any, failpoint: str = "") -> Any:
     """Start `job` in a child that meets `failpoint`."""
-    process: ForkServerProcess = context.Process(target=_run, args=(job, arguments, failpoint))
+    process: Any = context.Process(target=_run, args=(job, arguments, failpoint))
     process.start()
     return process
 
 
-def run_killed(context: ForkServerContext, job: Callable[..., None], *arguments: Any, failpoint: str) -> None:
+def run_killed(context: BaseContext, job: Callable[..., None], *arguments: Any, failpoint: str) -> None:
     """Run `job` in a child that is killed at `failpoint`; fails when it gets past that point."""
     process = start(context, job, *arguments, failpoint=f"{failpoint}:kill")
     process.join()
     assert process.exitcode == -signal.SIGKILL, f"exit status {process.exitcode} instead of a kill at {failpoint}"
 
 
-def run_to_end(context: ForkServerContext, job: Callable[..., None], *arguments: Any) -> None:
+def run_to_end(context: BaseContext, job: Callable[..., None], *arguments: Any) -> None:
     """Run `job` in a child."""
     process = start(context, job, *arguments)
     process.join()

@@ -20,7 +20,7 @@ from logitcache.training.records import MetricsLog
 
 TRAIN_PLAYS = ("as_you_like_it", "much_ado_about_nothing", "merchant_of_venice")
 HELD_OUT_PLAYS = ("twelfth_night",)
-TRAIN_TOKENS, HELD_OUT_TOKENS = 102_400, 10_240
+TRAIN_TOKENS, HELD_OUT_TOKENS = 102_400, 8_192
 BLOCK_LENGTH = 256
 SAMPLED, TOP = "sample:25", "top-k:12"
 STUDENT = {
@@ -34,10 +34,12 @@ STUDENT = {
     "tie_word_embeddings": True,
 }
 TRAINING: dict[str, Any] = {
-    "epochs": 3,
+    "epochs": 1.5,
     "batch_tokens": 2048,
     "learning_rate": 2e-3,
     "eval_tokens": HELD_OUT_TOKENS,
+    "eval_every": 25,
+    "log_every": 5,
     "seed": 0,
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,9 @@ from logitcache import models
 from logitcache.errors import ModelError, TrainingError
 from logitcache.store import Cache
 
+# Keys that configs take without listing them among their fields.
+_FURTHER_KEYS = ("attn_implementation", "name_or_path", "rope_scaling", "rope_theta", "torch_dtype")
+
 
 def load_student(source: str, cache: Cache, tokenizer: Any, seed: int) -> Any:
     """A student from a model folder, or with random weights from a YAML/JSON file of a transformers config.
@@ -20,11 +25,19 @@ def load_student(source: str, cache: Cache, tokenizer: Any, seed: int) -> Any:
     A config without `vocab_size` gets the teacher's. Raises ModelError or TrainingError when it does not fit the cache.
     """
     path = Path(source)
-    if path.is_dir() or not path.suffix:
-        student = models.load_model(source, dtype="float32", device="cpu")
-        _check_student_tokenizer(path, cache)
-    else:
+    # Not any suffix: the hub id SmolLM2-1.7B has one too.
+    if path.is_file() or path.suffix in (".yaml", ".yml", ".json"):
         student = _from_config(path, cache, tokenizer, seed)
+    else:
+        student = models.load_model(source, dtype="float32", device="cpu")
+        _check_student_tokenizer(models.resolve_source(source), cache)
+    models.check_split(student)
+    check_fits(student, source, cache)
+    return student
+
+
+def check_fits(student: Any, source: str, cache: Cache) -> None:
+    """Raise TrainingError unless the student has an output for every id and a position for every token of a block."""
     rows = student.get_output_embeddings().weight.shape[0]
     if rows < cache.vocab_size:
         raise TrainingError(
@@ -37,7 +50,6 @@ def load_student(source: str, cache: Cache, tokenizer: Any, seed: int) -> Any:
             f"the student {source} takes {longest} positions, the cache's blocks have {cache.block_length} tokens; "
             "raise max_position_embeddings or dump with a smaller --block-length"
         )
-    return student
 
 
 def _from_config(path: Path, cache: Cache, tokenizer: Any, seed: int) -> Any:
@@ -45,19 +57,41 @@ def _from_config(path: Path, cache: Cache, tokenizer: Any, seed: int) -> Any:
         values = yaml.safe_load(path.read_text())
         if not isinstance(values, dict) or "model_type" not in values:
             raise ModelError(f"{path} names no model_type; write a transformers config, for example model_type: llama")
+        _check_keys(path, values)
         values.setdefault("vocab_size", cache.vocab_size)
         if tokenizer is not None:
             # Ids of special tokens come from the cache's tokenizer; a config class's own may not exist in it.
             for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
                 values.setdefault(name, getattr(tokenizer, name))
-        config = transformers.AutoConfig.for_model(**values)
-        torch.manual_seed(seed)
-        return transformers.AutoModelForCausalLM.from_config(config)
+        with models.quiet():
+            config = transformers.AutoConfig.for_model(**values)
+            torch.manual_seed(seed)
+            # Whatever the config says: weights in bfloat16 would lose the optimiser's small steps.
+            return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except OSError as error:
         raise ModelError(f"the student config {path} cannot be read ({error.strerror}); check the path") from error
-    except (yaml.YAMLError, ValueError, TypeError, KeyError, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except ModelError:
+        raise
+    except Exception as error:
+        # Configs and models of transformers check themselves, each with exceptions of its own.
+        reason = textwrap.shorten(str(error) or type(error).__name__, 200, placeholder=" ...").rstrip(".")
         raise ModelError(f"the student config {path} is not a usable transformers config: {reason}") from error
+
+
+def _check_keys(path: Path, values: dict[str, Any]) -> None:
+    """transformers keeps unknown keys without a word; refuse those of a file written by hand.
+
+    A config.json of transformers itself may hold fields of other tools and versions.
+    """
+    if path.suffix == ".json":
+        return
+    default = transformers.AutoConfig.for_model(values["model_type"])
+    known = {*default.to_dict(), *default.attribute_map, *_FURTHER_KEYS}
+    for key in values:
+        if key not in known:
+            nearest = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else "; check its spelling"
+            raise ModelError(f"{path} has a key {key!r} that a {values['model_type']!r} config does not have{hint}")
 
 
 def _check_student_tokenizer(folder: Path, cache: Cache) -> None:

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from logitcache.errors import UsageError
 
@@ -18,7 +18,7 @@ class TrainOptions(BaseModel):
     run; the last one given in that order wins.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     cache: str
     student: str
@@ -53,6 +53,11 @@ class TrainOptions(BaseModel):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     impl: Literal["auto", "reference", "split"] = "auto"
     report_to: tuple[str, ...] = ()
+
+    @field_validator("eval_text", "report_to", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
     @classmethod
     def build(cls, values: dict[str, Any]) -> TrainOptions:

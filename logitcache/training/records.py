@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
+
+from logitcache.errors import TrainingError
 
 COMPLETE = "logitcache_reader.json"
 
@@ -22,7 +25,10 @@ class MetricsLog:
     def cut(self, last_step: int) -> None:
         """Forget everything after `last_step`."""
         kept = [row for row in self.rows() if row["step"] <= last_step]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        # Replaced, not overwritten: a kill at this moment must not cost the rows that no resumed run makes again.
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        temporary.replace(self.path)
 
     def append(self, row: dict[str, Any]) -> None:
         with self.path.open("a") as file:
@@ -61,6 +67,7 @@ class RecordCallback(TrainerCallback):
         values = {name: value for name, value in (logs or {}).items() if name not in ("total_flos", "epoch")}
         if "train_runtime" in values or not state.is_world_process_zero:
             return
+        _check_finite(state.global_step, values)
         self._metrics.append({"step": state.global_step, **values})
         self._latest |= values
         self._progress(state.global_step, state.max_steps, self._latest)
@@ -74,6 +81,16 @@ class RecordCallback(TrainerCallback):
         temporary = folder / f"{COMPLETE}.tmp"
         temporary.write_text(json.dumps(self._reader_state(state.global_step)))
         temporary.replace(folder / COMPLETE)
+
+
+def _check_finite(step: int, values: dict[str, float]) -> None:
+    """Stop a run whose weights are lost, before they become a checkpoint or the trained student."""
+    for name in ("loss", "eval_ce"):
+        if not math.isfinite(values.get(name, 0.0)):
+            raise TrainingError(
+                f"{name} is {values[name]} at step {step}: training diverged; begin again in another --out with a "
+                "lower --learning-rate or more warmup"
+            )
 
 
 def last_whole_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:

@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainingArguments
 
+from logitcache import models
 from logitcache.losses import DistillationTerms, Objective
 from logitcache.targets import DeviceTargets
 from logitcache.training.schedules import AlphaSchedule
@@ -88,13 +89,16 @@ class DistillationTrainer(Trainer):
         self._clock += time.perf_counter() - started
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        with self._off_the_clock():
+        with self._off_the_clock(), models.quiet():
             super()._save_checkpoint(model, trial)
 
     def get_train_dataloader(self) -> Any:
         dataset = self.train_dataset
         if isinstance(dataset, IterableDataset):
-            return DataLoader(dataset, batch_size=None, num_workers=self.args.dataloader_num_workers)
+            # A generator of its own: drawing the workers' seed from torch's would shift the dropout of a resumed run.
+            generator = torch.Generator().manual_seed(self.args.seed)
+            workers = self.args.dataloader_num_workers
+            return DataLoader(dataset, batch_size=None, num_workers=workers, generator=generator)
         return dataset
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:

@@ -21,7 +21,7 @@ from logitcache.teachers import TransformersTeacher
 
 pytestmark = pytest.mark.real_teacher
 TOKENS, BLOCK, DRAWS = 1024, 512, 64
-NOISE = 0.72
+DISTANCE = 0.45
 
 
 class Setting:
@@ -35,11 +35,27 @@ class Setting:
         self.dist = Distribution.from_logits(teacher.logits(hidden).clone())
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(hidden.shape, generator=generator) * hidden.std()
-        self.hidden = hidden + NOISE * noise
-        student = torch.softmax(self.hidden @ self.weight.T, -1)
-        self.distance = float(0.5 * (student - self.dist.probs).abs().sum(1).mean())
+        self.hidden = hidden + self._noise_level(hidden, noise) * noise
+        student = self._student(self.hidden)
+        self.distance = self._distance(student, slice(None))
         # d/dW of the mean full KL: (p_student - p_teacher)^T h / N.
         self.full = (student - self.dist.probs).T @ self.hidden / TOKENS
+
+    def _student(self, hidden: torch.Tensor) -> torch.Tensor:
+        return torch.softmax(hidden @ self.weight.T, -1)
+
+    def _distance(self, student: torch.Tensor, rows: slice) -> float:
+        """Mean total-variation distance from the teacher."""
+        return float(0.5 * (student - self.dist.probs[rows]).abs().sum(1).mean())
+
+    def _noise_level(self, hidden: torch.Tensor, noise: torch.Tensor) -> float:
+        """By bisection on every eighth row."""
+        rows, low, high = slice(None, None, 8), 0.0, 2.0
+        for _ in range(10):
+            middle = (low + high) / 2
+            far = self._distance(self._student(hidden[rows] + middle * noise[rows]), rows) > DISTANCE
+            low, high = (low, middle) if far else (middle, high)
+        return (low + high) / 2
 
     def gradient(self, targets: SparseTargets, tail: str) -> torch.Tensor:
         weight = self.weight.clone().requires_grad_()

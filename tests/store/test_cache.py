@@ -6,7 +6,9 @@ import multiprocessing
 import os
 import pickle
 import threading
+from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -110,6 +112,22 @@ def test_threads_read_the_same(made: Made) -> None:
     for thread in threads:
         thread.join()
     assert not failures
+
+
+class Forgetful(OrderedDict[Any, Any]):
+    """What is asked for is gone a moment later, as if another thread had evicted it in between."""
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        value = super().get(key, default)
+        self.clear()
+        return value
+
+
+def test_a_chunk_evicted_while_it_is_read(made: Made) -> None:
+    cache = open_cache(made.root)
+    cache._decoded = Forgetful()
+    for _ in range(3):
+        made.check(cache.read_blocks(0, 2), 0, 2)
 
 
 def _child_reads(cache: Cache, made: Made, parent: int) -> None:

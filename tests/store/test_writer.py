@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import multiprocessing
 import os
 import resource
 import shutil
@@ -17,7 +18,7 @@ from logitcache.errors import CacheError, PlanMismatchError, TargetsError
 from logitcache.store import CacheWriter, TokenFile, open_cache, verify
 from logitcache.store.files import publish, write_temporary
 from logitcache.store.layout import Layout
-from tests.faults import forkserver, run_to_end
+from tests.faults import run_to_end
 from tests.store.caches import GEOMETRY, commit, content, files_of, identity, make_cache
 
 
@@ -219,7 +220,7 @@ def _write_with_a_limit(root: Path, limit: int) -> None:
 @pytest.mark.parametrize("limit", [100, 2000])
 def test_a_real_limit_on_file_sizes(tmp_path: Path, limit: int) -> None:
     root = tmp_path / "cache"
-    run_to_end(forkserver("tests.store.test_writer"), _write_with_a_limit, root, limit)
+    run_to_end(multiprocessing.get_context("spawn"), _write_with_a_limit, root, limit)
     assert not list(root.rglob("*.tmp"))
     assert not (root / "manifest.json").exists()
     made = make_cache(root)

@@ -1,0 +1,85 @@
+"""What must be stored of a teacher, computed the plain way: the model's own logits, float64, one position at a time.
+
+Legend: B blocks, L tokens in a block, R real rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from logitcache.selection import Selection, block_uniforms
+from logitcache.targets import SparseTargets
+from tests.selection.problems import inverse_cdf
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The teacher's log-probabilities float64 [R, V] over blocks of tokens int64 [B, L], of which R are real."""
+
+    logprobs: NDArray[np.float64]
+    tokens: NDArray[np.int64]
+    rows: int
+
+    @classmethod
+    def of(cls, model: Any, tokens_BL: NDArray[np.int64], rows: int) -> Expected:
+        """Run the whole model on one block after another."""
+        with torch.no_grad():
+            logits = torch.cat([model(torch.from_numpy(block[None])).logits[0] for block in tokens_BL])
+        return cls(torch.log_softmax(logits[:rows].double(), -1).numpy(), tokens_BL, rows)
+
+    @property
+    def probs(self) -> NDArray[np.float64]:
+        return np.exp(self.logprobs)
+
+    def check_scalars(self, targets: SparseTargets, tolerance: float) -> None:
+        """Row t holds log p(token t + 1) and the entropy at t; NaN at the ends of blocks and of the corpus."""
+        length = self.tokens.shape[1]
+        labels = np.append(self.tokens.ravel()[1 : self.rows], -1)
+        labels[length - 1 :: length] = -1
+        expected = np.where(labels >= 0, self.logprobs[np.arange(self.rows), labels], np.nan)
+        assert np.isnan(expected).sum() == -(-self.rows // length)
+        np.testing.assert_allclose(targets.label_logprob, expected, rtol=1e-6, atol=tolerance)
+        terms = self.probs * np.where(self.probs > 0, self.logprobs, 0)
+        np.testing.assert_allclose(targets.entropy, -terms.sum(1), rtol=1e-6, atol=tolerance)
+
+    def check_most_probable(self, targets: SparseTargets, selection: Selection, tolerance: float) -> None:
+        """Ids are exactly the most probable ones; weights are right to `tolerance` nats."""
+        for row, probs in enumerate(self.probs):
+            one = targets.slice(row, row + 1)
+            order = np.argsort(-probs, kind="stable")
+            count = selection.size
+            if selection.mass is not None:
+                before = np.cumsum(probs[order]) - probs[order]
+                count = min(count, int((before < selection.mass).sum()))
+            np.testing.assert_array_equal(one.ids, np.sort(order[:count]), err_msg=f"row {row}")
+            error = np.log(one.weights) - self.logprobs[row, one.ids]
+            assert np.abs(error).max() <= tolerance, f"row {row}"
+            np.testing.assert_allclose(one.tail_mass[0], 1 - probs[one.ids].sum(), atol=tolerance / 2)
+
+    def check_drawn(self, targets: SparseTargets, selection: Selection, seed: int, first_block: int = 0) -> None:
+        """Counts equal those of drawing again from float64 probabilities with the same random numbers."""
+        blocks, length = self.tokens.shape
+        uniforms = block_uniforms(seed, range(first_block, first_block + blocks), length, selection.draws)
+        assert targets.unbiased
+        for row, probs in enumerate(self.probs):
+            one = targets.slice(row, row + 1)
+            drawn = [inverse_cdf(probs, uniform) for uniform in uniforms[row]]
+            ids, counts = np.unique([column for column, _ in drawn], return_counts=True)
+            if min(distance for _, distance in drawn) < 1e-6:
+                continue  # a number at the very edge between two ids may fall on either side
+            np.testing.assert_array_equal(one.ids, ids, err_msg=f"row {row}")
+            np.testing.assert_array_equal(np.rint(one.weights * selection.draws), counts, err_msg=f"row {row}")
+
+    def check(self, targets: SparseTargets, selection: Selection, seed: int, weights: float, scalars: float) -> None:
+        """All of it, with these tolerances in nats."""
+        assert len(targets) == self.rows
+        self.check_scalars(targets, scalars)
+        if selection.unbiased:
+            self.check_drawn(targets, selection, seed)
+        else:
+            self.check_most_probable(targets, selection, weights)
