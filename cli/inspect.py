@@ -63,7 +63,7 @@ def show_facts(cache: Cache, as_json: bool) -> None:
     tokens = cache.num_tokens
     entries = sum(shard.num_entries for shard in manifest.shards)
     selection = identity.selection
-    size = ":".join(str(part) for part in (selection["method"], selection.get("mass"), selection["size"]) if part)
+    size = ":".join(str(part) for part in (selection.method, selection.mass, selection.size) if part)
     packing = identity.corpus.get("packing", {})
     facts: dict[str, Any] = {
         "cache": str(cache.root),

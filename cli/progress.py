@@ -28,6 +28,7 @@ class View:
         self._live: Progress | None = None
         self._task: Any = None
         self._last_line = 0.0
+        self._said_end = False
         self._started: float | None = None
 
     def __enter__(self) -> Self:
@@ -62,8 +63,8 @@ class View:
         """`done` of `total`, with a few words about speed or quality."""
         if self._live is not None:
             self._live.update(self._task, completed=done, total=total, facts=facts, seconds_left=seconds_left)
-        elif time.monotonic() - self._last_line >= LINE_SECONDS or done >= total:
-            self._last_line = time.monotonic()
+        elif time.monotonic() - self._last_line >= LINE_SECONDS or (done >= total and not self._said_end):
+            self._last_line, self._said_end = time.monotonic(), done >= total
             left = "" if seconds_left is None else f", {duration(seconds_left)} left"
             err.print(f"{self._name}: {done / max(total, 1):4.0%}, {facts}{left}", soft_wrap=True)
 

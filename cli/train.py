@@ -29,7 +29,7 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 @click.option("--student", metavar="CONFIG_OR_DIR", help="Model folder, or YAML/JSON of a transformers config.")
 @click.option("--out", metavar="DIR", help="Folder of the run and of the trained student.")
 @click.option("--objective", help="auto, forward-kl or cross-entropy.")
-@click.option("--tail", help="auto, bucket, renormalised, unnormalised, label or unbiased.")
+@click.option("--tail", help="auto, bucket, renormalised, teacher_renormalised, unnormalised, label, unbiased.")
 @click.option("--alpha", type=float, help="Weight of distillation: (1 - alpha) CE + alpha T^2 KL.  [default: 0.9]")
 @click.option("--temperature", type=float, help="Temperature of the divergence.  [default: 1]")
 @click.option("--alpha-schedule", help="constant, linear or wsd.  [default: constant]")

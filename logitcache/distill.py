@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 import logitcache
@@ -48,7 +51,23 @@ def run_training(options: TrainOptions, resume: bool = False, progress: StepProg
     run = _Run(options, resume)
     if resume and run.result_path.exists():
         return dict(json.loads(run.result_path.read_text()))
-    return run.train(progress or (lambda step, total, metrics: None))
+    with _writing(run.out):
+        return run.train(progress or (lambda step, total, metrics: None))
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """A full disk or a folder that cannot be written, which torch and safetensors report in ways of their own."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+            raise
+        reason = str(error).splitlines()[0]
+        raise TrainingError(
+            f"{out} cannot be written ({reason}); make room there ({shutil.disk_usage(out).free:,} bytes are free) and "
+            "go on with --resume"
+        ) from error
 
 
 class _Run:

@@ -35,6 +35,7 @@ from logitcache.store import (
     Layout,
     Manifest,
     Origin,
+    StoredSelection,
     TokenFile,
     check_folder,
     load_document,
@@ -171,10 +172,15 @@ def run_dump(
     geometry = _geometry(options, corpus.num_tokens)
     source = Path(options.teacher)
     origin = Origin(teacher=str(source.resolve() if source.is_dir() else source), gguf_file=options.gguf_file)
+    identities = [_identity(options, output, teacher, corpus, geometry) for output in options.outputs]
     try:
+        # First those that exist: a mismatch must be found before a new folder is begun.
+        for output, identity in zip(options.outputs, identities, strict=True):
+            if Layout(output.root).plan.exists():
+                CacheWriter.open(output.root, identity, origin)
         writers = [
-            CacheWriter.open(output.root, _identity(options, output, teacher, corpus, geometry), origin)
-            for output in options.outputs
+            CacheWriter.open(output.root, identity, origin)
+            for output, identity in zip(options.outputs, identities, strict=True)
         ]
     except PlanMismatchError:
         corpus.discard_new()
@@ -290,7 +296,7 @@ def _identity(
         tokenizer=models.tokenizer_identity(teacher.tokenizer),
         vocab_size=teacher.vocab_size,
         corpus=corpus.record,
-        selection=selection.to_dict(),
+        selection=StoredSelection(**selection.to_dict()),
         seed=options.seed,
         codec=codec.to_dict(),
         geometry=geometry,
@@ -330,7 +336,6 @@ def _capture_unit(
     meter: _Meter,
 ) -> None:
     """Compute one unit and commit it to every output that lacks it."""
-    started = time.perf_counter()
     geometry = wanting[0][0].geometry
     first, stop = geometry.unit_range(unit)
     chunks: list[list[Planes]] = [[] for _ in wanting]
@@ -344,9 +349,8 @@ def _capture_unit(
                 # The cache's first chunk is the pilot that orders ids by frequency.
                 writer.publish_ranks(targets.ids)
             planes.append(writer.encode(real, targets))
-    seconds = time.perf_counter() - started
     for (writer, _), planes in zip(wanting, chunks, strict=True):
-        meter.committed(writer.commit_unit(unit, planes, seconds=seconds))
+        meter.committed(writer.commit_unit(unit, planes))
 
 
 def _capture_chunk(

@@ -20,6 +20,8 @@ from logitcache.targets import SUM_TOLERANCE, SparseTargets
 
 Planes = dict[str, NDArray[np.int64]]
 _SIDE = ("label_logprob", "entropy")
+# Entries whose log-probabilities round to one step keep the teacher's order: each slot is lighter by this much.
+SLOT_NATS = 2.0**-22
 
 
 class RowCodec(Protocol):
@@ -131,7 +133,7 @@ class LogprobCodec:
         ids = slots.spread(ranks.decode(planes["ids"]), mask)
         steps = np.cumsum(slots.spread(planes["logprobs"], mask), axis=0)
         tail, head = columns.decode_tail(planes["tail"])
-        weights = np.where(mask, np.exp(-steps / self.steps_per_nat), 0.0)
+        weights = np.where(mask, np.exp(-steps / self.steps_per_nat - SLOT_NATS * np.arange(len(steps))[:, None]), 0.0)
         sums = weights.sum(0)
         weights *= np.divide(head, sums, out=np.zeros_like(sums), where=sums > 0)
         offsets, flat_ids, flat_weights = slots.to_rows(ids, weights.astype(np.float32), mask)

@@ -56,7 +56,7 @@ class Run:
 
 RUNS = (
     Run("ce", "cross entropy only", "sampled", {"objective": "cross-entropy"}),
-    Run("top12", f"{TOP}, renormalised", "top", {"tail": "renormalised", "alpha": 0.9}),
+    Run("top12", f"{TOP}, renormalised", "top", {"tail": "teacher_renormalised", "alpha": 0.9}),
     Run("sampled", f"{SAMPLED}, unbiased", "sampled", {"tail": "unbiased", "alpha": 0.9}),
 )
 

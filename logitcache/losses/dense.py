@@ -39,6 +39,8 @@ def dense_row(
         return _kl(heated / heated.sum(), p_V[ids] / p_V[ids].sum())
     if objective.tail == "unnormalised":
         return zero + _kl(q, p_V[ids])
+    if objective.tail == "teacher_renormalised":
+        return zero + _kl(q / q.sum(), p_V[ids]) if q.sum() > 0 else zero
     if objective.tail == "label":
         q_V = torch.zeros_like(p_V).index_add(0, ids, q).index_add(0, torch.tensor([label]), tau[None])
         return _kl(q_V, p_V)

@@ -82,6 +82,12 @@ def renormalised(g: Gathered, temperature: float) -> torch.Tensor:
     return _partial_kl(teacher_NK, log_student_NK).sum(dim=1)
 
 
+def teacher_renormalised(g: Gathered, temperature: float) -> torch.Tensor:
+    """sum over S of (q/m) (log (q/m) - log p), m = sum q: gradient p - q/m. Biased like `unnormalised`."""
+    mass_N1 = g.q_NK.sum(dim=1, keepdim=True)
+    return _partial_kl(g.q_NK / torch.where(mass_N1 > 0, mass_N1, 1.0), g.log_p_NK).sum(dim=1)
+
+
 def label(g: Gathered, temperature: float) -> torch.Tensor:
     """Unnormalised KL with the teacher's missing mass added to the label's weight, whether the label is in S or not."""
     label_NK, log_p_label_N = g.student.label_NK, g.student.log_p_label_N
@@ -105,6 +111,7 @@ def unbiased(g: Gathered, temperature: float) -> torch.Tensor:
 DIVERGENCES: dict[str, Callable[[Gathered, float], torch.Tensor]] = {
     "bucket": bucket,
     "renormalised": renormalised,
+    "teacher_renormalised": teacher_renormalised,
     "unnormalised": unnormalised,
     "label": label,
     "unbiased": unbiased,

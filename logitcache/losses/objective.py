@@ -12,7 +12,7 @@ import torch
 from logitcache.errors import ObjectiveError
 
 KINDS = ("cross_entropy", "forward_kl")
-TAILS = ("bucket", "renormalised", "unnormalised", "label", "unbiased")
+TAILS = ("bucket", "renormalised", "teacher_renormalised", "unnormalised", "label", "unbiased")
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,8 @@ class Objective:
         * 'renormalised': both sides are renormalised on S. Any temperature. The student's mass outside S is free.
         * 'unnormalised': the sum over S alone. Biased: its optimum is p = q / sum(q) on S and nothing outside, which
           makes the student overconfident. Offered because published work uses it.
+        * 'teacher_renormalised': the teacher is renormalised on S, the student is not: what most tools do with top-k.
+          The same optimum as 'unnormalised', so as biased; offered to compare with.
         * 'label': the mass goes to the label, in S or not.
         * 'unbiased': for sampled caches (sample:N, varopt:K); the gradient equals the full KL's in expectation.
         """

@@ -2,7 +2,7 @@
 
 from logitcache.store.cache import Blocks, Cache, ChunkRef, open_cache
 from logitcache.store.layout import Layout
-from logitcache.store.schema import Geometry, Identity, Manifest, Origin, load_document
+from logitcache.store.schema import Geometry, Identity, Manifest, Origin, StoredSelection, load_document
 from logitcache.store.tokenfile import TokenFile
 from logitcache.store.verify import Problem, Report, verify
 from logitcache.store.writer import CacheWriter, check_folder
@@ -19,6 +19,7 @@ __all__ = [
     "Origin",
     "Problem",
     "Report",
+    "StoredSelection",
     "TokenFile",
     "check_folder",
     "load_document",

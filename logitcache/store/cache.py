@@ -102,7 +102,7 @@ class Cache:
     @property
     def unbiased(self) -> bool:
         """Whether the stored weights are unbiased samples."""
-        return bool(self.manifest.identity.selection["method"] == "sample")
+        return self.manifest.identity.selection.method == "sample"
 
     @property
     def num_bytes(self) -> int:
@@ -245,9 +245,8 @@ def open_cache(location: str | Path, *, partial: bool = False) -> Cache:
         raise CacheError(f"{layout.root} does not exist or is not a folder; give the folder that `dump --out` wrote")
     if layout.manifest.exists():
         manifest = load_document(layout.manifest, Manifest)
-        plan = Plan(identity=manifest.identity)
-        if manifest.fingerprint != Manifest.fingerprint_of(plan, manifest.codebook_sha256, manifest.shards):
-            raise DamagedCacheError(f"{layout.manifest} contradicts itself; restore the file")
+        if (contradiction := manifest.contradiction()) is not None:
+            raise DamagedCacheError(f"{layout.manifest} contradicts itself: {contradiction}; restore the file")
         return Cache(layout.root, manifest)
     if not layout.plan.exists():
         raise CacheError(f"{layout.root} is not a logitcache cache: it has no manifest.json and no plan.json")

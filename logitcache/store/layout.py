@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.request import url2pathname
 
 from logitcache.errors import CacheError
 
@@ -58,7 +59,7 @@ def local_root(location: str | Path) -> Path:
     """The folder of a path or file:// URL. Raises CacheError for other schemes."""
     text = str(location)
     if text.startswith("file://"):
-        return Path(text.removeprefix("file://"))
+        return Path(url2pathname(text.removeprefix("file://")))
     scheme, separator, _ = text.partition("://")
     if separator:
         raise CacheError(f"{text} cannot be opened: {scheme}:// is not supported; copy the cache to a local folder")

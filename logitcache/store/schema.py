@@ -55,6 +55,14 @@ class Geometry(Document):
         return min(stop * self.block_length, self.num_tokens) - first * self.block_length
 
 
+class StoredSelection(Document):
+    """What was kept; see `logitcache.selection.Selection`."""
+
+    method: Literal["top-k", "top-p", "sample"]
+    size: Positive
+    mass: float | None = None
+
+
 class Identity(Document):
     """All that determines what a cache means. `dump` resumes only when every field is equal.
 
@@ -72,7 +80,7 @@ class Identity(Document):
     tokenizer: dict[str, Any]
     vocab_size: Positive
     corpus: dict[str, Any]
-    selection: dict[str, Any]
+    selection: StoredSelection
     seed: Count
     codec: dict[str, Any]
     geometry: Geometry
@@ -101,7 +109,8 @@ class Plan(Document):
 class Commit(Document):
     """commits/<unit>.json: exists if and only if the unit is complete.
 
-    `counters` hold what was met on the way (masked rows, NaN rows); `seconds` and `host` are for people.
+    `counters` hold what was met on the way (masked rows, NaN rows). Nothing here depends on when or where the unit was
+    computed, so that equal content is equal bytes.
     """
 
     kind: Literal["logitcache-commit"] = "logitcache-commit"
@@ -117,7 +126,6 @@ class Commit(Document):
     num_tokens: Positive
     num_entries: Count
     counters: dict[str, Count] = {}
-    seconds: Annotated[float, Field(ge=0)] = 0.0
 
 
 class Shard(Document):
@@ -149,6 +157,23 @@ class Manifest(Document):
     codebook_sha256: Sha256
     counters: dict[str, Count]
     shards: list[Shard]
+
+    def contradiction(self) -> str | None:
+        """What the manifest says of itself that cannot be, or None."""
+        geometry = self.identity.geometry
+        plan = Plan(identity=self.identity)
+        if self.fingerprint != self.fingerprint_of(plan, self.codebook_sha256, self.shards):
+            return "its fingerprint is not that of its content"
+        for shard in self.shards:
+            first, stop = geometry.unit_range(int(shard.unit))
+            if (shard.first_block, shard.num_blocks) != (first, stop - first) or stop <= first:
+                return f"unit {shard.unit} does not hold the blocks that the geometry gives it"
+            if shard.num_tokens != geometry.tokens_in(first, stop):
+                return f"unit {shard.unit} does not hold the tokens that the geometry gives it"
+        units = [int(shard.unit) for shard in self.shards]
+        if units != sorted(set(units)) or self.complete != (len(units) == geometry.num_units):
+            return "its shards are not the units of the plan"
+        return None
 
     @staticmethod
     def fingerprint_of(plan: Plan, codebook_sha256: str, shards: list[Shard]) -> str:

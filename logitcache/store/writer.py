@@ -107,9 +107,7 @@ class CacheWriter:
         targets.check_vocabulary(self.identity.vocab_size)
         return {"tokens": ranks.encode(tokens), **self.codec.encode(targets, ranks)}
 
-    def commit_unit(
-        self, unit: int, chunks: Sequence[Planes], counters: dict[str, int] | None = None, seconds: float = 0.0
-    ) -> int:
+    def commit_unit(self, unit: int, chunks: Sequence[Planes], counters: dict[str, int] | None = None) -> int:
         """Write and commit one unit. Returns the shard's bytes; 0 when another worker was first."""
         first, stop = self.geometry.unit_range(unit)
         num_tokens = self.geometry.tokens_in(first, stop)
@@ -138,7 +136,6 @@ class CacheWriter:
                 num_tokens=num_tokens,
                 num_entries=sum(int(chunk["ids"].size) for chunk in chunks),
                 counters=counters or {},
-                seconds=round(seconds, 3),
             )
             data = checked_json(record.model_dump(mode="json"))
             pending = write_temporary(self.layout.commits, name, lambda path: _write_bytes(path, data))
@@ -156,7 +153,7 @@ class CacheWriter:
         """Write the manifest once every unit is committed (or load the one there), and remove the scratch folder."""
         if self.complete:
             # A run killed between the manifest and here left the folder; so does one that resumes another output.
-            shutil.rmtree(self.layout.work, ignore_errors=True)
+            self._sweep()
             return load_document(self.layout.manifest, Manifest)
         missing = self.pending_units()
         if missing:
@@ -170,8 +167,16 @@ class CacheWriter:
                 self.layout.manifest,
             )
             failpoint("manifest.written")
-            shutil.rmtree(self.layout.work, ignore_errors=True)
+            self._sweep()
         return manifest
+
+    def _sweep(self) -> None:
+        """Remove what killed attempts left; a finished cache needs none of it."""
+        shutil.rmtree(self.layout.work, ignore_errors=True)
+        layout = self.layout
+        for folder in (layout.root, layout.shards, layout.commits, layout.codebook.parent):
+            for path in folder.glob("*.tmp"):
+                path.unlink(missing_ok=True)
 
     def _attributes(self, role: str, **more: Any) -> dict[str, Any]:
         return {"format_version": FORMAT_VERSION, "role": role, "plan": self.plan.fingerprint, **more}

@@ -31,7 +31,6 @@ class TransformersTeacher:
         head: the `LMHead` that makes logits of hidden states.
         device: torch.device of all weights.
         vocab_size: V, rows of the LM head; the softmax runs over all of them, as in the model itself.
-        valid_vocab: ids that may be selected or be labels lie below this; rows above it are padding of the head.
     """
 
     def __init__(self, model: Any, tokenizer: Any, model_identity: dict[str, Any]) -> None:
@@ -42,7 +41,6 @@ class TransformersTeacher:
         self.device: torch.device = self.head.weight.device
         self.vocab_size = int(self.head.weight.shape[0])
         self._config = model.config.get_text_config()
-        self.valid_vocab = min(self.vocab_size, max(len(tokenizer), int(self._config.vocab_size)))
         self._embedded = int(model.get_input_embeddings().weight.shape[0])
 
     @classmethod
@@ -64,6 +62,8 @@ class TransformersTeacher:
             UsageError: an unknown dtype or device.
             ModelError: model or tokenizer cannot be loaded, or the architecture is not understood.
         """
+        # Before the tokenizer: whoever names a GGUF folder must hear about the GGUF first.
+        models.resolve_source(source, gguf_file)
         if tokenizer is None:
             loaded_tokenizer = models.load_tokenizer(source, gguf_file, trust_remote_code)
         else:

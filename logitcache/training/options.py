@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from logitcache.errors import UsageError
 
+Tail = Literal["auto", "bucket", "renormalised", "teacher_renormalised", "unnormalised", "label", "unbiased"]
+
 
 class TrainOptions(BaseModel):
     """Everything `logitcache train` can be told; also the form of `--config` files.
@@ -24,7 +26,7 @@ class TrainOptions(BaseModel):
     student: str
     out: str
     objective: Literal["auto", "forward-kl", "cross-entropy"] = "auto"
-    tail: Literal["auto", "bucket", "renormalised", "unnormalised", "label", "unbiased"] = "auto"
+    tail: Tail = "auto"
     alpha: float = Field(0.9, ge=0, le=1)
     temperature: float = Field(1.0, gt=0)
     alpha_schedule: Literal["constant", "linear", "wsd"] = "constant"

@@ -92,7 +92,7 @@ CASES: dict[str, tuple[int, str, Line]] = {
     "no teacher": (1, "does not exist", lambda r, d: dump(r, d, teacher=r / "teacher")),
     "no model": (1, "has no tokenizer file|has no config.json", lambda r, d: dump(r, d, teacher=folder(r))),
     "a file as teacher": (1, "is a file", lambda r, d: dump(r, d, teacher=d.corpus)),
-    "GGUF": (1, "--gguf-file m.gguf|has no tokenizer file", lambda r, d: dump(r, d, teacher=folder(r, "m.gguf"))),
+    "GGUF": (1, "--gguf-file m.gguf", lambda r, d: dump(r, d, teacher=folder(r, "m.gguf"))),
     "other GGUF": (1, "has no file x.gguf", lambda r, d: dump(r, d, teacher=folder(r, "m.gguf"), gguf_file="x.gguf")),
     "no tokenizer": (
         1,

@@ -22,7 +22,7 @@ HEADS = {
     "padded": {"valid_vocab": 16},
     "all": {"softcap": 3.0, "logit_scale": 1.3, "valid_vocab": 17},
 }
-BIASED = ("bucket", "renormalised", "unnormalised", "label")
+BIASED = ("bucket", "renormalised", "teacher_renormalised", "unnormalised", "label")
 OBJECTIVES = [*((Objective.forward_kl(tail), 1.0) for tail in (*BIASED, "unbiased"))]
 OBJECTIVES += [(Objective.forward_kl("renormalised"), temperature) for temperature in (0.5, 2.0)]
 

@@ -55,7 +55,7 @@ def test_alpha_zero_on_split_is_the_cross_entropy_objective():
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("tail", ["bucket", "renormalised", "unnormalised"])
+@pytest.mark.parametrize("tail", ["bucket", "renormalised", "teacher_renormalised", "unnormalised"])
 def test_alpha_one_reads_no_label(impl, tail):
     problem = Problem(Objective.forward_kl(tail))
     one = gradients(problem.loss(alpha=1.0, impl=impl), problem)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from logitcache.codec import CountsCodec, FrequencyRanks, LogprobCodec
-from logitcache.store import Blocks, CacheWriter, Geometry, Identity
+from logitcache.store import Blocks, CacheWriter, Geometry, Identity, StoredSelection
 from logitcache.store.files import checked_json
 from logitcache.targets import SparseTargets
 from tests.codec.rows import assert_equal, count_rows, probability_rows
@@ -55,7 +55,7 @@ def identity(kind: str = "counts", seed: int = 0, geometry: Geometry = GEOMETRY)
         tokenizer={"sha256": "0" * 64},
         vocab_size=VOCABULARY,
         corpus={"files": [], "sha256": "1" * 64},
-        selection={"method": "sample" if kind == "counts" else "top-k", "size": 9, "mass": None},
+        selection=StoredSelection(method="sample" if kind == "counts" else "top-k", size=9),
         seed=seed,
         codec=codec.to_dict(),
         geometry=geometry,
