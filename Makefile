@@ -17,7 +17,8 @@ demo: $(VENV)/.demo
 	$(BIN)/logitcache demo --out demo-output
 
 test: lint
-	$(BIN)/pytest --durations=8
+	# Two processes of one thread each: many small tests gain from it, and none needs more.
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --durations=8
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
