@@ -25,8 +25,8 @@ BLOCK_LENGTH = 256
 SAMPLED, TOP = "sample:25", "top-k:12"
 STUDENT = {
     "model_type": "llama",
-    "hidden_size": 192,
-    "intermediate_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 384,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
@@ -34,8 +34,8 @@ STUDENT = {
     "tie_word_embeddings": True,
 }
 TRAINING: dict[str, Any] = {
-    "epochs": 1.5,
-    "batch_tokens": 2048,
+    "epochs": 1,
+    "batch_tokens": 1024,
     "learning_rate": 2e-3,
     "eval_tokens": HELD_OUT_TOKENS,
     "eval_every": 25,
