@@ -106,30 +106,8 @@ class Plan(Document):
         return digest(self.identity.model_dump(mode="json"))
 
 
-class Commit(Document):
-    """commits/<unit>.json: exists if and only if the unit is complete.
-
-    `counters` hold what was met on the way (masked rows, NaN rows). Nothing here depends on when or where the unit was
-    computed, so that equal content is equal bytes.
-    """
-
-    kind: Literal["logitcache-commit"] = "logitcache-commit"
-    format_version: Literal[1] = FORMAT_VERSION
-    plan: Sha256
-    codebook_sha256: Sha256
-    unit: Unit
-    file: FileName
-    sha256: Sha256
-    num_bytes: Positive
-    first_block: Count
-    num_blocks: Positive
-    num_tokens: Positive
-    num_entries: Count
-    counters: dict[str, Count] = {}
-
-
 class Shard(Document):
-    """One line of the manifest's shard list; fields as in Commit."""
+    """What identifies a unit's file and places it in the corpus; a line of the manifest's shard list."""
 
     unit: Unit
     file: FileName
@@ -141,8 +119,23 @@ class Shard(Document):
     num_entries: Count
 
     @classmethod
-    def of(cls, commit: Commit) -> Shard:
+    def of(cls, commit: Shard) -> Shard:
+        """The part of a commit record that the manifest keeps."""
         return cls(**{name: getattr(commit, name) for name in cls.model_fields})
+
+
+class Commit(Shard):
+    """commits/<unit>.json: exists if and only if the unit is complete.
+
+    `counters` hold what was met on the way (masked rows, NaN rows). Nothing here depends on when or where the unit was
+    computed, so that equal content is equal bytes.
+    """
+
+    kind: Literal["logitcache-commit"] = "logitcache-commit"
+    format_version: Literal[1] = FORMAT_VERSION
+    plan: Sha256
+    codebook_sha256: Sha256
+    counters: dict[str, Count] = {}
 
 
 class Manifest(Document):
