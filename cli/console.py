@@ -79,7 +79,7 @@ def _explain(error: BaseException) -> int:
         _say("interrupted; what is committed is kept, and the same command goes on from there (train: add --resume)")
         return 130
     if isinstance(error, Terminated):
-        _say("stopped by SIGTERM; what is committed is kept, and the same command goes on from there")
+        _say("stopped by SIGTERM; what is committed is kept; the same command goes on from there (train: add --resume)")
         return 143
     if isinstance(error, LogitcacheError):
         _say(f"error: {error}")

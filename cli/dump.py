@@ -32,14 +32,34 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 @click.option("--also", nargs=2, multiple=True, metavar="SPEC CACHE", help="Write another cache from the same run.")
 @click.option("--block-length", default=1024, show_default=True, help="Tokens in a block.")
 @click.option("--max-tokens", type=int, help="Stop the corpus after so many tokens.")
-@click.option("--dtype", default="auto", show_default=True, help="auto (as stored), float32, bfloat16 or float16.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@click.option(
+    "--dtype",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    help="auto: as the teacher is stored.",
+)
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    help="Where the teacher runs.",
+)
 @click.option("--batch-tokens", default=4096, show_default=True, help="Tokens in one forward pass.")
 @click.option("--unit-tokens", type=int, help="Tokens committed at once; default: about 1/32 of the corpus.")
 @click.option("--seed", default=0, show_default=True, help="Of sampled selections.")
 @click.option("--text-field", default="text", show_default=True, help="Field of JSONL objects and Parquet columns.")
-@click.option("--bos", default="auto", show_default=True, help="auto, none, document or block.")
-@click.option("--eos", default="auto", show_default=True, help="auto, none or document.")
+@click.option(
+    "--bos",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "none", "document", "block"]),
+    help="Where BOS goes.",
+)
+@click.option(
+    "--eos", default="auto", show_default=True, type=click.Choice(["auto", "none", "document"]), help="Where EOS goes."
+)
 @click.option("--trust-remote-code", is_flag=True, help="Let the teacher's folder run Python code of its own.")
 @json_option
 @debug_option
@@ -70,6 +90,8 @@ def dump(
         print_json({"computed_tokens": report.computed_tokens, "seconds": report.seconds, "caches": facts})
     else:
         _print_table(facts, report)
+        read = report.manifests[0].identity.corpus
+        out.print(f"Corpus: {read['documents']:,} documents in {len(read['files']):,} files")
 
 
 def folder_bytes(root: Path) -> int:

@@ -68,7 +68,7 @@ def distillation_loss(
     ce = fixed != 1
     if fixed == 0:
         objective = Objective.cross_entropy()
-    pure = objective is not None and objective.kind == "cross_entropy"
+    pure = isinstance(objective, Objective) and objective.kind == "cross_entropy"
     if pure and resolve_implementation(impl) == "reference":
         return _dense_cross_entropy(hidden, weight, labels, head, ignore_index, reduction, normalizer)
     terms = distillation_terms(

@@ -129,6 +129,8 @@ def distillation_terms(
     check_head(hidden, weight, head)
     check_labels(labels, hidden)
     objective = objective or Objective.default_for(bool(getattr(targets, "unbiased", False)))
+    if not isinstance(objective, Objective):
+        raise ObjectiveError(f"objective is {objective!r}; build one, for example Objective.forward_kl(tail='bucket')")
     tail, columns = objective.tail, head.columns(weight)
     stored = None if tail is None else device_targets(targets, hidden, columns)
     objective.check(stored is not None and stored.unbiased, temperature)

@@ -121,6 +121,10 @@ def check_split(model: Any) -> None:
         ) from error
     finally:
         model.train(training)
+    if not (bool(torch.isfinite(hidden).all()) and bool(torch.isfinite(logits).all())):
+        raise ModelError(
+            f"{name} computes NaN or infinity in {head.weight.dtype}; check its weights or try another --dtype"
+        )
     tolerance = 1e-4 if head.weight.dtype in (torch.float32, torch.float64) else 3e-2
     if not _close(hidden[0, :-1], hidden[1, :-1], tolerance):
         raise ModelError(f"{name} lets a position see the tokens after it, so it is no causal language model")

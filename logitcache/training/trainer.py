@@ -110,7 +110,9 @@ class DistillationTrainer(Trainer):
     ) -> Any:
         terms: DistillationTerms = model(input_ids=inputs["input_ids"], distillation=self._call(inputs))
         alpha = self.settings.alpha.at(self.state.global_step, self.state.max_steps)
-        loss = terms.loss(alpha=alpha if terms.divergence is not None else 0.0, normalizer=num_items_in_batch)
+        # A batch of one padded block may count no token at all; its loss is 0, not 0 / 0.
+        normalizer = num_items_in_batch.clamp(min=1) if isinstance(num_items_in_batch, torch.Tensor) else None
+        loss = terms.loss(alpha=alpha if terms.divergence is not None else 0.0, normalizer=normalizer)
         # With tokens counted over all ranks, DDP's mean over ranks must be undone.
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes

@@ -65,7 +65,10 @@ def test_an_unknown_codec_asks_for_an_upgrade(made: Made, codec: dict[str, Any])
 def test_a_manifest_that_contradicts_itself(made: Made) -> None:
     manifest = Layout(made.root).manifest
     rewrite(manifest, fingerprint="0" * 64)
-    with pytest.raises(DamagedCacheError, match=r"manifest.json contradicts itself: its fingerprint is not that of its content; restore the file$"):
+    with pytest.raises(
+        DamagedCacheError,
+        match=r"manifest.json contradicts itself: its fingerprint is not that of its content; restore the file$",
+    ):
         open_cache(made.root)
 
 
