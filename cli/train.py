@@ -17,7 +17,7 @@ Example:
   logitcache train --cache cache --student student.yaml --out run --epochs 4
 
 The student is a model folder or a YAML/JSON transformers config (`model_type: llama`, ...; the vocabulary comes from
-the cache). Every option may stand in a `--config` file (with underscores); --set and the options above win. Further keys
+the cache). Every option may stand in a `--config` file (with underscores); --set and the options above win. More keys
 for both: accumulate, alpha_decay, alpha_warmup, eval_every, eval_tokens, impl, log_every, lr_schedule, max_grad_norm,
 report_to, save_every, warmup, weight_decay.
 

@@ -95,10 +95,8 @@ class DumpOptions:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        if self.block_length < 2:
-            raise UsageError(
-                f"a block of {self.block_length} tokens has no next token; choose --block-length 2 or more"
-            )
+        # Raises for a block length that makes no sense, before anything is loaded.
+        PackingPolicy(self.block_length)
         roots = [output.root.resolve() for output in self.outputs]
         if not roots or len(set(roots)) != len(roots):
             raise UsageError("every cache needs a folder of its own; give each selection another --out")
