@@ -39,21 +39,25 @@ def demo(folder: Path, as_json: bool) -> None:
     if as_json:
         print_json(result.rows)
         return
-    table = Table(title="Same student, same tokens, same steps", title_justify="left")
+    table = Table(title="Same student, same tokens, same steps", title_justify="left", box=None, pad_edge=False)
     for name, justify in (
         ("trained on", "left"),
         ("held-out CE", "right"),
-        ("KL from teacher", "right"),
+        ("KL", "right"),
         ("ECE", "right"),
-        ("CE, other domain", "right"),
-        ("cache B/token", "right"),
+        ("other CE", "right"),
+        ("B/token", "right"),
         ("tokens/s", "right"),
     ):
-        table.add_column(name, justify="right" if justify == "right" else "left")
+        table.add_column(name, justify="right" if justify == "right" else "left", no_wrap=True)
     for row in result.rows:
         table.add_row(*_cells(row))
     out.print(table)
-    out.print(f"Nats per token; lower is better. Picture: {result.picture}")
+    out.print(
+        "CE: held-out cross entropy; KL: from the teacher; ECE: calibration error; other CE: other text;\n"
+        f"B/token: of the cache, all files. Nats per token, lower is better. Picture: {result.picture}",
+        soft_wrap=True,
+    )
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
@@ -64,7 +68,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         f"{row['kl']:.3f}",
         f"{row['ece']:.3f}",
         f"{row['other_ce']:.3f}",
-        "none needed" if size is None else f"{size:.1f}",
+        "-" if size is None else f"{size:.1f}",
         f"{row['tokens_per_second']:,.0f}",
     ]
 

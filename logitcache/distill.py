@@ -27,6 +27,9 @@ from logitcache.training.load import check_fits, load_student
 from logitcache.training.options import TrainOptions
 from logitcache.training.records import MetricsLog, RecordCallback, last_whole_checkpoint, plot_losses
 
+# Options that name files or folders.
+_PATHS = ("cache", "student", "out", "held_out_cache", "eval_text", "tokenizer")
+
 StepProgress = Callable[[int, int, dict[str, float]], None]
 
 
@@ -227,7 +230,10 @@ class _Run:
 
     def _record(self) -> dict[str, Any]:
         return {
-            "options": self.options.model_dump(mode="json"),
+            "options": {
+                key: _absolute(value) if key in _PATHS else value
+                for key, value in self.options.model_dump(mode="json").items()
+            },
             "cache_fingerprint": self.cache.fingerprint,
             "steps": self.steps,
             "versions": {
@@ -367,3 +373,10 @@ class _Run:
             remove_unused_columns=False,
             ignore_data_skip=True,
         )
+
+
+def _absolute(value: Any) -> Any:
+    """Paths that exist, made absolute: a run is the same from whichever folder it is resumed."""
+    if isinstance(value, list):
+        return [_absolute(item) for item in value]
+    return str(Path(value).resolve()) if isinstance(value, str) and Path(value).exists() else value

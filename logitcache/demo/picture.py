@@ -21,7 +21,7 @@ def draw_comparison(logs: dict[str, list[dict[str, Any]]], rows: list[dict[str, 
     curves.set(xlabel="optimiser step", ylabel="nats per token", title="Held-out cross entropy")
     curves.grid(alpha=0.3)
     curves.legend(frameon=False)
-    names = [row["run"].replace(", ", "\n") for row in rows]
+    names = [row["run"].replace(", ", "\n").replace(" only", "\nonly") for row in rows]
     for axes, key, title in ((kl, "kl", "KL from the teacher (nats)"), (ece, "ece", "Calibration error")):
         bars = axes.bar(range(len(rows)), [row[key] for row in rows], color=COLOURS)
         axes.bar_label(bars, fmt="%.3f", fontsize=9)
