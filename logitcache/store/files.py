@@ -55,7 +55,7 @@ def fsync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def write_temporary(folder: Path, stem: str, write: Callable[[Path], None]) -> Path:
+def write_temporary(folder: Path, stem: str, write: Callable[[Path], object]) -> Path:
     """Let `write` fill a new `<stem>.<random>.tmp` in `folder`, fsync it, and return its path."""
     folder.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=folder, prefix=f"{stem}.", suffix=".tmp")
@@ -70,6 +70,11 @@ def write_temporary(folder: Path, stem: str, write: Callable[[Path], None]) -> P
         path.unlink(missing_ok=True)
         raise
     return path
+
+
+def write_temporary_bytes(folder: Path, stem: str, data: bytes) -> Path:
+    """`write_temporary` of bytes that are at hand."""
+    return write_temporary(folder, stem, lambda path: path.write_bytes(data))
 
 
 def publish(temporary: Path, final: Path) -> bool:

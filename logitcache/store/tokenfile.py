@@ -10,7 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from logitcache.errors import CacheError
-from logitcache.store.files import checked_json, digest, read_checked_json, replace, sha256_of_file, write_temporary
+from logitcache.store.files import (
+    checked_json,
+    digest,
+    read_checked_json,
+    replace,
+    sha256_of_file,
+    write_temporary_bytes,
+)
 from logitcache.store.layout import writing
 
 
@@ -41,7 +48,7 @@ class TokenFile:
         """Note that the file is whole, what it was made from and what is known of it."""
         data = checked_json({"key": digest(key), "facts": facts, "file_sha256": sha256_of_file(self.path)})
         with writing(self.folder):
-            replace(write_temporary(self.folder, "tokens.json", lambda path: _write(path, data)), self._record_path)
+            replace(write_temporary_bytes(self.folder, "tokens.json", data), self._record_path)
 
     def find(self, key: dict[str, Any]) -> dict[str, Any] | None:
         """The facts of a whole file made from `key`, or None."""
@@ -60,7 +67,3 @@ class TokenFile:
         if self._mapped is None:
             self._mapped = np.memmap(self.path, dtype="<i4", mode="r")
         return np.asarray(self._mapped[start:stop], dtype=np.int64)
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.write_bytes(data)

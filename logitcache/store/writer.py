@@ -21,6 +21,7 @@ from logitcache.store.files import (
     replace,
     sha256_of_file,
     write_temporary,
+    write_temporary_bytes,
 )
 from logitcache.store.layout import Layout, unit_name, writing
 from logitcache.store.schema import FORMAT_VERSION, Commit, Identity, Manifest, Origin, Plan, Shard, load_document
@@ -55,7 +56,7 @@ class CacheWriter:
             with writing(root):
                 plan = Plan(identity=identity, origin=origin or Origin())
                 plan_json = checked_json(plan.model_dump(mode="json"))
-                publish(write_temporary(root, "plan.json", lambda path: _write_bytes(path, plan_json)), layout.plan)
+                publish(write_temporary_bytes(root, "plan.json", plan_json), layout.plan)
             failpoint("plan.written")
         plan = load_document(layout.plan, Plan)
         differences = diff(plan.identity.model_dump(mode="json"), identity.model_dump(mode="json"))
@@ -138,7 +139,7 @@ class CacheWriter:
                 counters=counters or {},
             )
             data = checked_json(record.model_dump(mode="json"))
-            pending = write_temporary(self.layout.commits, name, lambda path: _write_bytes(path, data))
+            pending = write_temporary_bytes(self.layout.commits, name, data)
             failpoint("commit.before_link")
             won = publish(pending, self.layout.commit(unit))
             fsync_folder(self.layout.root)
@@ -163,7 +164,7 @@ class CacheWriter:
             data = checked_json(manifest.model_dump(mode="json"))
             failpoint("manifest.before_write")
             replace(
-                write_temporary(self.layout.root, "manifest.json", lambda path: _write_bytes(path, data)),
+                write_temporary_bytes(self.layout.root, "manifest.json", data),
                 self.layout.manifest,
             )
             failpoint("manifest.written")
@@ -257,7 +258,3 @@ def diff(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tup
         elif mine != theirs:
             rows.append((f"{prefix}{key}", mine, theirs))
     return rows
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    path.write_bytes(data)

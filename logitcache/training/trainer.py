@@ -18,8 +18,6 @@ from logitcache.targets import DeviceTargets
 from logitcache.training.schedules import AlphaSchedule
 from logitcache.training.student import DistillationCall, attach_distillation
 
-IGNORE_INDEX = -100
-
 
 @dataclass(frozen=True)
 class DistillationSettings:

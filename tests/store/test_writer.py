@@ -154,7 +154,7 @@ FULL: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "fsync": lambda patch: patch.setattr(os, "fsync", full),
     "rename": lambda patch: patch.setattr(Path, "replace", full),
     "shard": lambda patch: patch.setattr("logitcache.store.writer.write_container", full),
-    "record": lambda patch: patch.setattr("logitcache.store.writer._write_bytes", full),
+    "record": lambda patch: patch.setattr("logitcache.store.writer.write_temporary_bytes", full),
 }
 
 
