@@ -71,6 +71,7 @@ def dump(
 
     selections = [(Selection.parse(spec), Path(folder)) for spec, folder in [(select, str(root)), *also]]
     from logitcache.dump import DumpOptions, Output, run_dump
+    from logitcache.store import open_cache
 
     outputs = tuple(Output(selection, folder) for selection, folder in selections)
     with DumpView() as view:
@@ -80,7 +81,7 @@ def dump(
             "cache": str(output.root),
             "select": str(output.selection),
             "tokens": report.tokens,
-            "bytes": (num_bytes := folder_bytes(output.root)),
+            "bytes": (num_bytes := open_cache(output.root).num_bytes),
             "bytes_per_token": num_bytes / report.tokens,
             "fingerprint": manifest.fingerprint,
         }
@@ -92,11 +93,6 @@ def dump(
         _print_table(facts, report)
         read = report.manifests[0].identity.corpus
         out.print(f"Corpus: {read['documents']:,} documents in {len(read['files']):,} files")
-
-
-def folder_bytes(root: Path) -> int:
-    """Bytes of all files of a finished cache."""
-    return sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
 
 
 def _print_table(facts: list[dict[str, Any]], report: Any) -> None:

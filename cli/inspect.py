@@ -12,7 +12,6 @@ from rich.text import Text
 from logitcache.errors import LogitcacheError, UsageError
 
 from .console import debug_option, err, json_option, out, print_json
-from .dump import folder_bytes
 
 if TYPE_CHECKING:
     from logitcache.store import Blocks, Cache
@@ -59,7 +58,7 @@ def show_facts(cache: Cache, as_json: bool) -> None:
     """The cache as a whole."""
     manifest = cache.manifest
     identity = manifest.identity
-    num_bytes = folder_bytes(cache.root)
+    num_bytes = cache.num_bytes
     tokens = cache.num_tokens
     entries = sum(shard.num_entries for shard in manifest.shards)
     selection = identity.selection
