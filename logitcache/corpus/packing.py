@@ -16,13 +16,15 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from logitcache.corpus.documents import PIECE_CHARACTERS, Document, cut_pieces
+from logitcache.corpus.documents import Document, cut_pieces
 from logitcache.corpus.policy import PackingPolicy
 from logitcache.errors import CorpusError, UsageError
 
 Progress = Callable[[int], None]
 Tokens = NDArray[np.int32]
 _BATCH_PIECES = 1024
+# The tokenizer's result takes some 100 bytes a token until it is packed: a quarter of a million characters is 10 MB.
+_BATCH_CHARACTERS = 1 << 18
 _STORED = np.dtype("<i4")
 
 
@@ -65,7 +67,7 @@ def pack(
 ) -> TokenBlocks:
     """Pack `documents` into blocks held in memory (4 bytes a token).
 
-    Texts are tokenised without special tokens, about a million characters at a time. A document of over
+    Texts are tokenised without special tokens, about a quarter of a million characters at a time. A document of over
     1,000,000 characters is cut before tokenising, behind the last newline that fits, so that memory stays bounded;
     a token that would have spanned such a cut becomes two. The cut does not start a new document.
 
@@ -150,14 +152,14 @@ def _pack_stream(
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Pieces in order, about a million characters at a time."""
+    """Pieces in order, about a quarter of a million characters at a time."""
     batch: list[Document] = []
     characters = 0
     for document in documents:
         for text, cut in cut_pieces([document.text]):
             batch.append(Document(text, document.file, document.index, cut or document.continued))
             characters += len(text)
-            if characters >= PIECE_CHARACTERS or len(batch) >= _BATCH_PIECES:
+            if characters >= _BATCH_CHARACTERS or len(batch) >= _BATCH_PIECES:
                 yield batch
                 batch, characters = [], 0
     if batch:

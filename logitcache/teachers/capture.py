@@ -70,28 +70,33 @@ def capture_blocks(
     hidden_RD = teacher.hidden(tokens_BL)[:num_rows]
     parts: list[list[SparseTargets]] = [[] for _ in selections]
     label_logprobs, entropies = [], []
-    for rows, logits_nV in _logit_slices(teacher, hidden_RD):
-        dist = Distribution.from_logits(logits_nV)
-        _check_finite(dist, first_block * length + rows.start, length)
-        label_logprobs.append(dist.label_logprob(labels_R[rows].to(logits_nV.device)).cpu())
-        entropies.append(dist.entropy().cpu())
-        for selection, uniform, part in zip(selections, uniforms, parts, strict=True):
-            part.append(select(selection, dist, None if uniform is None else uniform[rows]))
+    for outer in teacher.row_slices(num_rows):
+        pieces = _pieces(outer, teacher)
+        # The logits live only as long as this call: two slices at once would double the memory.
+        for rows, dist in _distributions(teacher.logits(hidden_RD[outer]), pieces):
+            _check_finite(dist, first_block * length + rows.start, length)
+            label_logprobs.append(dist.label_logprob(labels_R[rows].to(teacher.device)).cpu())
+            entropies.append(dist.entropy().cpu())
+            for selection, uniform, part in zip(selections, uniforms, parts, strict=True):
+                part.append(select(selection, dist, None if uniform is None else uniform[rows]))
+            del dist
     label_logprob, entropy = torch.cat(label_logprobs).numpy(), torch.cat(entropies).numpy()
     return [
         SparseTargets.concatenate(part).with_columns(label_logprob=label_logprob, entropy=entropy) for part in parts
     ]
 
 
-def _logit_slices(teacher: Teacher, hidden_RD: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Logits of a large slice are made at once, because a matrix product likes many rows, and handed on in pieces."""
-    piece = max(1, _CPU_STATISTICS_BYTES // (4 * teacher.vocab_size))
-    for outer in teacher.row_slices(hidden_RD.shape[0]):
-        logits_nV = teacher.logits(hidden_RD[outer])
-        step = piece if teacher.device.type == "cpu" else logits_nV.shape[0]
-        for start in range(0, logits_nV.shape[0], step):
-            stop = min(start + step, logits_nV.shape[0])
-            yield slice(outer.start + start, outer.start + stop), logits_nV[start:stop]
+def _pieces(outer: slice, teacher: Teacher) -> list[slice]:
+    """A large slice's rows in pieces for everything but the matrix product, which likes many rows."""
+    fitting = _CPU_STATISTICS_BYTES // (4 * teacher.vocab_size)
+    step = max(1, fitting) if teacher.device.type == "cpu" else outer.stop - outer.start
+    return [slice(start, min(start + step, outer.stop)) for start in range(outer.start, outer.stop, step)]
+
+
+def _distributions(logits_nV: torch.Tensor, pieces: Sequence[slice]) -> Iterator[tuple[slice, Distribution]]:
+    first = pieces[0].start
+    for rows in pieces:
+        yield rows, Distribution.from_logits(logits_nV[rows.start - first : rows.stop - first])
 
 
 def _labels(tokens_BL: NDArray[np.int64], num_rows: int) -> NDArray[np.int64]:

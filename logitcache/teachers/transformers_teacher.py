@@ -18,7 +18,7 @@ from logitcache import models
 from logitcache.errors import ModelError
 
 # Logits of one slice of rows: small enough for the caches and memory of a laptop, large enough to keep a GPU busy.
-_CPU_LOGITS_BYTES = 64 << 20
+_CPU_LOGITS_BYTES = 32 << 20
 _CUDA_LOGITS_BYTES = 1 << 30
 _LEAST_ROWS = 16
 
@@ -114,7 +114,7 @@ class TransformersTeacher:
         """Slices that cover `n_rows` rows; the float32 logits of each take at most `budget_bytes`, or 16 rows.
 
         Args:
-            budget_bytes: by default 64 MiB on CPU, 1 GiB on CUDA.
+            budget_bytes: by default 32 MiB on CPU, 1 GiB on CUDA.
         """
         if budget_bytes is None:
             budget_bytes = _CPU_LOGITS_BYTES if self.device.type == "cpu" else _CUDA_LOGITS_BYTES

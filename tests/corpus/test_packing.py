@@ -73,7 +73,7 @@ def test_equals_the_naive_implementation(
     policy = PackingPolicy(length, bos, BOS, eos, EOS)
     stream = naive_stream(texts, policy, max_tokens)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packing, "PIECE_CHARACTERS", batch)
+        patch.setattr(packing, "_BATCH_CHARACTERS", batch)
         if not stream:
             with pytest.raises(CorpusError, match="the corpus is empty"):
                 pack(TOKENIZER, documents(texts), policy, max_tokens)

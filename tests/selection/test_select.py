@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from logitcache.selection import Selection, block_uniforms
-from logitcache.selection.select import Distribution, count_draws, draw, select
+from logitcache.selection.select import Distribution, count_draws, draw, largest, select
 from logitcache.targets import SparseTargets
 from tests.codec.rows import assert_equal
 from tests.selection.problems import LARGE_VOCABULARY, SHAPES, inverse_cdf, logits_of, softmax64
@@ -80,6 +80,18 @@ def test_top_k(vocab_size: int, k: int) -> None:
     np.testing.assert_array_equal(targets.row_lengths, np.minimum(k, possible))
     for row in range(len(logits)):
         check_kept(targets, row, probs[row])
+
+
+@pytest.mark.parametrize("vocab_size", [50257, 49152, 640])
+@pytest.mark.parametrize("k", [1, 3, 64])
+def test_largest_is_topk(vocab_size: int, k: int) -> None:
+    logits = torch.randn(7, vocab_size, generator=torch.Generator().manual_seed(k))
+    logits[0, 5:] = -torch.inf
+    logits[1] = logits[1].round()
+    ids = largest(logits, k)
+    assert torch.equal(logits.gather(1, ids), torch.topk(logits, k).values)
+    assert all(len(set(row)) == k for row in ids.tolist())
+    assert torch.equal(ids[2:], torch.topk(logits, k).indices[2:])
 
 
 def test_top_k_of_the_whole_vocabulary_leaves_no_tail() -> None:

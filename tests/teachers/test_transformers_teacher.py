@@ -47,7 +47,7 @@ def test_row_slices_cover_all_rows_within_the_budget() -> None:
     for rows, budget in ((0, None), (1, None), (100, 1), (1000, 300 * 4 * 64), (17, 300 * 4 * 17)):
         slices = list(one.row_slices(rows, budget))
         assert [row for part in slices for row in range(rows)[part]] == list(range(rows))
-        assert all(part.stop - part.start <= max(16, (budget or 64 << 20) // 1200) for part in slices)
+        assert all(part.stop - part.start <= max(16, (budget or 32 << 20) // 1200) for part in slices)
     assert len(list(one.row_slices(1000, 300 * 4 * 64))) == 16
     assert len(list(one.row_slices(100, 1))) == 7
 
@@ -59,7 +59,7 @@ def test_a_vocabulary_over_2_to_the_18() -> None:
     assert logits.shape == (5, 300_000)
     with torch.no_grad():
         torch.testing.assert_close(logits, one.model(torch.from_numpy(tokens)).logits[0], rtol=1e-5, atol=1e-5)
-    assert next(one.row_slices(1000)) == slice(0, 55)
+    assert next(one.row_slices(1000)) == slice(0, 27)
 
 
 def test_vocabularies_that_differ() -> None:
