@@ -28,6 +28,7 @@ from logitcache.teachers import TransformersTeacher
 
 BLOCK_LENGTH = 512
 SELECTIONS = ("top-k:64", "sample:25")
+ENTRY_PLANES = ("ids", "lengths", "counts", "levels", "least", "rest", "precision")
 
 
 def options(root: Path, selection: str, tokens: int, dtype: str, batch_tokens: int) -> DumpOptions:
@@ -116,8 +117,10 @@ def storage(tokens: int, keep: Path) -> list[list[str]]:
     for spec, output in zip(specs, outputs, strict=True):
         cache = open_cache(output.root)
         by_plane = plane_bytes(output.root)
-        table_bytes = (output.root / "codebook" / "frequency.zarr.zip").stat().st_size
-        entries = sum(by_plane.get(name, 0) for name in ("ids", "counts", "logprobs", "lengths"))
+        table_bytes = (output.root / "codebook" / "tables.zarr.zip").stat().st_size
+        entries = sum(
+            by_plane.get(name, 0) for name in ("ids", "counts", "levels", "least", "lengths", "rest", "precision")
+        )
         total = sum(path.stat().st_size for path in output.root.rglob("*") if path.is_file())
         count = sum(shard.num_entries for shard in cache.manifest.shards)
         side = [f"{by_plane.get(name, 0) / tokens:.2f}" for name in ("tokens", "label_logprob", "entropy", "tail")]

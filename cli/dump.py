@@ -60,6 +60,13 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 @click.option(
     "--eos", default="auto", show_default=True, type=click.Choice(["auto", "none", "document"]), help="Where EOS goes."
 )
+@click.option(
+    "--codec",
+    default="small",
+    show_default=True,
+    type=click.Choice(["small", "fast"]),
+    help="small: fewest bytes; fast: fastest to read.",
+)
 @click.option("--trust-remote-code", is_flag=True, help="Let the teacher's folder run Python code of its own.")
 @json_option
 @debug_option

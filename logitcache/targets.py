@@ -253,6 +253,20 @@ def _column(name: str, values: ArrayLike | None, count: int, default: float) -> 
     return array
 
 
+def from_codec(
+    offsets: NDArray[np.int64],
+    ids: NDArray[np.int64],
+    weights: NDArray[np.float32],
+    unbiased: bool,
+    **columns: NDArray[np.float32] | None,
+) -> SparseTargets:
+    """Targets of arrays that a codec has checked; absent columns get their defaults, as in `SparseTargets`."""
+    defaults = {"tail_mass": 0.0, "label_logprob": np.nan, "entropy": np.nan, "threshold": np.inf if unbiased else 0.0}
+    count = offsets.size - 1
+    fields = {name: _column(name, columns.get(name), count, default) for name, default in defaults.items()}
+    return _unchecked(offsets=offsets, ids=ids, weights=weights, unbiased=unbiased, **fields)
+
+
 def _unchecked(**fields: Any) -> SparseTargets:
     """Build from parts of targets that were validated already."""
     targets = object.__new__(SparseTargets)

@@ -1,6 +1,23 @@
 """SparseTargets <-> planar integer arrays. Torch-free; numcodecs compresses the planes in the store."""
 
+from logitcache.codec.codebook import Codebook, Planes
+from logitcache.codec.contexts import ContextTable
 from logitcache.codec.frequency import FrequencyRanks
-from logitcache.codec.rows import CountsCodec, LogprobCodec, Planes, RowCodec, codec_from_dict
+from logitcache.codec.rows import CodedRows, LayoutName, RowCodec
+from logitcache.codec.values import CountValues, Dither, ProbabilityValues, WeightValues
+from logitcache.codec.varopt import HeadTailValues
 
-__all__ = ["CountsCodec", "FrequencyRanks", "LogprobCodec", "Planes", "RowCodec", "codec_from_dict"]
+__all__ = [
+    "Codebook",
+    "CodedRows",
+    "ContextTable",
+    "CountValues",
+    "Dither",
+    "FrequencyRanks",
+    "HeadTailValues",
+    "LayoutName",
+    "Planes",
+    "ProbabilityValues",
+    "RowCodec",
+    "WeightValues",
+]

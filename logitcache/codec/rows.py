@@ -1,161 +1,213 @@
 """SparseTargets <-> planes of non-negative integers. Transforms only: the container compresses the planes.
 
-Each codec is a frozen dataclass that round-trips through JSON and raises when a value is out of its range; nothing
-is ever masked or wrapped. FORMAT.md defines every plane.
+A codec is a layout (where ids and entries go) and a value coder (what the weights become). It round-trips through JSON
+and raises when a value is out of its range; nothing is ever masked or wrapped. FORMAT.md defines every plane.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from logitcache.codec import columns, slots
-from logitcache.codec.frequency import FrequencyRanks
+from logitcache.codec import columns
+from logitcache.codec.codebook import Codebook, Planes
+from logitcache.codec.layouts import LAYOUTS, MAX_LENGTH, check_rows
+from logitcache.codec.values import CountValues, Dither, ProbabilityValues, ValueCodec, WeightValues
+from logitcache.codec.varopt import HeadTailValues
 from logitcache.errors import DamagedCacheError, FormatVersionError, TargetsError
-from logitcache.targets import SUM_TOLERANCE, SparseTargets
+from logitcache.targets import SparseTargets, from_codec
 
-Planes = dict[str, NDArray[np.int64]]
+LayoutName = Literal["fast", "small"]
 _SIDE = ("label_logprob", "entropy")
-# Entries whose log-probabilities round to one step keep the teacher's order: each slot is lighter by this much.
-SLOT_NATS = 2.0**-22
+_KINDS: dict[str, Any] = {kind.name: kind for kind in (CountValues, ProbabilityValues, WeightValues, HeadTailValues)}
+MAX_PARAMETER = 65_535
 
 
-class RowCodec(Protocol):
-    """Encodes N rows into planes and back."""
+@dataclass(frozen=True, eq=False)
+class CodedRows:
+    """N rows as integers, in their final order.
 
-    def encode(self, targets: SparseTargets, ranks: FrequencyRanks) -> Planes:
-        """Planes of non-negative integers. Raises TargetsError when a value cannot be stored."""
+    Args:
+        offsets: int64 [N + 1].
+        ids: int64 [nnz], ascending within a row.
+        codes: integers [nnz], what the value coder made of the weights.
+        rows: int64 [N] each, the planes of rows.
+    """
 
-    def decode(self, planes: Planes, num_rows: int, ranks: FrequencyRanks) -> SparseTargets:
-        """The rows back. Raises DamagedCacheError when the planes contradict each other."""
+    offsets: NDArray[np.int64]
+    ids: NDArray[np.int64]
+    codes: NDArray[Any]
+    rows: Planes
+
+    def __len__(self) -> int:
+        return self.offsets.size - 1
+
+    def slice(self, start: int, stop: int) -> CodedRows:
+        """Rows [start, stop)."""
+        first, last = self.offsets[start], self.offsets[stop]
+        return CodedRows(
+            self.offsets[start : stop + 1] - first,
+            self.ids[first:last],
+            self.codes[first:last],
+            {name: plane[start:stop] for name, plane in self.rows.items()},
+        )
+
+    @staticmethod
+    def concatenate(parts: Sequence[CodedRows]) -> CodedRows:
+        """Rows of all parts, which one codec made, in order."""
+        lengths = np.concatenate([np.diff(part.offsets) for part in parts])
+        return CodedRows(
+            np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+            np.concatenate([part.ids for part in parts]),
+            np.concatenate([part.codes for part in parts]),
+            {name: np.concatenate([part.rows[name] for part in parts]) for name in parts[0].rows},
+        )
+
+
+@dataclass(frozen=True)
+class RowCodec:
+    """Encodes N rows into planes and back.
+
+    Args:
+        layout: "small" (fewest bytes) or "fast" (fastest to read).
+        values: codes the weights.
+    """
+
+    layout: LayoutName
+    values: ValueCodec
+
+    @classmethod
+    def for_selection(cls, method: str, size: int, exponent: float | None, layout: LayoutName) -> RowCodec:
+        """The codec of a selection's rows; arguments as in `logitcache.selection.Selection`."""
+        if method == "sample":
+            return cls(layout, CountValues(size) if exponent is None else WeightValues())
+        return cls(layout, HeadTailValues() if method == "varopt" else ProbabilityValues())
+
+    @property
+    def needs_contexts(self) -> bool:
+        """Whether the codebook must list candidates for each token."""
+        return LAYOUTS[self.layout].needs_contexts
+
+    def encode(self, tokens: NDArray[np.int64], targets: SparseTargets, codebook: Codebook, dither: Dither) -> Planes:
+        """Planes of N rows.
+
+        Args:
+            tokens: int64 [N], the token at each row's position.
+            targets: N rows.
+            codebook: the cache's tables.
+            dither: uniform numbers for rounding at random.
+
+        Raises:
+            TargetsError: a value cannot be stored; the message names the row.
+        """
+        return self.pack(tokens, self.code(targets, dither), codebook)
+
+    def decode(self, tokens: NDArray[np.int64], planes: Planes, codebook: Codebook) -> SparseTargets:
+        """The rows back; `tokens` int64 [N] are those that were encoded with them.
+
+        Raises:
+            DamagedCacheError: the planes contradict each other.
+        """
+        return self.targets(self.unpack(tokens, planes, codebook))
+
+    def code(self, targets: SparseTargets, dither: Dither) -> CodedRows:
+        """The rows as integers, before they are laid out. Raises TargetsError."""
+        if targets.unbiased != self.values.unbiased:
+            kinds = ("exact probabilities", "unbiased samples")
+            raise TargetsError(
+                f"the {self.values.name} codec stores {kinds[self.values.unbiased]}; these targets hold "
+                f"{kinds[targets.unbiased]}"
+            )
+        check_rows(targets.row_lengths)
+        codes, of_rows = self.values.encode(targets, dither)
+        side = {
+            "label_logprob": columns.encode_logprob(targets.label_logprob),
+            "entropy": columns.encode_entropy(targets.entropy),
+        }
+        return CodedRows(targets.offsets, targets.ids, codes, {**of_rows, **side})
+
+    def targets(self, coded: CodedRows) -> SparseTargets:
+        """The inverse of `code`. Raises DamagedCacheError."""
+        values = self.values.decode(coded.codes, coded.rows, coded.offsets)
+        return from_codec(
+            coded.offsets,
+            coded.ids,
+            values.weights,
+            unbiased=self.values.unbiased,
+            tail_mass=values.tail_mass,
+            threshold=values.threshold,
+            label_logprob=columns.decode_logprob(coded.rows["label_logprob"]),
+            entropy=columns.decode_entropy(coded.rows["entropy"]),
+        )
+
+    def pack(self, tokens: NDArray[np.int64], coded: CodedRows, codebook: Codebook) -> Planes:
+        """Planes of coded rows: nothing is rounded, so rows can move between caches without loss."""
+        lengths = np.diff(coded.offsets)
+        check_rows(lengths)
+        _check_vocabulary(coded, codebook.ranks.vocab_size)
+        ids, order = LAYOUTS[self.layout].encode(tokens, coded.offsets, coded.ids, codebook)
+        planes = {"ids": ids, self.values.plane: coded.codes if order is None else coded.codes[order], **coded.rows}
+        return planes if self._lengths_follow else {"lengths": lengths, **planes}
+
+    def unpack(self, tokens: NDArray[np.int64], planes: Planes, codebook: Codebook) -> CodedRows:
+        """The inverse of `pack`. Raises DamagedCacheError."""
+        of_rows = [*self.values.of_rows, *_SIDE]
+        sized = of_rows if self._lengths_follow else ["lengths", *of_rows]
+        _check_planes(planes, ["ids", self.values.plane, *sized], sized, tokens.size)
+        codes = planes[self.values.plane]
+        lengths = self._walk_counts(codes, tokens.size) if self._lengths_follow else planes["lengths"].astype(np.int64)
+        _check_lengths(lengths, planes["ids"].size, codes.size)
+        stored = LAYOUTS[self.layout].decode(tokens, planes["ids"], lengths, codebook)
+        ordered = codes if stored.places is None else codes[stored.places]
+        return CodedRows(stored.offsets, stored.ids, ordered, {name: planes[name].astype(np.int64) for name in of_rows})
+
+    @property
+    def _lengths_follow(self) -> bool:
+        """Slot-major counts tell where a row ends, so that lengths need no plane."""
+        return self.layout == "small" and isinstance(self.values, CountValues)
+
+    def _walk_counts(self, plane: NDArray[np.integer[Any]], num_rows: int) -> NDArray[np.int64]:
+        """Row lengths from counts: slot by slot, a row goes on until its counts reach the number of draws."""
+        assert isinstance(self.values, CountValues)
+        counts = plane.astype(np.int64) + 1
+        left = np.full(num_rows, self.values.draws, dtype=np.int64)
+        lengths = np.zeros(num_rows, dtype=np.int64)
+        active, position, slot = np.arange(num_rows), 0, 0
+        while active.size:
+            taken = counts[position : position + active.size]
+            if taken.size != active.size:
+                raise DamagedCacheError("the counts end before every row has its draws")
+            position, slot = position + active.size, slot + 1
+            left = left - taken
+            lengths[active[left <= 0]] = slot
+            if (left < 0).any():
+                raise DamagedCacheError(f"a row's counts do not sum to {self.values.draws} draws")
+            active, left = active[left > 0], left[left > 0]
+        if position != plane.size:
+            raise DamagedCacheError("there are more counts than rows need")
+        return lengths
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form, as stored in plan and manifest."""
+        return {"layout": self.layout, "values": self.values.name, **asdict(self.values)}  # type: ignore[call-overload]
 
-
-@dataclass(frozen=True)
-class CountsCodec:
-    """Exact codec of `sample:N` rows: ids in rank order as deltas, and how often each was drawn.
-
-    The counts of a row sum to `draws`, which tells where it ends; row lengths are not stored.
-    Planes: `ids` (rank deltas, slot-major), `counts` (count - 1, slot-major), `label_logprob`, `entropy`.
-    """
-
-    draws: int
-
-    def encode(self, targets: SparseTargets, ranks: FrequencyRanks) -> Planes:
-        if not targets.unbiased:
-            raise TargetsError("the counts codec stores sampled targets; these hold exact probabilities")
-        targets.check_vocabulary(ranks.vocab_size)
-        mask, ids, weights = slots.grids(targets, ranks.encode(targets.ids))
-        counts = np.rint(weights.astype(np.float64) * self.draws).astype(np.int64)
-        off = mask & ((np.abs(weights * self.draws - counts) > 1e-2) | (counts < 1))
-        off_rows = off.any(0) | (counts.sum(0) != self.draws)
-        if off_rows.any():
-            raise TargetsError(f"row {int(np.argmax(off_rows))}'s weights are not counts among {self.draws} draws")
-        deltas = np.diff(ranks.encode(ids), axis=0, prepend=-1) - 1
-        return {"ids": deltas[mask], "counts": counts[mask] - 1, **_side_columns(targets)}
-
-    def decode(self, planes: Planes, num_rows: int, ranks: FrequencyRanks) -> SparseTargets:
-        _check_planes(planes, ("counts", "ids", *_SIDE), _SIDE, num_rows)
-        lengths, counts = self._walk_counts(planes["counts"], num_rows)
-        _check_lengths(lengths, planes["ids"].size)
-        mask = slots.slot_mask(lengths)
-        ids = ranks.decode(np.cumsum(slots.spread(planes["ids"] + 1, mask), axis=0)[mask] - 1)
-        weights = (slots.spread(counts, mask) / np.float64(self.draws)).astype(np.float32)
-        offsets, flat_ids, flat_weights = slots.to_rows(slots.spread(ids, mask), weights, mask)
-        return SparseTargets(offsets, flat_ids, flat_weights, unbiased=True, **_decode_side_columns(planes))
-
-    def _walk_counts(self, plane: NDArray[np.int64], num_rows: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Row lengths from the counts: slot by slot, a row goes on until its counts reach `draws`."""
-        left = np.full(num_rows, self.draws, dtype=np.int64)
-        lengths = np.zeros(num_rows, dtype=np.int64)
-        active, position = np.arange(num_rows), 0
-        while active.size:
-            taken = plane[position : position + active.size] + 1
-            if taken.size != active.size:
-                raise DamagedCacheError("the counts end before every row has its draws")
-            position += active.size
-            left[active] -= taken
-            lengths[active] += 1
-            active = active[left[active] > 0]
-        if position != plane.size or (left < 0).any():
-            raise DamagedCacheError(f"a row's counts do not sum to {self.draws} draws")
-        return lengths, plane + 1
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"name": "counts", **asdict(self)}
-
-
-@dataclass(frozen=True)
-class LogprobCodec:
-    """Codec of exact probabilities: ids in order of falling probability, log-probabilities as rising steps.
-
-    Decoded weights are scaled so that a row sums to 1 - tail mass; the steps only settle their proportions.
-    Planes: `lengths`, `ids` (ranks, slot-major), `logprobs` (step differences, slot-major), `tail`,
-    `label_logprob`, `entropy`.
-    """
-
-    steps_per_nat: int = 16
-
-    def encode(self, targets: SparseTargets, ranks: FrequencyRanks) -> Planes:
-        if targets.unbiased:
-            raise TargetsError("the log-probability codec stores exact probabilities; these targets are sampled")
-        targets.check_vocabulary(ranks.vocab_size)
-        if (targets.weights <= 0).any():
-            entry = int(np.argmax(targets.weights <= 0))
-            raise TargetsError(f"row {int(targets.row_index()[entry])} stores an entry of weight 0; leave it out")
-        _check_sums(targets)
-        mask, ids, weights = slots.grids(targets, -targets.weights)
-        steps = np.zeros(mask.shape, dtype=np.int64)
-        # A probability may exceed 1 by rounding; its logarithm must not.
-        nats = np.maximum(0.0, -np.log(weights[mask].astype(np.float64)))
-        steps[mask] = np.rint(nats * self.steps_per_nat).astype(np.int64)
-        rises = np.diff(steps, axis=0, prepend=0)
-        return {
-            "lengths": targets.row_lengths,
-            "ids": ranks.encode(ids[mask]),
-            "logprobs": rises[mask],
-            "tail": columns.encode_tail(targets.tail_mass, targets.row_sums()),
-            **_side_columns(targets),
-        }
-
-    def decode(self, planes: Planes, num_rows: int, ranks: FrequencyRanks) -> SparseTargets:
-        _check_planes(planes, ("ids", "logprobs", "lengths", "tail", *_SIDE), ("lengths", "tail", *_SIDE), num_rows)
-        lengths = planes["lengths"]
-        _check_lengths(lengths, planes["ids"].size)
-        _check_lengths(lengths, planes["logprobs"].size)
-        mask = slots.slot_mask(lengths)
-        ids = slots.spread(ranks.decode(planes["ids"]), mask)
-        steps = np.cumsum(slots.spread(planes["logprobs"], mask), axis=0)
-        tail, head = columns.decode_tail(planes["tail"])
-        weights = np.where(mask, np.exp(-steps / self.steps_per_nat - SLOT_NATS * np.arange(len(steps))[:, None]), 0.0)
-        sums = weights.sum(0)
-        weights *= np.divide(head, sums, out=np.zeros_like(sums), where=sums > 0)
-        offsets, flat_ids, flat_weights = slots.to_rows(ids, weights.astype(np.float32), mask)
-        return SparseTargets(
-            offsets, flat_ids, flat_weights, tail_mass=tail, unbiased=False, **_decode_side_columns(planes)
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"name": "logprob", **asdict(self)}
-
-
-def codec_from_dict(fields: dict[str, Any]) -> RowCodec:
-    """Build the codec a manifest names. Raises FormatVersionError for a name this version does not know."""
-    kinds: dict[str, Any] = {"counts": CountsCodec, "logprob": LogprobCodec}
-    parameters = {key: value for key, value in fields.items() if key != "name"}
-    try:
-        codec: RowCodec = kinds[fields["name"]](**parameters)
-        if not all(type(value) is int and 1 <= value <= slots.MAX_LENGTH for value in parameters.values()):
-            raise TypeError("a parameter is out of range")
-    except (KeyError, TypeError) as error:
-        raise FormatVersionError(f"codec {fields} is unknown to this version; upgrade logitcache") from error
-    return codec
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> RowCodec:
+        """Build the codec a manifest names. Raises FormatVersionError for one this version does not know."""
+        parameters = {key: value for key, value in fields.items() if key not in ("layout", "values")}
+        try:
+            values = _KINDS[fields["values"]](**parameters)
+            if fields["layout"] not in LAYOUTS:
+                raise KeyError(fields["layout"])
+            if not all(type(value) is int and 1 <= value <= MAX_PARAMETER for value in parameters.values()):
+                raise TypeError("a parameter is out of range")
+        except (KeyError, TypeError) as error:
+            raise FormatVersionError(f"codec {fields} is unknown to this version; upgrade logitcache") from error
+        return cls(fields["layout"], values)
 
 
 def _check_planes(planes: Planes, names: Sequence[str], of_rows: Sequence[str], num_rows: int) -> None:
@@ -168,32 +220,20 @@ def _check_planes(planes: Planes, names: Sequence[str], of_rows: Sequence[str], 
             raise DamagedCacheError(f"plane {name!r} has {planes[name].size} numbers for {num_rows} rows")
 
 
-def _check_lengths(lengths: NDArray[np.int64], num_entries: int) -> None:
+def _check_vocabulary(coded: CodedRows, vocab_size: int) -> None:
+    """Raise TargetsError, naming the row, unless every id is below `vocab_size`."""
+    if coded.ids.size and int(coded.ids.max()) >= vocab_size:
+        entry = int(np.argmax(coded.ids >= vocab_size))
+        row = int(np.searchsorted(coded.offsets, entry, side="right")) - 1
+        raise TargetsError(
+            f"row {row} holds token id {int(coded.ids[entry])}, but the vocabulary has {vocab_size} ids; use the "
+            "tokenizer and model these targets were made for"
+        )
+
+
+def _check_lengths(lengths: NDArray[np.int64], *num_entries: int) -> None:
     """Raise DamagedCacheError, before anything of that size is allocated, unless lengths add up to the entries."""
-    if lengths.max(initial=0) > slots.MAX_LENGTH:
+    if lengths.max(initial=0) > MAX_LENGTH:
         raise DamagedCacheError(f"a row of {int(lengths.max())} entries is longer than the format allows")
-    if int(lengths.sum()) != num_entries:
+    if any(int(lengths.sum()) != count for count in num_entries):
         raise DamagedCacheError("the planes disagree about the number of entries")
-
-
-def _check_sums(targets: SparseTargets) -> None:
-    """A decoded row sums to 1 - tail mass; refuse one that did not."""
-    total = targets.row_sums() + targets.tail_mass
-    off = (targets.row_lengths > 0) & (np.abs(total - 1) > SUM_TOLERANCE)
-    if off.any():
-        row = int(np.argmax(off))
-        raise TargetsError(f"row {row}'s probabilities and tail mass sum to {total[row]:.6f}; store the whole tail")
-
-
-def _side_columns(targets: SparseTargets) -> Planes:
-    return {
-        "label_logprob": columns.encode_logprob(targets.label_logprob),
-        "entropy": columns.encode_entropy(targets.entropy),
-    }
-
-
-def _decode_side_columns(planes: Planes) -> dict[str, NDArray[np.float32]]:
-    return {
-        "label_logprob": columns.decode_logprob(planes["label_logprob"]),
-        "entropy": columns.decode_entropy(planes["entropy"]),
-    }

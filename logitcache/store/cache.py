@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from logitcache.codec import FrequencyRanks, codec_from_dict
+from logitcache.codec import Codebook, RowCodec
 from logitcache.errors import CacheError, DamagedCacheError, TargetsError
 from logitcache.store.container import Container
 from logitcache.store.files import sha256_of_file
@@ -65,10 +65,10 @@ class Cache:
 
     def __init__(self, root: Path, manifest: Manifest, kept_chunks: int = 4) -> None:
         self.root, self.manifest = root, manifest
-        self.codec = codec_from_dict(manifest.identity.codec)
+        self.codec = RowCodec.from_dict(manifest.identity.codec)
         self._layout = Layout(root)
         self._kept_chunks = kept_chunks
-        self._ranks: FrequencyRanks | None = None
+        self._codebook: Codebook | None = None
         self._verified: set[int] = set()
         self._containers: dict[tuple[int, int], Container] = {}
         self._decoded: OrderedDict[ChunkRef, Blocks] = OrderedDict()
@@ -180,12 +180,11 @@ class Cache:
         rows = geometry.tokens_in(ref.first_block, ref.first_block + ref.num_blocks)
         planes = self._container(ref.shard).read_chunk(ref.chunk)
         try:
-            ranks = self.frequency_ranks()
-            tokens = ranks.decode(planes.pop("tokens"))
+            codebook = self.codebook()
+            tokens = codebook.ranks.decode(planes.pop("tokens"))
             if tokens.size != rows:
                 raise DamagedCacheError(f"it holds {tokens.size} tokens, not {rows}")
-            targets = self.codec.decode(planes, rows, ranks)
-            targets.check_vocabulary(self.vocab_size)
+            targets = self.codec.decode(tokens, planes, codebook)
         except (DamagedCacheError, TargetsError, KeyError) as error:
             raise DamagedCacheError(
                 f"{self._layout.shards / shard.file}, chunk {ref.chunk} is damaged: {error}",
@@ -194,15 +193,15 @@ class Cache:
             ) from error
         return _to_blocks(ref, geometry.block_length, tokens, targets)
 
-    def frequency_ranks(self) -> FrequencyRanks:
-        """The cache's id table, checked against the manifest. Raises DamagedCacheError."""
-        if self._ranks is None:
+    def codebook(self) -> Codebook:
+        """The cache's tables, checked against the manifest. Raises DamagedCacheError."""
+        if self._codebook is None:
             path = self._layout.codebook
             if not path.exists() or sha256_of_file(path) != self.manifest.codebook_sha256:
                 raise DamagedCacheError(f"{path} is missing or differs from the manifest; restore the file")
             plan = Plan(identity=self.manifest.identity)
-            self._ranks = read_codebook(self._layout, plan.fingerprint, self.vocab_size)
-        return self._ranks
+            self._codebook = read_codebook(self._layout, plan.fingerprint, self.vocab_size)
+        return self._codebook
 
     def _container(self, number: int) -> Container:
         # A file position is shared with forked children, so every process opens its own.

@@ -31,7 +31,7 @@ class Layout:
 
     @property
     def codebook(self) -> Path:
-        return self.root / "codebook" / "frequency.zarr.zip"
+        return self.root / "codebook" / "tables.zarr.zip"
 
     @property
     def shards(self) -> Path:

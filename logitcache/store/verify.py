@@ -76,7 +76,7 @@ def _check_documents(cache: Cache, layout: Layout, report: Report) -> None:
         report.problems.append(Problem("", "", None, str(error)))
     try:
         if cache.manifest.shards:
-            cache.frequency_ranks()
+            cache.codebook()
     except CacheError as error:
         report.problems.append(Problem("", "codebook", None, str(error)))
 

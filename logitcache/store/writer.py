@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from logitcache.codec import FrequencyRanks, Planes, codec_from_dict
+from logitcache.codec import Codebook, CodedRows, Planes, RowCodec
 from logitcache.errors import CacheError, DamagedCacheError, PlanMismatchError
+from logitcache.selection import chunk_uniforms
 from logitcache.store.container import Container, write_container
 from logitcache.store.files import (
     checked_json,
@@ -38,8 +39,8 @@ class CacheWriter:
     def __init__(self, layout: Layout, plan: Plan) -> None:
         self.layout, self.plan = layout, plan
         self.identity, self.geometry = plan.identity, plan.identity.geometry
-        self.codec = codec_from_dict(plan.identity.codec)
-        self._ranks: FrequencyRanks | None = None
+        self.codec = RowCodec.from_dict(plan.identity.codec)
+        self._codebook: Codebook | None = None
         self._codebook_sha256 = ""
 
     @classmethod
@@ -77,36 +78,50 @@ class CacheWriter:
         """Units without a commit record, ascending."""
         return [unit for unit in range(self.geometry.num_units) if not self.layout.commit(unit).exists()]
 
-    def ranks(self) -> FrequencyRanks | None:
-        """The cache's frequency table, or None when it is not written yet."""
-        if self._ranks is None and self.layout.codebook.exists():
-            self._ranks = read_codebook(self.layout, self.plan.fingerprint, self.identity.vocab_size)
+    def codebook(self) -> Codebook | None:
+        """The cache's tables, or None when they are not written yet."""
+        if self._codebook is None and self.layout.codebook.exists():
+            self._codebook = read_codebook(self.layout, self.plan.fingerprint, self.identity.vocab_size)
             self._codebook_sha256 = sha256_of_file(self.layout.codebook)
-        return self._ranks
+        return self._codebook
 
-    def publish_ranks(self, pilot_ids: NDArray[np.int64]) -> FrequencyRanks:
-        """Write the frequency table counted from a pilot's ids, unless another worker did, and return the one there."""
-        table = FrequencyRanks.from_ids(pilot_ids, self.identity.vocab_size)
+    def publish_codebook(self, tokens: NDArray[np.int64], targets: SparseTargets) -> Codebook:
+        """Write the tables counted from a pilot, unless another worker did, and return those there.
+
+        `tokens` int64 [N] are those at the positions of the pilot's N rows.
+        """
+        tables = Codebook.from_pilot(tokens, targets, self.identity.vocab_size, self.codec.needs_contexts)
         attributes = self._attributes("codebook")
         with writing(self.layout.root):
             temporary = write_temporary(
                 self.layout.codebook.parent,
-                "frequency",
-                lambda path: write_container(path, [{"ids": table.listed}], attributes),
+                "tables",
+                lambda path: write_container(path, [tables.to_planes()], attributes),
             )
             publish(temporary, self.layout.codebook)
             fsync_folder(self.layout.root)
         failpoint("codebook.written")
-        ranks = self.ranks()
-        assert ranks is not None
-        return ranks
+        codebook = self.codebook()
+        assert codebook is not None
+        return codebook
 
-    def encode(self, tokens: NDArray[np.int64], targets: SparseTargets) -> Planes:
-        """Planes of one chunk: `tokens` int64 [N] real tokens and their N rows. Raises TargetsError."""
-        ranks = self.ranks()
-        assert ranks is not None, "publish_ranks comes first"
-        targets.check_vocabulary(self.identity.vocab_size)
-        return {"tokens": ranks.encode(tokens), **self.codec.encode(targets, ranks)}
+    def encode(self, first_block: int, tokens: NDArray[np.int64], targets: SparseTargets) -> Planes:
+        """Planes of one chunk. Raises TargetsError.
+
+        Args:
+            first_block: number of the chunk's first block; with the seed it settles how values are rounded.
+            tokens: int64 [N], the chunk's real tokens.
+            targets: their N rows.
+        """
+        coded = self.codec.code(targets, chunk_uniforms(self.identity.seed, first_block))
+        return self.pack(tokens, coded)
+
+    def pack(self, tokens: NDArray[np.int64], coded: CodedRows) -> Planes:
+        """Planes of one chunk whose rows are coded already, perhaps in another cache: nothing is rounded again."""
+        codebook = self.codebook()
+        assert codebook is not None, "publish_codebook comes first"
+        ranks = codebook.ranks.encode(tokens)
+        return {"tokens": ranks, **self.codec.pack(tokens, coded, codebook)}
 
     def commit_unit(self, unit: int, chunks: Sequence[Planes], counters: dict[str, int] | None = None) -> int:
         """Write and commit one unit. Returns the shard's bytes; 0 when another worker was first."""
@@ -195,13 +210,13 @@ def check_folder(layout: Layout) -> None:
         raise CacheError(f"{root} is not empty and not a logitcache cache (it holds {example!r}); choose another --out")
 
 
-def read_codebook(layout: Layout, plan_fingerprint: str, vocab_size: int) -> FrequencyRanks:
-    """Read and check the frequency table. Raises DamagedCacheError."""
+def read_codebook(layout: Layout, plan_fingerprint: str, vocab_size: int) -> Codebook:
+    """Read and check the tables. Raises DamagedCacheError."""
     container = Container(layout.codebook)
     try:
         if container.attributes.get("plan") != plan_fingerprint or container.attributes.get("role") != "codebook":
             raise DamagedCacheError(f"{layout.codebook} belongs to another cache; restore the right file")
-        return FrequencyRanks(vocab_size, container.read("ids", 0))
+        return Codebook.from_planes(container.read_chunk(0), vocab_size)
     finally:
         container.close()
 

@@ -48,6 +48,38 @@ def count_rows(rng: np.random.Generator, rows: int, vocab_size: int, draws: int)
     return SparseTargets(offsets, _flat(ids), _flat(weights), unbiased=True, **side_columns(rng, rows))
 
 
+def varopt_rows(rng: np.random.Generator, rows: int, vocab_size: int, size: int) -> SparseTargets:
+    """Rows as VarOpt sampling makes them: heads above the threshold, a tail at it, all summing to 1."""
+    size = min(size, vocab_size)
+    ids, weights, thresholds = [], [], []
+    for _ in range(rows):
+        heads = int(rng.integers(0, size + 1))
+        tail = 0.0 if heads == size else 1.0 if heads == 0 else float(rng.choice([1e-6, 0.01, 0.3]))
+        threshold = tail / (size - heads) if heads < size else 0.0
+        head = np.full(heads, 1.02 * threshold)
+        spare = 1 - tail - head.sum()
+        if spare < 0:
+            heads, tail, threshold, head, spare = 0, 1.0, 1 / size, np.zeros(0), 0.0
+        if heads:
+            head += spare * rng.dirichlet(np.full(heads, rng.choice([0.1, 1.0, 100.0])))
+        ids.append(np.sort(rng.choice(vocab_size, size, replace=False)))
+        weights.append(rng.permutation(np.append(np.maximum(head, 1e-30), np.full(size - heads, threshold))))
+        thresholds.append(threshold)
+    offsets = np.arange(rows + 1) * size
+    threshold = np.array(thresholds, dtype=np.float32)
+    flat = _flat(weights).astype(np.float32)
+    return SparseTargets(offsets, _flat(ids), flat, threshold=threshold, unbiased=True, **side_columns(rng, rows))
+
+
+def weight_rows(rng: np.random.Generator, rows: int, vocab_size: int, longest: int) -> SparseTargets:
+    """Rows of importance weights: any positive numbers, whose sum need not be 1."""
+    lengths = rng.integers(0, min(longest, vocab_size) + 1, rows)
+    ids = [np.sort(rng.choice(vocab_size, length, replace=False)) for length in lengths]
+    weights = np.exp(rng.uniform(-90, 3, int(lengths.sum())))
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    return SparseTargets(offsets, _flat(ids), weights, unbiased=True, **side_columns(rng, rows))
+
+
 def assert_equal(one: SparseTargets, other: SparseTargets) -> None:
     """Equal in every bit, NaN included."""
     assert one.unbiased == other.unbiased

@@ -14,7 +14,7 @@ from logitcache.errors import DamagedCacheError, TargetsError
 def test_common_ids_get_small_ranks() -> None:
     ranks = FrequencyRanks.from_ids([9, 9, 9, 4, 4, 1, 1, 6], 12)
     assert ranks.listed.tolist() == [9, 1, 4], "6 was seen once; ties go by id"
-    assert ranks.id_of_rank.tolist() == [9, 1, 4, 0, 2, 3, 5, 6, 7, 8, 10, 11]
+    assert ranks.decode(np.arange(12)).tolist() == [9, 1, 4, 0, 2, 3, 5, 6, 7, 8, 10, 11]
     assert ranks.encode(np.array([9, 4, 0, 11])).tolist() == [0, 2, 3, 11]
 
 
@@ -26,7 +26,18 @@ def test_ranks_are_a_permutation(vocab_size: int, seed: int, pilot: int) -> None
     ids = np.concatenate([rng.integers(0, vocab_size, 50), [0, vocab_size - 1]])
     np.testing.assert_array_equal(ranks.decode(ranks.encode(ids)), ids)
     np.testing.assert_array_equal(ranks.encode(ranks.decode(ids)), ids)
-    np.testing.assert_array_equal(np.sort(ranks.id_of_rank), np.arange(vocab_size))
+    np.testing.assert_array_equal(np.sort(ranks.decode(np.arange(vocab_size))), np.arange(vocab_size))
+
+
+def test_a_vocabulary_of_32_bits_needs_no_table_of_that_size() -> None:
+    """Beyond the dense limit ranks are computed; they are the same numbers."""
+    listed = np.array([2**32 - 1, 5, 0, 7, 6])
+    large, small = FrequencyRanks(2**32, listed), FrequencyRanks(10, np.array([9, 5, 0, 7, 6]))
+    ids = np.arange(9)
+    np.testing.assert_array_equal(large.encode(ids), small.encode(ids))
+    edges = np.array([2**32 - 1, 2**32 - 2, 2**31, 8, 1])
+    np.testing.assert_array_equal(large.decode(large.encode(edges)), edges)
+    assert large.encode(edges).tolist() == [0, 2**32 - 1, 2**31 + 1, 9, 5]
 
 
 def test_ids_and_ranks_outside_the_vocabulary() -> None:

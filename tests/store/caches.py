@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from logitcache.codec import CountsCodec, FrequencyRanks, LogprobCodec
+from logitcache.codec import LayoutName, RowCodec
 from logitcache.store import Blocks, CacheWriter, Geometry, Identity, StoredSelection
 from logitcache.store.files import checked_json
 from logitcache.targets import SparseTargets
@@ -47,30 +47,34 @@ class Made:
         assert (blocks.targets.row_lengths[last - first :] == 0).all()
 
 
-def identity(kind: str = "counts", seed: int = 0, geometry: Geometry = GEOMETRY) -> Identity:
+def identity(
+    kind: str = "counts", seed: int = 0, geometry: Geometry = GEOMETRY, layout: LayoutName = "small"
+) -> Identity:
     """Of a cache of `sample:9` or `top-k:9` rows."""
-    codec = CountsCodec(9) if kind == "counts" else LogprobCodec()
+    method = "sample" if kind == "counts" else "top-k"
     return Identity(
         teacher={"name": "none"},
         tokenizer={"sha256": "0" * 64},
         vocab_size=VOCABULARY,
         corpus={"files": [], "sha256": "1" * 64},
-        selection=StoredSelection(method="sample" if kind == "counts" else "top-k", size=9),
+        selection=StoredSelection(method=method, size=9),
         seed=seed,
-        codec=codec.to_dict(),
+        codec=RowCodec.for_selection(method, 9, None, layout).to_dict(),
         geometry=geometry,
     )
 
 
 def content(kind: str = "counts", seed: int = 0, geometry: Geometry = GEOMETRY) -> tuple[Any, SparseTargets]:
-    """Tokens, and rows as a cache gives them back: the codec's own rounding is another test's business."""
+    """Tokens and rows."""
     rng = np.random.default_rng([seed, 77])
-    rows = geometry.num_tokens
     make = count_rows if kind == "counts" else probability_rows
-    codec = CountsCodec(9) if kind == "counts" else LogprobCodec()
-    ranks = FrequencyRanks(VOCABULARY, np.zeros(0, dtype=np.int64))
-    targets = make(rng, rows, VOCABULARY, 9)
-    return rng.integers(0, VOCABULARY, rows), codec.decode(codec.encode(targets, ranks), rows, ranks)
+    targets = make(rng, geometry.num_tokens, VOCABULARY, 9)
+    return rng.integers(0, VOCABULARY, geometry.num_tokens), targets
+
+
+def stored(writer: CacheWriter, targets: SparseTargets) -> SparseTargets:
+    """Rows as a cache gives them back: the codec's own rounding is another test's business."""
+    return writer.codec.targets(writer.codec.code(targets, np.random.default_rng(0).random))
 
 
 def commit(writer: CacheWriter, unit: int, tokens: NDArray[np.int64], targets: SparseTargets) -> int:
@@ -82,9 +86,10 @@ def commit(writer: CacheWriter, unit: int, tokens: NDArray[np.int64], targets: S
         end = min(begin + geometry.chunk_blocks, stop)
         low = begin * geometry.block_length
         rows = targets.slice(low, low + geometry.tokens_in(begin, end))
-        if writer.ranks() is None:
-            writer.publish_ranks(rows.ids)
-        chunks.append(writer.encode(tokens[low : low + len(rows)], rows))
+        chunk_tokens = tokens[low : low + len(rows)]
+        if writer.codebook() is None:
+            writer.publish_codebook(chunk_tokens, rows)
+        chunks.append(writer.encode(begin, chunk_tokens, rows))
     return writer.commit_unit(unit, chunks)
 
 
@@ -96,7 +101,7 @@ def make_cache(root: Path, kind: str = "counts", seed: int = 0, units: range | N
         commit(writer, unit, tokens, targets)
     if not writer.pending_units():
         writer.finalize()
-    return Made(root, tokens, targets)
+    return Made(root, tokens, stored(writer, targets))
 
 
 def files_of(root: Path) -> dict[str, bytes]:

@@ -196,7 +196,7 @@ def test_a_missing_codebook_or_commit(made: Made) -> None:
     assert whats(verify(made.root)) == f"{layout.commits} differs from the manifest's shard list"
     assert read_or_raise(made)
     layout.codebook.unlink()
-    assert "frequency.zarr.zip is missing or differs from the manifest; restore the file" in whats(verify(made.root))
+    assert "tables.zarr.zip is missing or differs from the manifest; restore the file" in whats(verify(made.root))
     assert not read_or_raise(made)
 
 

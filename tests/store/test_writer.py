@@ -87,10 +87,10 @@ def test_what_a_killed_run_leaves_is_no_obstacle(tmp_path: Path) -> None:
 def test_ids_outside_the_vocabulary(tmp_path: Path) -> None:
     tokens, targets = content()
     writer = CacheWriter.open(tmp_path / "cache", identity())
-    writer.publish_ranks(targets.ids)
+    writer.publish_codebook(tokens, targets)
     rows = targets.slice(0, 15)
     with pytest.raises(TargetsError, match=r"^token id 400 is outside the vocabulary of 400 ids$"):
-        writer.encode(np.append(tokens[:14], 400), rows)
+        writer.encode(0, np.append(tokens[:14], 400), rows)
 
 
 # ---------------------------------------------------------------------------------------------- races
@@ -126,12 +126,12 @@ def test_the_same_unit_twice(tmp_path: Path) -> None:
 
 
 def test_the_first_table_counts(tmp_path: Path) -> None:
-    _, targets = content()
+    tokens, targets = content()
     one, two = (CacheWriter.open(tmp_path / "cache", identity()) for _ in range(2))
-    assert two.ranks() is None
-    mine = one.publish_ranks(targets.ids)
-    theirs = two.publish_ranks(targets.ids[:3])
-    np.testing.assert_array_equal(mine.listed, theirs.listed)
+    assert two.codebook() is None
+    mine = one.publish_codebook(tokens, targets)
+    theirs = two.publish_codebook(tokens[:3], targets.slice(0, 3))
+    np.testing.assert_array_equal(mine.ranks.listed, theirs.ranks.listed)
 
 
 def test_publishing_never_replaces(tmp_path: Path) -> None:

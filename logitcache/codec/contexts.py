@@ -1,0 +1,161 @@
+"""Ids <-> keys that are small where the id is likely after the current token.
+
+After each token some ids are stored again and again, so a pilot's rows give every token a list of candidates. An id's
+key is 0 if it is the text's own next token (which the teacher usually expects, and which is stored anyway), 1 + its
+place among the candidates of the current token if it is one, and otherwise 1 + the length of that list + its
+frequency rank. Decoding is two gathers.
+
+Legend: N rows, nnz entries, V vocabulary, P candidates of all tokens together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from logitcache.codec.frequency import DENSE_VOCABULARY, FrequencyRanks
+from logitcache.errors import DamagedCacheError
+
+# A pair seen once in the pilot is too uncertain to pay for its place in the table.
+MIN_COUNT = 2
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class ContextTable:
+    """Candidate ids for each current token, the most frequent first.
+
+    Args:
+        ranks: the frequency ranks that all other ids are coded by.
+        tokens: int64 [C], the tokens that have candidates, ascending.
+        starts: int64 [C + 1], where each token's candidates begin.
+        candidates: int64 [P], ids.
+    """
+
+    ranks: FrequencyRanks
+    tokens: Ints
+    starts: Ints
+    candidates: Ints
+
+    @classmethod
+    def from_pilot(cls, ranks: FrequencyRanks, tokens_N: Ints, rows: Ints, ids: Ints) -> ContextTable:
+        """Count (current token, id) pairs of a pilot.
+
+        Args:
+            ranks: frequency ranks; ties are broken by them.
+            tokens_N: the token at each row's position.
+            rows: int64 [nnz], the row of each entry.
+            ids: int64 [nnz].
+        """
+        pairs = np.stack([tokens_N[rows], ids]).astype(np.uint64)
+        keys, counts = np.unique(pairs[0] << np.uint64(32) | pairs[1], return_counts=True)
+        keys, counts = keys[counts >= MIN_COUNT], counts[counts >= MIN_COUNT]
+        context, candidate = (keys >> np.uint64(32)).astype(np.int64), (keys & np.uint64(0xFFFFFFFF)).astype(np.int64)
+        order = np.lexsort((ranks.encode(candidate), -counts, context))
+        tokens, starts = np.unique(context, return_index=True)
+        return cls(ranks, tokens, np.append(starts, keys.size), candidate[order])
+
+    def to_planes(self) -> dict[str, Ints]:
+        """Two planes: `context_sizes` [by frequency rank of the token] and `candidates` (ranks), in the same order."""
+        rank = self.ranks.encode(self.tokens)
+        order = np.argsort(rank)
+        sizes = np.zeros(int(rank.max(initial=-1)) + 1, dtype=np.int64)
+        sizes[rank] = np.diff(self.starts)
+        moved = _ranges(self.starts[:-1][order], np.diff(self.starts)[order])
+        return {"context_sizes": sizes, "candidates": self.ranks.encode(self.candidates)[moved]}
+
+    @classmethod
+    def from_planes(cls, ranks: FrequencyRanks, sizes: Ints, candidates: Ints) -> ContextTable:
+        """The inverse of `to_planes`. Raises DamagedCacheError."""
+        present = np.flatnonzero(sizes)
+        if sizes.size > ranks.vocab_size or sizes.max(initial=0) > candidates.size or sizes.sum() != candidates.size:
+            raise DamagedCacheError("the context table's sizes do not fit its candidates")
+        tokens, lengths = ranks.decode(present), sizes[present]
+        starts = np.cumsum(lengths) - lengths
+        order = np.argsort(tokens)
+        ids = ranks.decode(candidates)[_ranges(starts[order], lengths[order])]
+        return cls(ranks, tokens[order], np.append(0, np.cumsum(lengths[order])), ids)
+
+    def encode(self, tokens: Ints, following: Ints, ids: Ints) -> Ints:
+        """Keys of ids: int64 [nnz].
+
+        Args:
+            tokens: int64 [nnz], the current token of each entry's row.
+            following: int64 [nnz], the token after it; -1 where there is none.
+            ids: int64 [nnz].
+        """
+        first, size = self._span(tokens)
+        place = self._place(tokens, ids)
+        keys = np.where(place >= 0, place - first, size + self.ranks.encode(ids)) + 1
+        return np.where(ids == following, 0, keys)
+
+    def decode(self, tokens_N: Ints, following_N: Ints, rows: Ints, keys: Ints) -> Ints:
+        """Ids of keys: the inverse of `encode`, for the entries of N rows.
+
+        Args:
+            tokens_N: int64 [N], the current token of each row.
+            following_N: int64 [N], the token after it; -1 where there is none.
+            rows: int64 [nnz], the row of each key.
+            keys: int64 [nnz].
+
+        Raises:
+            DamagedCacheError: a key stands for nothing.
+        """
+        first_N, size_N = self._span(tokens_N)
+        place = keys - 1
+        unlisted = place - size_N[rows]
+        # Key 0 and unlisted keys look up anything here and are replaced below.
+        lookup = np.clip(first_N[rows] + place, 0, self.candidates.size)
+        ids = np.append(self.candidates, 0)[lookup]
+        elsewhere = np.flatnonzero(unlisted >= 0)
+        ids[elsewhere] = self.ranks.decode(unlisted[elsewhere])
+        expected = np.flatnonzero(keys == 0)
+        ids[expected] = following_N[rows[expected]]
+        if ids.min(initial=0) < 0:
+            raise DamagedCacheError("an entry stands for the next token where there is none")
+        return ids
+
+    def _span(self, tokens: Ints) -> tuple[Ints, Ints]:
+        """Where each token's candidates begin, and how many they are."""
+        if self._dense is not None:
+            return self._dense[0][tokens], self._dense[1][tokens]
+        place = np.searchsorted(self.tokens, tokens)
+        there = np.append(self.tokens, -1)[place] == tokens
+        sizes = np.append(np.diff(self.starts), 0)
+        return np.where(there, self.starts[place], 0), np.where(there, sizes[place], 0)
+
+    @cached_property
+    def _dense(self) -> tuple[Ints, Ints] | None:
+        if self.ranks.vocab_size > DENSE_VOCABULARY:
+            return None
+        first, size = np.zeros((2, self.ranks.vocab_size), dtype=np.int64)
+        first[self.tokens], size[self.tokens] = self.starts[:-1], np.diff(self.starts)
+        return first, size
+
+    @cached_property
+    def _pairs(self) -> tuple[NDArray[np.uint64], Ints]:
+        """All (token, id) pairs as ascending numbers, and the candidate each one is."""
+        context = np.repeat(self.tokens, np.diff(self.starts)).astype(np.uint64)
+        keys = context << np.uint64(32) | self.candidates.astype(np.uint64)
+        order = np.argsort(keys)
+        return keys[order], order
+
+    def _place(self, tokens: Ints, ids: Ints) -> Ints:
+        """Which candidate an id is, -1 for none."""
+        keys, order = self._pairs
+        wanted = tokens.astype(np.uint64) << np.uint64(32) | ids.astype(np.uint64)
+        place = np.searchsorted(keys, wanted)
+        found = place < keys.size
+        found[found] = keys[place[found]] == wanted[found]
+        candidate = np.full(ids.size, -1, dtype=np.int64)
+        candidate[found] = order[place[found]]
+        return candidate
+
+
+def _ranges(starts: Ints, lengths: Ints) -> Ints:
+    """arange(start, start + length) of each pair, one after another."""
+    ends = np.cumsum(lengths)
+    return np.arange(int(ends[-1]) if ends.size else 0) + np.repeat(starts - (ends - lengths), lengths)

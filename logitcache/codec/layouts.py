@@ -1,0 +1,195 @@
+"""Where the entries of rows go: the `ids` plane, and the order in which all other planes of entries follow it.
+
+`fast` stores rows as they are read, ids ascending, so that decoding is one running sum. `small` stores each row's
+context keys ascending, and slot-major: all rows' first entries, then all rows' second ones, and so on, because entries
+of one slot resemble each other more than entries of one row.
+
+Legend: N rows, nnz entries, K longest row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from logitcache.codec.codebook import Codebook
+from logitcache.errors import DamagedCacheError, TargetsError
+
+MAX_LENGTH = 65_535
+# Sorting packs a key (33 bits) and the entry's place (31 bits) into one 64-bit number.
+PLACE_BITS = np.uint64(31)
+PLACE_MASK = np.uint64((1 << 31) - 1)
+LAST = np.uint64(0xFFFFFFFFFFFFFFFF)
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Decoded ids, and where each one's value lies in the stored planes.
+
+    Args:
+        offsets: int64 [N + 1].
+        ids: int64 [nnz], ascending within a row.
+        places: int64 [nnz], or None when stored in this very order.
+    """
+
+    offsets: Ints
+    ids: Ints
+    places: Ints | None
+
+
+class Layout(Protocol):
+    """How ids and the order of entries are stored."""
+
+    needs_contexts: bool
+
+    def encode(self, tokens: Ints, offsets: Ints, ids: Ints, codebook: Codebook) -> tuple[Ints, Ints | None]:
+        """The `ids` plane of rows in CSR form, and the entries in their stored order (None: unchanged)."""
+
+    def decode(self, tokens: Ints, plane: Ints, lengths: Ints, codebook: Codebook) -> Rows:
+        """Rows of a plane whose numbers and lengths are consistent. Raises DamagedCacheError."""
+
+
+class FastLayout:
+    """Ids ascending, row after row.
+
+    The plane holds, for a row's first id, the zigzag of its difference to the id before it (0 for the chunk's first
+    entry), and for every other id the difference to the one before, minus 1.
+    """
+
+    needs_contexts = False
+
+    def encode(self, tokens: Ints, offsets: Ints, ids: Ints, codebook: Codebook) -> tuple[Ints, Ints | None]:
+        steps = np.diff(ids, prepend=0) - 1
+        starts = _row_starts(offsets)
+        first = steps[starts] + 1
+        steps[starts] = np.where(first >= 0, 2 * first, -2 * first - 1)
+        return steps, None
+
+    def decode(self, tokens: Ints, plane: Ints, lengths: Ints, codebook: Codebook) -> Rows:
+        offsets = _offsets(lengths)
+        vocab_size = codebook.ranks.vocab_size
+        # Bounds the running sum: it cannot wrap around into the vocabulary.
+        if plane.size and int(plane.max()) > 2 * vocab_size:
+            raise DamagedCacheError(f"a stored id is outside the vocabulary of {vocab_size} ids")
+        steps = plane.astype(np.int64)
+        steps += 1
+        starts = _row_starts(offsets)
+        first = steps[starts] - 1
+        steps[starts] = (first >> 1) ^ -(first & 1)
+        ids = np.cumsum(steps, out=steps)
+        if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
+            raise DamagedCacheError(f"a stored id is outside the vocabulary of {vocab_size} ids")
+        return Rows(offsets, ids, None)
+
+
+class SmallLayout:
+    """Context keys ascending within a row, slot-major, as differences minus 1 (the first one as it is)."""
+
+    needs_contexts = True
+
+    def encode(self, tokens: Ints, offsets: Ints, ids: Ints, codebook: Codebook) -> tuple[Ints, Ints | None]:
+        slots, following = Slots(np.diff(offsets)), _following(tokens)
+        rows = np.repeat(np.arange(slots.num_rows), np.diff(offsets))
+        keys = codebook.contexts.encode(tokens[rows], following[rows], ids)
+        packed_NK = np.full((slots.num_rows, slots.longest), LAST)
+        packed_NK[slots.filled_NK] = keys.astype(np.uint64) << PLACE_BITS | np.arange(keys.size, dtype=np.uint64)
+        packed = np.sort(packed_NK, axis=1).ravel()[slots.cells]
+        sorted_keys = (packed >> PLACE_BITS).astype(np.int64)
+        return slots.differences(sorted_keys) - 1, (packed & PLACE_MASK).astype(np.int64)
+
+    def decode(self, tokens: Ints, plane: Ints, lengths: Ints, codebook: Codebook) -> Rows:
+        if plane.size and int(plane.max()) > codebook.ranks.vocab_size + codebook.contexts.candidates.size:
+            raise DamagedCacheError("a stored id is outside the vocabulary")
+        slots = Slots(lengths)
+        keys = slots.running_sums(plane.astype(np.int64) + 1) - 1
+        ids = codebook.contexts.decode(tokens, _following(tokens), slots.rows, keys)
+        packed_NK = np.full((slots.num_rows, slots.longest), LAST)
+        packed_NK.ravel()[slots.cells] = ids.astype(np.uint64) << PLACE_BITS | np.arange(ids.size, dtype=np.uint64)
+        packed_NK.sort(axis=1)
+        ordered = packed_NK[slots.filled_NK]
+        offsets = _offsets(lengths)
+        ids = (ordered >> PLACE_BITS).astype(np.int64)
+        rises = np.diff(ids, prepend=-1) > 0
+        rises[_row_starts(offsets)] = True
+        if not rises.all():
+            raise DamagedCacheError("a row holds one id twice")
+        return Rows(offsets, ids, (ordered & PLACE_MASK).astype(np.int64))
+
+
+class Slots:
+    """Walks ragged rows slot-major.
+
+    Attributes:
+        num_rows, longest: N and K.
+        filled_NK: bool [N, K], whether row n has a k-th entry.
+        rows: int64 [nnz], the row of each entry, slot-major.
+        cells: int64 [nnz], the entry's number in a flattened [N, K] grid, slot-major.
+    """
+
+    def __init__(self, lengths: Ints) -> None:
+        self.num_rows, self.longest = lengths.size, int(lengths.max(initial=0))
+        self.filled_NK = np.arange(self.longest) < lengths[:, None]
+        order = np.argsort(-lengths, kind="stable")
+        # Rows that have a k-th entry, for each k, without touching the others.
+        self._sizes = self.num_rows - np.searchsorted(lengths[order[::-1]], np.arange(self.longest), side="right")
+        everyone = np.arange(self.num_rows)
+        active, parts = everyone, []
+        for slot, size in enumerate(self._sizes):
+            active = active if size == active.size else active[lengths[active] > slot]
+            parts.append(active)
+        self.rows = np.concatenate([*parts, everyone[:0]])
+        self.cells = self.rows * self.longest + np.repeat(np.arange(self.longest), self._sizes)
+
+    def running_sums(self, plane: Ints) -> Ints:
+        """int64 [nnz]: within each row, the sum of a slot-major plane up to and with each entry."""
+        sums, position = np.zeros(self.num_rows, dtype=np.int64), 0
+        out = np.empty(plane.size, dtype=np.int64)
+        for size in self._sizes:
+            here = slice(position, position + size)
+            rows = self.rows[here]
+            out[here] = sums[rows] + plane[here]
+            sums[rows] = out[here]
+            position += size
+        return out
+
+    def differences(self, plane: Ints) -> Ints:
+        """int64 [nnz]: the inverse of `running_sums`; the first number of a row is counted from -1."""
+        before, position = np.full(self.num_rows, -1, dtype=np.int64), 0
+        out = np.empty(plane.size, dtype=np.int64)
+        for size in self._sizes:
+            here = slice(position, position + size)
+            rows = self.rows[here]
+            out[here] = plane[here] - before[rows]
+            before[rows] = plane[here]
+            position += size
+        return out
+
+
+LAYOUTS: dict[str, Layout] = {"fast": FastLayout(), "small": SmallLayout()}
+
+
+def check_rows(lengths: Ints) -> None:
+    """Raise TargetsError for rows or chunks that are too long for the format."""
+    if lengths.max(initial=0) > MAX_LENGTH:
+        row = int(np.argmax(lengths > MAX_LENGTH))
+        raise TargetsError(f"row {row} has {lengths[row]} entries; a cache stores at most {MAX_LENGTH} a row")
+    if lengths.sum() >= 1 << int(PLACE_BITS):
+        raise TargetsError(f"a chunk has {lengths.sum()} entries; store fewer than 2^31 at once")
+
+
+def _following(tokens: Ints) -> Ints:
+    """int64 [N]: the token at the next row, -1 after the last. It only predicts, so block borders do not matter."""
+    return np.append(tokens[1:], -1)
+
+
+def _offsets(lengths: Ints) -> Ints:
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+
+
+def _row_starts(offsets: Ints) -> Ints:
+    """First entry of every row that has one."""
+    return offsets[:-1][np.diff(offsets) > 0]

@@ -1,0 +1,183 @@
+"""Weights <-> small integers, one for each entry, and what a row needs besides.
+
+Every coder works on rows in their final order and knows nothing of how planes are laid out.
+
+Legend: N rows, nnz entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from logitcache.codec import columns
+from logitcache.codec.grid import ProbabilityGrid
+from logitcache.errors import DamagedCacheError, TargetsError
+from logitcache.targets import SUM_TOLERANCE, SparseTargets
+
+Ints = NDArray[np.int64]
+Planes = dict[str, NDArray[Any]]
+# Gives n uniform numbers in [0, 1), float64; the same ones whenever the same chunk is encoded.
+Dither = Callable[[int], NDArray[np.float64]]
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """What a value coder gives back: float32 weights [nnz], tail_mass [N] and threshold [N]."""
+
+    weights: NDArray[np.float32]
+    tail_mass: NDArray[np.float32] | None = None
+    threshold: NDArray[np.float32] | None = None
+
+
+class ValueCodec(Protocol):
+    """Codes the weights of one kind of targets."""
+
+    name: ClassVar[str]
+    plane: ClassVar[str]
+    of_rows: ClassVar[tuple[str, ...]]
+    unbiased: ClassVar[bool]
+
+    def encode(self, targets: SparseTargets, dither: Dither) -> tuple[Ints, Planes]:
+        """Codes int64 [nnz] and the planes of rows. Raises TargetsError."""
+
+    def decode(self, codes: NDArray[Any], rows: Planes, offsets: Ints) -> Weights:
+        """The inverse. Raises DamagedCacheError."""
+
+
+@dataclass(frozen=True)
+class CountValues:
+    """Exact: how often each id of a `sample:N` row was drawn, minus 1. A row's counts sum to `draws`."""
+
+    draws: int
+
+    name: ClassVar[str] = "counts"
+    plane: ClassVar[str] = "counts"
+    of_rows: ClassVar[tuple[str, ...]] = ()
+    unbiased: ClassVar[bool] = True
+
+    def encode(self, targets: SparseTargets, dither: Dither) -> tuple[Ints, Planes]:
+        exact = targets.weights.astype(np.float64) * self.draws
+        counts = np.rint(exact).astype(np.int64)
+        off = (np.abs(exact - counts) > 1e-2) | (counts < 1)
+        off_rows = _sums(counts, targets.offsets) != self.draws
+        off_rows[targets.row_index()[off]] = True
+        if off_rows.any():
+            raise TargetsError(f"row {int(np.argmax(off_rows))}'s weights are not counts among {self.draws} draws")
+        return counts - 1, {}
+
+    def decode(self, codes: NDArray[Any], rows: Planes, offsets: Ints) -> Weights:
+        if codes.size and int(codes.max()) >= self.draws:
+            raise DamagedCacheError(f"a count is over {self.draws}")
+        if (_sums(codes, offsets) + np.diff(offsets) != self.draws).any():
+            raise DamagedCacheError(f"a row's counts do not sum to {self.draws} draws")
+        return Weights(self._weight_of_count[codes])
+
+    @cached_property
+    def _weight_of_count(self) -> NDArray[np.float32]:
+        return (np.arange(1, self.draws + 1) / self.draws).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class ProbabilityValues:
+    """Levels of exact probabilities on a `ProbabilityGrid`, above the row's lowest one, and the tail mass.
+
+    Decoded weights are scaled so that a row sums to 1 - tail mass; the levels only settle their proportions.
+    """
+
+    root_steps: int = 256
+
+    name: ClassVar[str] = "probabilities"
+    plane: ClassVar[str] = "levels"
+    of_rows: ClassVar[tuple[str, ...]] = ("least", "tail")
+    unbiased: ClassVar[bool] = False
+
+    def encode(self, targets: SparseTargets, dither: Dither) -> tuple[Ints, Planes]:
+        _refuse_zeros(targets)
+        total = targets.row_sums() + targets.tail_mass
+        off = (targets.row_lengths > 0) & (np.abs(total - 1) > SUM_TOLERANCE)
+        if off.any():
+            row = int(np.argmax(off))
+            raise TargetsError(f"row {row}'s probabilities and tail mass sum to {total[row]:.6f}; store the whole tail")
+        levels = self._grid.nearest(np.minimum(targets.weights.astype(np.float64), 1))
+        least = np.zeros(len(targets), dtype=np.int64)
+        filled = targets.row_lengths > 0
+        if levels.size:
+            least[filled] = np.minimum.reduceat(levels, targets.offsets[:-1][filled])
+        tail = columns.encode_tail(targets.tail_mass, targets.row_sums())
+        return levels - np.repeat(least, targets.row_lengths), {"least": least, "tail": tail}
+
+    def decode(self, codes: NDArray[Any], rows: Planes, offsets: Ints) -> Weights:
+        lengths = np.diff(offsets)
+        tail, head = columns.decode_tail(rows["tail"])
+        highest = self._value_of_level.size
+        if max(int(codes.max(initial=0)), int(rows["least"].max(initial=0))) >= highest:
+            raise DamagedCacheError("a stored probability is over 1")
+        levels = codes + np.repeat(rows["least"], lengths)
+        if int(levels.max(initial=0)) >= highest:
+            raise DamagedCacheError("a stored probability is over 1")
+        weights = self._value_of_level[levels]
+        sums = _sums(weights, offsets)
+        scale = np.divide(head, sums, out=np.zeros_like(sums), where=sums > 0)
+        weights *= np.repeat(scale, lengths)
+        return Weights(weights.astype(np.float32), tail.astype(np.float32))
+
+    @property
+    def _grid(self) -> ProbabilityGrid:
+        return ProbabilityGrid(self.root_steps)
+
+    @cached_property
+    def _value_of_level(self) -> NDArray[np.float64]:
+        highest = int(self._grid.nearest(np.ones(1))[0])
+        return self._grid.value(np.arange(highest + 1))
+
+
+@dataclass(frozen=True)
+class WeightValues:
+    """Levels of any positive unbiased weights, rounded at random so that E[decoded] = weight."""
+
+    root_steps: int = 64
+
+    name: ClassVar[str] = "weights"
+    plane: ClassVar[str] = "levels"
+    of_rows: ClassVar[tuple[str, ...]] = ()
+    unbiased: ClassVar[bool] = True
+
+    def encode(self, targets: SparseTargets, dither: Dither) -> tuple[Ints, Planes]:
+        _refuse_zeros(targets)
+        if (targets.weights > MOST_WEIGHT).any():
+            row = int(targets.row_index()[np.argmax(targets.weights > MOST_WEIGHT)])
+            raise TargetsError(f"row {row} has a weight over {MOST_WEIGHT:g}; importance weights must stay below")
+        weights = targets.weights.astype(np.float64)
+        return ProbabilityGrid(self.root_steps).rounded(weights, dither(weights.size)), {}
+
+    def decode(self, codes: NDArray[Any], rows: Planes, offsets: Ints) -> Weights:
+        if int(codes.max(initial=0)) > ProbabilityGrid(self.root_steps).nearest(np.array([4 * MOST_WEIGHT]))[0]:
+            raise DamagedCacheError(f"a stored weight is over {MOST_WEIGHT:g}")
+        return Weights(ProbabilityGrid(self.root_steps).value(codes).astype(np.float32))
+
+
+MOST_WEIGHT = 1e6
+
+
+def _refuse_zeros(targets: SparseTargets) -> None:
+    if (targets.weights <= 0).any():
+        entry = int(np.argmax(targets.weights <= 0))
+        raise TargetsError(f"row {int(targets.row_index()[entry])} stores an entry of weight 0; leave it out")
+
+
+def _sums(values: NDArray[Any], offsets: Ints) -> NDArray[Any]:
+    """Sum of each row's values; exact for integers, and to rounding of the row itself for floats."""
+    lengths, dtype = np.diff(offsets), values.dtype if values.dtype.kind == "f" else np.dtype(np.int64)
+    if lengths.size and (lengths == lengths[0]).all() and lengths[0]:
+        return values.reshape(lengths.size, -1).sum(1, dtype=dtype)
+    sums = np.zeros(lengths.size, dtype=dtype)
+    filled = lengths > 0
+    if filled.any():
+        sums[filled] = np.add.reduceat(values, offsets[:-1][filled], dtype=dtype)
+    return sums
