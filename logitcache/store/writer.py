@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from logitcache.codec import FrequencyRanks, Planes, codec_from_dict
-from logitcache.errors import CacheError, DamagedCacheError, PlanMismatchError
-from logitcache.store.container import Container, write_container
+from logitcache.errors import CacheError, DamagedCacheError, FormatVersionError, PlanMismatchError
+from logitcache.store.container import Container, Plane, open_container, write_container
 from logitcache.store.files import (
     checked_json,
     failpoint,
@@ -26,6 +26,8 @@ from logitcache.store.files import (
 from logitcache.store.layout import Layout, unit_name, writing
 from logitcache.store.schema import FORMAT_VERSION, Commit, Identity, Manifest, Origin, Plan, Shard, load_document
 from logitcache.targets import SparseTargets
+
+MAX_CODEBOOK_INTEGERS = 1 << 26
 
 
 class CacheWriter:
@@ -50,7 +52,7 @@ class CacheWriter:
             PlanMismatchError: the folder holds a cache of another plan; `differences` says how it differs.
             CacheError: the folder holds something else, or cannot be written.
         """
-        layout = Layout(root)
+        layout = Layout(root, identity.container)
         check_folder(layout)
         if not layout.plan.exists():
             with writing(root):
@@ -79,27 +81,41 @@ class CacheWriter:
 
     def ranks(self) -> FrequencyRanks | None:
         """The cache's frequency table, or None when it is not written yet."""
-        if self._ranks is None and self.layout.codebook.exists():
-            self._ranks = read_codebook(self.layout, self.plan.fingerprint, self.identity.vocab_size)
-            self._codebook_sha256 = sha256_of_file(self.layout.codebook)
+        if self._ranks is None and (planes := self.read_codebook()) is not None:
+            self._ranks = frequency_ranks(planes, self.identity.vocab_size)
         return self._ranks
 
     def publish_ranks(self, pilot_ids: NDArray[np.int64]) -> FrequencyRanks:
         """Write the frequency table counted from a pilot's ids, unless another worker did, and return the one there."""
         table = FrequencyRanks.from_ids(pilot_ids, self.identity.vocab_size)
+        self.publish_codebook({"ids": table.listed})
+        ranks = self.ranks()
+        assert ranks is not None
+        return ranks
+
+    def read_codebook(self) -> dict[str, Plane] | None:
+        """The tables' planes, or None when they are not written yet. Raises DamagedCacheError."""
+        if not self.layout.codebook.exists():
+            return None
+        planes = read_codebook(self.layout, self.plan.fingerprint)
+        self._codebook_sha256 = sha256_of_file(self.layout.codebook)
+        return planes
+
+    def publish_codebook(self, planes: Mapping[str, Plane]) -> dict[str, Plane]:
+        """Write the tables the codec needs, unless another worker did, and return those there."""
         attributes = self._attributes("codebook")
         with writing(self.layout.root):
             temporary = write_temporary(
                 self.layout.codebook.parent,
                 "frequency",
-                lambda path: write_container(path, [{"ids": table.listed}], attributes),
+                lambda path: write_container(self.identity.container, path, [planes], attributes),
             )
             publish(temporary, self.layout.codebook)
             fsync_folder(self.layout.root)
         failpoint("codebook.written")
-        ranks = self.ranks()
-        assert ranks is not None
-        return ranks
+        stored = self.read_codebook()
+        assert stored is not None
+        return stored
 
     def encode(self, tokens: NDArray[np.int64], targets: SparseTargets) -> Planes:
         """Planes of one chunk: `tokens` int64 [N] real tokens and their N rows. Raises TargetsError."""
@@ -108,8 +124,21 @@ class CacheWriter:
         targets.check_vocabulary(self.identity.vocab_size)
         return {"tokens": ranks.encode(tokens), **self.codec.encode(targets, ranks)}
 
-    def commit_unit(self, unit: int, chunks: Sequence[Planes], counters: dict[str, int] | None = None) -> int:
-        """Write and commit one unit. Returns the shard's bytes; 0 when another worker was first."""
+    def commit_unit(
+        self,
+        unit: int,
+        chunks: Sequence[Mapping[str, Plane]],
+        counters: Mapping[str, int] | None = None,
+        num_entries: int | None = None,
+    ) -> int:
+        """Write and commit one unit. Returns the shard's bytes; 0 when another worker was first.
+
+        Args:
+            unit: its number.
+            chunks: the planes of its chunks.
+            counters: what was met on the way.
+            num_entries: stored entries of all rows; counted from `ids` by default.
+        """
         first, stop = self.geometry.unit_range(unit)
         num_tokens = self.geometry.tokens_in(first, stop)
         name = unit_name(unit)
@@ -117,12 +146,13 @@ class CacheWriter:
         with writing(self.layout.root, needed_bytes=sum(plane.size for chunk in chunks for plane in chunk.values())):
             failpoint("commit.before_write")
             temporary = write_temporary(
-                self.layout.shards, name, lambda path: write_container(path, chunks, attributes)
+                self.layout.shards,
+                name,
+                lambda path: write_container(self.identity.container, path, chunks, attributes),
             )
             failpoint("commit.after_write")
             sha256, num_bytes = sha256_of_file(temporary), temporary.stat().st_size
-            # The name carries the content: a slower worker's other bytes can never replace the committed ones.
-            shard = self.layout.shards / f"{name}-{sha256[:12]}.zarr.zip"
+            shard = self.layout.shard(unit, sha256)
             replace(temporary, shard)
             failpoint("commit.after_rename")
             record = Commit(
@@ -135,8 +165,8 @@ class CacheWriter:
                 first_block=first,
                 num_blocks=stop - first,
                 num_tokens=num_tokens,
-                num_entries=sum(int(chunk["ids"].size) for chunk in chunks),
-                counters=counters or {},
+                num_entries=sum(int(chunk["ids"].size) for chunk in chunks) if num_entries is None else num_entries,
+                counters=dict(counters or {}),
             )
             data = checked_json(record.model_dump(mode="json"))
             pending = write_temporary_bytes(self.layout.commits, name, data)
@@ -195,15 +225,45 @@ def check_folder(layout: Layout) -> None:
         raise CacheError(f"{root} is not empty and not a logitcache cache (it holds {example!r}); choose another --out")
 
 
-def read_codebook(layout: Layout, plan_fingerprint: str, vocab_size: int) -> FrequencyRanks:
-    """Read and check the frequency table. Raises DamagedCacheError."""
-    container = Container(layout.codebook)
+def read_codebook(layout: Layout, plan_fingerprint: str) -> dict[str, Plane]:
+    """Read the tables' planes. Raises DamagedCacheError when they are damaged or of another cache."""
+    container = open_container(layout.codebook)
     try:
-        if container.attributes.get("plan") != plan_fingerprint or container.attributes.get("role") != "codebook":
-            raise DamagedCacheError(f"{layout.codebook} belongs to another cache; restore the right file")
-        return FrequencyRanks(vocab_size, container.read("ids", 0))
+        check_attributes(container, role="codebook", plan=plan_fingerprint)
+        if container.num_chunks != 1 or sum(row[0] for row in container.sizes.values()) > MAX_CODEBOOK_INTEGERS:
+            raise DamagedCacheError(f"{layout.codebook} claims more than a codebook holds; restore the right file")
+        return container.read_chunk(0)
     finally:
         container.close()
+
+
+def frequency_ranks(planes: Mapping[str, Plane], vocab_size: int) -> FrequencyRanks:
+    """The frequency table among a codebook's planes. Raises DamagedCacheError."""
+    if "ids" not in planes:
+        raise DamagedCacheError("the codebook holds no table 'ids'; restore the right file")
+    return FrequencyRanks(vocab_size, planes["ids"].astype(np.int64))
+
+
+def check_attributes(container: Container, **expected: Any) -> None:
+    """Raise unless a container has these attributes and a format version that is known.
+
+    Raises:
+        FormatVersionError: a newer version wrote it.
+        DamagedCacheError: it belongs to another cache or unit.
+    """
+    version = container.attributes.get("format_version")
+    if type(version) is int and version > FORMAT_VERSION:
+        raise FormatVersionError(
+            f"{container.path} has format version {version}, this logitcache reads up to {FORMAT_VERSION}; "
+            "upgrade logitcache"
+        )
+    wanted = {"format_version": FORMAT_VERSION, **expected}
+    if container.attributes != wanted:
+        raise DamagedCacheError(
+            f"{container.path} is a {container.attributes.get('role', 'file')} of another cache or unit; "
+            "restore the right file",
+            shard=container.path.name,
+        )
 
 
 def read_commits(layout: Layout, plan: Plan) -> list[Commit]:
