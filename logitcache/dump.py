@@ -30,6 +30,7 @@ from logitcache.errors import CorpusError, PlanMismatchError, UsageError
 from logitcache.selection import Selection
 from logitcache.store import (
     CacheWriter,
+    ContainerKind,
     Geometry,
     Identity,
     Layout,
@@ -75,6 +76,7 @@ class DumpOptions:
         seed: of sampled selections, 0 to 2^62 - 1.
         text_field: of JSONL objects and Parquet columns.
         bos, eos: packing policy, "auto" or as in `PackingPolicy`.
+        container: kind of file the shards are, "zarr" or "arrow".
         trust_remote_code: let a teacher run Python code of its own.
     """
 
@@ -92,6 +94,7 @@ class DumpOptions:
     text_field: str = "text"
     bos: str = "auto"
     eos: str = "auto"
+    container: ContainerKind = "zarr"
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
@@ -174,16 +177,13 @@ def run_dump(
     geometry = _geometry(options, corpus.num_tokens)
     source = Path(options.teacher)
     origin = Origin(teacher=str(source.resolve() if source.is_dir() else source), gguf_file=options.gguf_file)
-    identities = [_identity(options, output, teacher, corpus, geometry) for output in options.outputs]
+    planned = [(output.root, _identity(options, output, teacher, corpus, geometry)) for output in options.outputs]
     try:
         # First those that exist: a mismatch must be found before a new folder is begun.
-        for output, identity in zip(options.outputs, identities, strict=True):
-            if Layout(output.root).plan.exists():
-                CacheWriter.open(output.root, identity, origin)
-        writers = [
-            CacheWriter.open(output.root, identity, origin)
-            for output, identity in zip(options.outputs, identities, strict=True)
-        ]
+        for root, identity in planned:
+            if Layout(root).plan.exists():
+                CacheWriter.open(root, identity, origin)
+        writers = [CacheWriter.open(root, identity, origin) for root, identity in planned]
     except PlanMismatchError:
         corpus.discard_new()
         raise
@@ -302,6 +302,7 @@ def _identity(
         seed=options.seed,
         codec=codec.to_dict(),
         geometry=geometry,
+        container=options.container,
     )
 
 

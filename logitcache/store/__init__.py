@@ -1,7 +1,7 @@
 """The cache on disk: shards, manifest, commits. Torch-free. FORMAT.md is the specification."""
 
 from logitcache.store.cache import Blocks, Cache, ChunkRef, open_cache
-from logitcache.store.layout import Layout
+from logitcache.store.layout import ContainerKind, Layout
 from logitcache.store.schema import Ancestor, Geometry, Identity, Manifest, Origin, StoredSelection, load_document
 from logitcache.store.tokenfile import TokenFile
 from logitcache.store.verify import Problem, Report, verify
@@ -13,6 +13,7 @@ __all__ = [
     "Cache",
     "CacheWriter",
     "ChunkRef",
+    "ContainerKind",
     "Geometry",
     "Identity",
     "Layout",

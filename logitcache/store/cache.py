@@ -270,17 +270,19 @@ def open_cache(location: str | Path, *, partial: bool = False) -> Cache:
     if not layout.root.is_dir():
         raise CacheError(f"{layout.root} does not exist or is not a folder; give the folder that `dump --out` wrote")
     if layout.manifest.exists():
-        manifest = load_document(layout.manifest, Manifest)
-        if (contradiction := manifest.contradiction()) is not None:
-            raise DamagedCacheError(f"{layout.manifest} contradicts itself: {contradiction}; restore the file")
-        return Cache(layout.root, manifest)
-    if not layout.plan.exists():
+        source, manifest = layout.manifest, load_document(layout.manifest, Manifest)
+    elif not layout.plan.exists():
         raise CacheError(f"{layout.root} is not a logitcache cache: it has no manifest.json and no plan.json")
-    if not partial:
+    elif not partial:
         raise CacheError(
             f"{layout.root} is unfinished; run the same dump again to finish it, or open it with partial=True"
         )
-    return Cache(layout.root, assemble_manifest(layout, load_document(layout.plan, Plan)))
+    else:
+        plan = load_document(layout.plan, Plan)
+        source, manifest = layout.commits, assemble_manifest(Layout(layout.root, plan.identity.container), plan)
+    if (contradiction := manifest.contradiction()) is not None:
+        raise DamagedCacheError(f"{source} contradicts itself: {contradiction}; restore the file")
+    return Cache(layout.root, manifest)
 
 
 def check_shard_file(path: Path, shard: Shard) -> None:

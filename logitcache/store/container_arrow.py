@@ -96,12 +96,12 @@ class ArrowContainer(Container):
         metadata = strict_json(schema.metadata[METADATA_KEY])
         if metadata.pop("checksum") != digest(metadata):
             raise self._damaged("its metadata differ from their checksum")
-        sizes: Sizes = metadata["sizes"]
+        sizes: Sizes = {name: metadata["sizes"].pop(name) for name in schema.names}
         self._checksums = metadata["crc32c"]
         self._dtypes = {field.name: _dtype_of(field.type) for field in schema}
         self._order = {name: index for index, name in enumerate(schema.names)}
         fields = [_field(name, dtype) for name, dtype in self._dtypes.items()]
-        if sorted(schema.names) != sorted(sizes) or not schema.equals(pyarrow.schema(fields)):
+        if metadata["sizes"] or not schema.equals(pyarrow.schema(fields)):
             raise self._damaged("its columns are not those its metadata name, or of another type")
         self._blocks = footer_blocks(footer)
         if any(len(rows[name]) != len(self._blocks) for rows in (sizes, self._checksums) for name in sizes):

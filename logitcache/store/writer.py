@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from logitcache.store.schema import FORMAT_VERSION, Commit, Identity, Manifest, 
 from logitcache.targets import SparseTargets
 
 MAX_CODEBOOK_INTEGERS = 1 << 26
+COMMIT_NAME = re.compile(r"[0-9]{6,9}\.json", re.ASCII)
 
 
 class CacheWriter:
@@ -270,10 +272,10 @@ def read_commits(layout: Layout, plan: Plan) -> list[Commit]:
     """Commit records in unit order. Raises DamagedCacheError when one does not belong to this plan."""
     commits = []
     geometry = plan.identity.geometry
-    for unit in range(geometry.num_units):
-        path = layout.commit(unit)
-        if not path.exists():
-            continue
+    # What is there is listed, because a plan may claim any number of units.
+    found = [path for path in layout.commits.glob("*.json") if COMMIT_NAME.fullmatch(path.name)]
+    for path in sorted(found, key=lambda path: int(path.stem)):
+        unit = int(path.stem)
         commit = load_document(path, Commit)
         first, stop = geometry.unit_range(unit)
         expected = (plan.fingerprint, unit_name(unit), first, stop - first, geometry.tokens_in(first, stop))

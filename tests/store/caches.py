@@ -14,10 +14,12 @@ from numpy.typing import NDArray
 from logitcache.codec import CountsCodec, FrequencyRanks, LogprobCodec
 from logitcache.store import Blocks, CacheWriter, Geometry, Identity, StoredSelection
 from logitcache.store.files import checked_json
+from logitcache.store.layout import SUFFIXES, ContainerKind
 from logitcache.targets import SparseTargets
 from tests.codec.rows import assert_equal, count_rows, probability_rows
 
 VOCABULARY = 400
+CONTAINERS = list(SUFFIXES)
 GEOMETRY = Geometry(num_tokens=103, block_length=5, chunk_blocks=3, unit_blocks=8)
 
 
@@ -47,7 +49,9 @@ class Made:
         assert (blocks.targets.row_lengths[last - first :] == 0).all()
 
 
-def identity(kind: str = "counts", seed: int = 0, geometry: Geometry = GEOMETRY) -> Identity:
+def identity(
+    kind: str = "counts", seed: int = 0, geometry: Geometry = GEOMETRY, container: ContainerKind = "zarr"
+) -> Identity:
     """Of a cache of `sample:9` or `top-k:9` rows."""
     codec = CountsCodec(9) if kind == "counts" else LogprobCodec()
     return Identity(
@@ -59,6 +63,7 @@ def identity(kind: str = "counts", seed: int = 0, geometry: Geometry = GEOMETRY)
         seed=seed,
         codec=codec.to_dict(),
         geometry=geometry,
+        container=container,
     )
 
 
@@ -88,10 +93,16 @@ def commit(writer: CacheWriter, unit: int, tokens: NDArray[np.int64], targets: S
     return writer.commit_unit(unit, chunks)
 
 
-def make_cache(root: Path, kind: str = "counts", seed: int = 0, units: range | None = None) -> Made:
+def make_cache(
+    root: Path,
+    kind: str = "counts",
+    seed: int = 0,
+    units: range | None = None,
+    container: ContainerKind = "zarr",
+) -> Made:
     """Write a cache of 3 units, 7 chunks and 21 blocks, the last one padded; unfinished if `units` are not all."""
     tokens, targets = content(kind, seed)
-    writer = CacheWriter.open(root, identity(kind, seed))
+    writer = CacheWriter.open(root, identity(kind, seed, container=container))
     for unit in units if units is not None else writer.pending_units():
         commit(writer, unit, tokens, targets)
     if not writer.pending_units():
