@@ -1,6 +1,8 @@
 """The cache on disk: shards, manifest, commits. Torch-free. FORMAT.md is the specification."""
 
 from logitcache.store.cache import Blocks, Cache, ChunkRef, open_cache
+from logitcache.store.convert import convert
+from logitcache.store.garbage import Leftover, collect_garbage
 from logitcache.store.layout import ContainerKind, Layout
 from logitcache.store.schema import Ancestor, Geometry, Identity, Manifest, Origin, StoredSelection, load_document
 from logitcache.store.tokenfile import TokenFile
@@ -17,6 +19,7 @@ __all__ = [
     "Geometry",
     "Identity",
     "Layout",
+    "Leftover",
     "Manifest",
     "Origin",
     "Problem",
@@ -24,6 +27,8 @@ __all__ = [
     "StoredSelection",
     "TokenFile",
     "check_folder",
+    "collect_garbage",
+    "convert",
     "load_document",
     "open_cache",
     "verify",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -62,6 +63,7 @@ class Container(ABC):
             raise self._damaged("it is a folder") from error
         except OSError as error:
             raise CacheError(f"{path} cannot be read: {error.strerror}") from error
+        weakref.finalize(self, self._file.close)
         try:
             self.num_bytes = os.fstat(self._file.fileno()).st_size
             self.attributes, self.sizes = self._open()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from logitcache.store.files import (
     write_temporary_bytes,
 )
 from logitcache.store.layout import Layout, unit_name, writing
+from logitcache.store.lock import hold_shared
 from logitcache.store.schema import FORMAT_VERSION, Commit, Identity, Manifest, Origin, Plan, Shard, load_document
 from logitcache.targets import SparseTargets
 
@@ -45,6 +47,7 @@ class CacheWriter:
         self.codec = codec_from_dict(plan.identity.codec)
         self._ranks: FrequencyRanks | None = None
         self._codebook_sha256 = ""
+        weakref.finalize(self, hold_shared(layout.plan).close)
 
     @classmethod
     def open(cls, root: Path, identity: Identity, origin: Origin | None = None) -> CacheWriter:
