@@ -67,6 +67,13 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
     type=click.Choice(["small", "fast"]),
     help="small: fewest bytes; fast: fastest to read.",
 )
+@click.option(
+    "--container",
+    default="zarr",
+    show_default=True,
+    type=click.Choice(["zarr", "arrow"]),
+    help="Files of the cache: Zarr v3 zips (smaller) or Arrow IPC (any Arrow reader opens them).",
+)
 @click.option("--trust-remote-code", is_flag=True, help="Let the teacher's folder run Python code of its own.")
 @json_option
 @debug_option

@@ -78,6 +78,7 @@ def show_facts(cache: Cache, as_json: bool) -> None:
         "documents": identity.corpus.get("documents"),
         "BOS / EOS": f"{packing.get('bos')} / {packing.get('eos')}",
         "ids per token": round(entries / tokens, 2) if tokens else 0.0,
+        "container": identity.container,
         "bytes": num_bytes,
         "bytes per token": round(num_bytes / tokens, 2) if tokens else None,
         "shards": len(manifest.shards),

@@ -7,8 +7,10 @@ import click
 from logitcache import __version__
 
 from .console import run
+from .convert import convert
 from .demo import demo
 from .dump import dump
+from .gc import gc
 from .inspect import inspect
 from .train import train
 from .verify import verify
@@ -24,7 +26,7 @@ def cli() -> None:
     """
 
 
-for command in (dump, train, inspect, verify, demo):
+for command in (dump, train, inspect, verify, convert, gc, demo):
     cli.add_command(command)
 
 

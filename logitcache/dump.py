@@ -30,6 +30,7 @@ from logitcache.errors import CorpusError, PlanMismatchError, UsageError
 from logitcache.selection import Selection
 from logitcache.store import (
     CacheWriter,
+    ContainerKind,
     Geometry,
     Identity,
     Layout,
@@ -75,6 +76,7 @@ class DumpOptions:
         seed: of sampled selections, 0 to 2^62 - 1.
         text_field: of JSONL objects and Parquet columns.
         bos, eos: packing policy, "auto" or as in `PackingPolicy`.
+        container: kind of file the shards are, "zarr" or "arrow".
         trust_remote_code: let a teacher run Python code of its own.
         codec: "small" stores the fewest bytes, "fast" is decoded several times as fast.
     """
@@ -93,6 +95,7 @@ class DumpOptions:
     text_field: str = "text"
     bos: str = "auto"
     eos: str = "auto"
+    container: ContainerKind = "zarr"
     trust_remote_code: bool = False
     codec: LayoutName = "small"
 
@@ -176,16 +179,13 @@ def run_dump(
     geometry = _geometry(options, corpus.num_tokens)
     source = Path(options.teacher)
     origin = Origin(teacher=str(source.resolve() if source.is_dir() else source), gguf_file=options.gguf_file)
-    identities = [_identity(options, output, teacher, corpus, geometry) for output in options.outputs]
+    planned = [(output.root, _identity(options, output, teacher, corpus, geometry)) for output in options.outputs]
     try:
         # First those that exist: a mismatch must be found before a new folder is begun.
-        for output, identity in zip(options.outputs, identities, strict=True):
-            if Layout(output.root).plan.exists():
-                CacheWriter.open(output.root, identity, origin)
-        writers = [
-            CacheWriter.open(output.root, identity, origin)
-            for output, identity in zip(options.outputs, identities, strict=True)
-        ]
+        for root, identity in planned:
+            if Layout(root).plan.exists():
+                CacheWriter.open(root, identity, origin)
+        writers = [CacheWriter.open(root, identity, origin) for root, identity in planned]
     except PlanMismatchError:
         corpus.discard_new()
         raise
@@ -305,6 +305,7 @@ def _identity(
         seed=options.seed,
         codec=codec.to_dict(),
         geometry=geometry,
+        container=options.container,
     )
 
 
@@ -352,7 +353,7 @@ def _capture_unit(
         for (writer, _), targets, planes in zip(wanting, rows, chunks, strict=True):
             if writer.codebook() is None:
                 # The cache's first chunk is the pilot that the tables are counted from.
-                writer.publish_codebook(real, targets)
+                writer.publish_pilot(real, targets)
             planes.append(writer.encode(begin, real, targets))
     for (writer, _), planes in zip(wanting, chunks, strict=True):
         meter.committed(writer.commit_unit(unit, planes))

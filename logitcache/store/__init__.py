@@ -1,20 +1,25 @@
 """The cache on disk: shards, manifest, commits. Torch-free. FORMAT.md is the specification."""
 
 from logitcache.store.cache import Blocks, Cache, ChunkRef, open_cache
-from logitcache.store.layout import Layout
-from logitcache.store.schema import Geometry, Identity, Manifest, Origin, StoredSelection, load_document
+from logitcache.store.convert import convert
+from logitcache.store.garbage import Leftover, collect_garbage
+from logitcache.store.layout import ContainerKind, Layout
+from logitcache.store.schema import Ancestor, Geometry, Identity, Manifest, Origin, StoredSelection, load_document
 from logitcache.store.tokenfile import TokenFile
 from logitcache.store.verify import Problem, Report, verify
 from logitcache.store.writer import CacheWriter, check_folder
 
 __all__ = [
+    "Ancestor",
     "Blocks",
     "Cache",
     "CacheWriter",
     "ChunkRef",
+    "ContainerKind",
     "Geometry",
     "Identity",
     "Layout",
+    "Leftover",
     "Manifest",
     "Origin",
     "Problem",
@@ -22,6 +27,8 @@ __all__ = [
     "StoredSelection",
     "TokenFile",
     "check_folder",
+    "collect_garbage",
+    "convert",
     "load_document",
     "open_cache",
     "verify",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import os
 from collections import OrderedDict
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,11 +14,11 @@ from numpy.typing import NDArray
 
 from logitcache.codec import Codebook, RowCodec
 from logitcache.errors import CacheError, DamagedCacheError, TargetsError
-from logitcache.store.container import Container
+from logitcache.store.container import Container, Plane, open_container
 from logitcache.store.files import sha256_of_file
 from logitcache.store.layout import Layout, local_root
 from logitcache.store.schema import Manifest, Plan, Shard, load_document
-from logitcache.store.writer import assemble_manifest, read_codebook
+from logitcache.store.writer import assemble_manifest, check_attributes, read_codebook
 from logitcache.targets import SparseTargets
 
 
@@ -66,11 +65,11 @@ class Cache:
     def __init__(self, root: Path, manifest: Manifest, kept_chunks: int = 4) -> None:
         self.root, self.manifest = root, manifest
         self.codec = RowCodec.from_dict(manifest.identity.codec)
-        self._layout = Layout(root)
+        self._layout = Layout(root, manifest.identity.container)
         self._kept_chunks = kept_chunks
         self._codebook: Codebook | None = None
         self._verified: set[int] = set()
-        self._containers: dict[tuple[int, int], Container] = {}
+        self._containers: dict[int, Container] = {}
         self._decoded: OrderedDict[ChunkRef, Blocks] = OrderedDict()
         self.chunks = self._list_chunks()
         self._chunk_starts = [chunk.first_block for chunk in self.chunks]
@@ -178,7 +177,11 @@ class Cache:
         shard = self.manifest.shards[ref.shard]
         geometry = self.manifest.identity.geometry
         rows = geometry.tokens_in(ref.first_block, ref.first_block + ref.num_blocks)
-        planes = self._container(ref.shard).read_chunk(ref.chunk)
+        # numpy adds uint64 and int64 as floats; the container keeps all numbers below 2^63.
+        planes = {
+            name: plane.astype(np.int64) if plane.dtype == np.uint64 else plane
+            for name, plane in self.read_planes(ref).items()
+        }
         try:
             codebook = self.codebook()
             tokens = codebook.ranks.decode(planes.pop("tokens"))
@@ -193,39 +196,65 @@ class Cache:
             ) from error
         return _to_blocks(ref, geometry.block_length, tokens, targets)
 
+    def read_planes(self, ref: ChunkRef) -> dict[str, Plane]:
+        """A chunk's planes as they are stored, unsigned integers [size] each. Raises DamagedCacheError."""
+        return self._container(ref.shard).read_chunk(ref.chunk)
+
+    def read_codebook(self) -> dict[str, Plane]:
+        """The planes of the codec's tables, checked against the manifest. Raises DamagedCacheError."""
+        path = self._layout.codebook
+        if not path.exists() or sha256_of_file(path) != self.manifest.codebook_sha256:
+            raise DamagedCacheError(f"{path} is missing or differs from the manifest; restore the file")
+        return read_codebook(self._layout, Plan(identity=self.manifest.identity).fingerprint)
+
     def codebook(self) -> Codebook:
-        """The cache's tables, checked against the manifest. Raises DamagedCacheError."""
+        """The codec's tables. Raises DamagedCacheError."""
         if self._codebook is None:
-            path = self._layout.codebook
-            if not path.exists() or sha256_of_file(path) != self.manifest.codebook_sha256:
-                raise DamagedCacheError(f"{path} is missing or differs from the manifest; restore the file")
-            plan = Plan(identity=self.manifest.identity)
-            self._codebook = read_codebook(self._layout, plan.fingerprint, self.vocab_size)
+            self._codebook = Codebook.from_planes(self.read_codebook(), self.vocab_size)
         return self._codebook
 
     def _container(self, number: int) -> Container:
-        # A file position is shared with forked children, so every process opens its own.
-        key = (os.getpid(), number)
-        if key not in self._containers:
+        container = self._containers.get(number)
+        if container is None:
             shard = self.manifest.shards[number]
             path = self._layout.shards / shard.file
             if number not in self._verified:
                 check_shard_file(path, shard)
-            container = Container(path)
-            self._check_shard(container, shard)
+            container = open_container(path)
+            try:
+                self._check_shard(container, shard)
+            except CacheError:
+                container.close()
+                raise
             self._verified.add(number)
-            self._containers[key] = container
-        return self._containers[key]
+            kept = self._containers.setdefault(number, container)
+            if kept is not container:  # another thread opened it at the same time
+                container.close()
+            container = kept
+        return container
 
     def _check_shard(self, container: Container, shard: Shard) -> None:
-        plan = Plan(identity=self.manifest.identity)
-        stored = {name: container.attributes.get(name) for name in ("role", "plan", "unit", "first_block")}
-        expected = {"role": "shard", "plan": plan.fingerprint, "unit": shard.unit, "first_block": shard.first_block}
-        chunks = sum(1 for chunk in self.chunks if self.manifest.shards[chunk.shard].unit == shard.unit)
-        if stored != expected or container.num_chunks != chunks:
+        check_attributes(
+            container,
+            role="shard",
+            plan=Plan(identity=self.manifest.identity).fingerprint,
+            unit=shard.unit,
+            first_block=shard.first_block,
+            num_tokens=shard.num_tokens,
+        )
+        chunks = self.manifest.identity.geometry.chunks_in(shard.num_blocks)
+        claimed = sum(sum(sizes) for sizes in container.sizes.values())
+        if container.num_chunks != chunks or claimed > most_integers(shard.num_tokens, shard.num_entries):
             raise DamagedCacheError(
-                f"{container.path} is a shard of another cache or unit; restore the right file", shard=shard.file
+                f"{container.path} claims {container.num_chunks} chunks and {claimed:,} integers, which the manifest's "
+                f"{shard.num_tokens:,} tokens and {shard.num_entries:,} entries cannot have; restore the right file",
+                shard=shard.file,
             )
+
+
+def most_integers(num_tokens: int, num_entries: int) -> int:
+    """What all planes of a shard may hold together; a reader refuses more before it allocates them."""
+    return 16 * num_tokens + 8 * num_entries + (1 << 16)
 
 
 def open_cache(location: str | Path, *, partial: bool = False) -> Cache:
@@ -243,17 +272,19 @@ def open_cache(location: str | Path, *, partial: bool = False) -> Cache:
     if not layout.root.is_dir():
         raise CacheError(f"{layout.root} does not exist or is not a folder; give the folder that `dump --out` wrote")
     if layout.manifest.exists():
-        manifest = load_document(layout.manifest, Manifest)
-        if (contradiction := manifest.contradiction()) is not None:
-            raise DamagedCacheError(f"{layout.manifest} contradicts itself: {contradiction}; restore the file")
-        return Cache(layout.root, manifest)
-    if not layout.plan.exists():
+        source, manifest = layout.manifest, load_document(layout.manifest, Manifest)
+    elif not layout.plan.exists():
         raise CacheError(f"{layout.root} is not a logitcache cache: it has no manifest.json and no plan.json")
-    if not partial:
+    elif not partial:
         raise CacheError(
             f"{layout.root} is unfinished; run the same dump again to finish it, or open it with partial=True"
         )
-    return Cache(layout.root, assemble_manifest(layout, load_document(layout.plan, Plan)))
+    else:
+        plan = load_document(layout.plan, Plan)
+        source, manifest = layout.commits, assemble_manifest(Layout(layout.root, plan.identity.container), plan)
+    if (contradiction := manifest.contradiction()) is not None:
+        raise DamagedCacheError(f"{source} contradicts itself: {contradiction}; restore the file")
+    return Cache(layout.root, manifest)
 
 
 def check_shard_file(path: Path, shard: Shard) -> None:

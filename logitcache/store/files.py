@@ -95,10 +95,26 @@ def replace(temporary: Path, final: Path) -> None:
     fsync_folder(final.parent)
 
 
+def sealed(fields: dict[str, Any]) -> dict[str, Any]:
+    """`fields` with a `checksum` over all of them."""
+    return {**fields, "checksum": digest(fields)}
+
+
 def checked_json(fields: dict[str, Any]) -> bytes:
     """Readable JSON of `fields` with a `checksum` over all other fields."""
-    document = {**fields, "checksum": digest(fields)}
-    return (json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    return (json.dumps(sealed(fields), indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def strict_json(data: bytes) -> dict[str, Any]:
+    """Parse a JSON object that every reader understands the same: no duplicate keys, no NaN.
+
+    Raises:
+        ValueError, RecursionError, TypeError: it is something else.
+    """
+    fields = json.loads(data, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+    if not isinstance(fields, dict):
+        raise TypeError("not an object")
+    return fields
 
 
 def read_checked_json(path: Path) -> dict[str, Any]:
@@ -115,14 +131,14 @@ def read_checked_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise CacheError(f"{path} cannot be read: {error.strerror}") from error
     try:
-        fields = json.loads(data, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+        fields = strict_json(data)
         stored = fields.pop("checksum")
         intact = stored == digest(fields)
-    except (ValueError, RecursionError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise DamagedCacheError(f"{path} is damaged: it is not a checksummed JSON object; restore the file") from error
     if not intact:
         raise DamagedCacheError(f"{path} is damaged: its content differs from its checksum; restore the file")
-    return dict(fields)
+    return fields
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

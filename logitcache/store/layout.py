@@ -8,18 +8,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 from urllib.request import url2pathname
 
 from logitcache.errors import CacheError
 
+ContainerKind = Literal["zarr", "arrow"]
+SUFFIXES: dict[ContainerKind, str] = {"zarr": ".zarr.zip", "arrow": ".arrow"}
 OUT_OF_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Paths of one cache."""
+    """Paths of one cache.
+
+    Args:
+        root: the cache's folder.
+        container: kind of its shards and tables; `identity.container` of its plan.
+    """
 
     root: Path
+    container: ContainerKind = "zarr"
 
     @property
     def plan(self) -> Path:
@@ -31,7 +40,7 @@ class Layout:
 
     @property
     def codebook(self) -> Path:
-        return self.root / "codebook" / "tables.zarr.zip"
+        return self.root / "codebook" / f"tables{SUFFIXES[self.container]}"
 
     @property
     def shards(self) -> Path:
@@ -45,6 +54,10 @@ class Layout:
     def work(self) -> Path:
         """Scratch of a running dump (token file); removed when the cache is complete."""
         return self.root / "work"
+
+    def shard(self, unit: int, sha256: str) -> Path:
+        """A unit's file. The name carries the content, so that a slower worker can never replace what is committed."""
+        return self.shards / f"{unit_name(unit)}-{sha256[:12]}{SUFFIXES[self.container]}"
 
     def commit(self, unit: int) -> Path:
         return self.commits / f"{unit_name(unit)}.json"

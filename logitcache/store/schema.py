@@ -9,8 +9,13 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from logitcache.errors import DamagedCacheError, FormatVersionError
 from logitcache.store.files import digest, read_checked_json
+from logitcache.store.layout import SUFFIXES, ContainerKind
 
 FORMAT_VERSION: Literal[1] = 1
+MAX_CHUNKS = 1 << 22
+MAX_ROW_ENTRIES = 65_535
+# No container holds a chunk in fewer bytes.
+LEAST_CHUNK_BYTES = 64
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, lt=1 << 62)]
@@ -33,7 +38,7 @@ class Geometry(Document):
     """
 
     num_tokens: Positive
-    block_length: Annotated[int, Field(ge=2, lt=1 << 31)]
+    block_length: Annotated[int, Field(ge=2, le=1 << 24)]
     chunk_blocks: Positive
     unit_blocks: Positive
 
@@ -50,6 +55,10 @@ class Geometry(Document):
         first = unit * self.unit_blocks
         return first, min(first + self.unit_blocks, self.num_blocks)
 
+    def chunks_in(self, num_blocks: int) -> int:
+        """Chunks of a unit of so many blocks."""
+        return -(-num_blocks // self.chunk_blocks)
+
     def tokens_in(self, first: int, stop: int) -> int:
         """Real tokens in blocks [first, stop); only the corpus' last block can hold padding."""
         return min(stop * self.block_length, self.num_tokens) - first * self.block_length
@@ -63,6 +72,20 @@ class StoredSelection(Document):
     mass: float | None = None
 
 
+class Ancestor(Document):
+    """One step by which a cache was made from others.
+
+    Args:
+        operation: what was done, for example "convert".
+        arguments: of the operation, JSON values.
+        parents: fingerprints of the caches it was made from.
+    """
+
+    operation: str
+    arguments: dict[str, Any] = {}
+    parents: list[Sha256]
+
+
 class Identity(Document):
     """All that determines what a cache means. `dump` resumes only when every field is equal.
 
@@ -74,16 +97,20 @@ class Identity(Document):
         selection: method, size, mass.
         seed: of the sampled selections.
         codec: name and parameters.
+        container: kind of file that holds shards and tables.
+        ancestry: how the cache was made from others, oldest step first; empty for a dump.
     """
 
     teacher: dict[str, Any]
     tokenizer: dict[str, Any]
-    vocab_size: Positive
+    vocab_size: Annotated[int, Field(ge=1, le=1 << 32)]
     corpus: dict[str, Any]
     selection: StoredSelection
     seed: Count
     codec: dict[str, Any]
     geometry: Geometry
+    container: ContainerKind = "zarr"
+    ancestry: list[Ancestor] = []
 
 
 class Origin(Document):
@@ -163,6 +190,14 @@ class Manifest(Document):
                 return f"unit {shard.unit} does not hold the blocks that the geometry gives it"
             if shard.num_tokens != geometry.tokens_in(first, stop):
                 return f"unit {shard.unit} does not hold the tokens that the geometry gives it"
+            if shard.num_entries > MAX_ROW_ENTRIES * shard.num_tokens:
+                return f"unit {shard.unit} claims more entries than its rows can have"
+            if geometry.chunks_in(shard.num_blocks) > shard.num_bytes // LEAST_CHUNK_BYTES:
+                return f"unit {shard.unit} claims more chunks than its bytes can hold"
+            if not shard.file.endswith(SUFFIXES[self.identity.container]):
+                return f"unit {shard.unit} is not in a file of container {self.identity.container!r}"
+        if sum(geometry.chunks_in(shard.num_blocks) for shard in self.shards) > MAX_CHUNKS:
+            return f"it claims more than {MAX_CHUNKS:,} chunks"
         units = [int(shard.unit) for shard in self.shards]
         if units != sorted(set(units)) or self.complete != (len(units) == geometry.num_units):
             return "its shards are not the units of the plan"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from logitcache.errors import CacheError, DamagedCacheError
 from logitcache.store.cache import Cache, check_shard_file, open_cache
-from logitcache.store.container import Container
+from logitcache.store.container import open_container
 from logitcache.store.layout import Layout, local_root
 from logitcache.store.schema import Plan, Shard, load_document
 from logitcache.store.writer import read_commits
@@ -106,15 +106,15 @@ def _check_shard(cache: Cache, number: int, report: Report) -> None:
 
 def _damaged_chunks(path: Path) -> list[Problem]:
     try:
-        container = Container(path)
-    except (CacheError, OSError):
+        container = open_container(path)
+    except CacheError:
         return []
     problems = []
     for name in container.sizes:
         for chunk in range(container.num_chunks):
             try:
                 container.read(name, chunk)
-            except DamagedCacheError as error:
+            except CacheError as error:
                 problems.append(Problem(path.name, name, chunk, str(error)))
     container.close()
     return problems

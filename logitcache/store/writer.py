@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shutil
-from collections.abc import Sequence
+import weakref
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from logitcache.codec import Codebook, CodedRows, Planes, RowCodec
-from logitcache.errors import CacheError, DamagedCacheError, PlanMismatchError
+from logitcache.errors import CacheError, DamagedCacheError, FormatVersionError, PlanMismatchError
 from logitcache.selection import chunk_uniforms
-from logitcache.store.container import Container, write_container
+from logitcache.store.container import Container, Plane, open_container, write_container
 from logitcache.store.files import (
     checked_json,
     failpoint,
@@ -25,8 +27,12 @@ from logitcache.store.files import (
     write_temporary_bytes,
 )
 from logitcache.store.layout import Layout, unit_name, writing
+from logitcache.store.lock import hold_shared
 from logitcache.store.schema import FORMAT_VERSION, Commit, Identity, Manifest, Origin, Plan, Shard, load_document
 from logitcache.targets import SparseTargets
+
+MAX_CODEBOOK_INTEGERS = 1 << 26
+COMMIT_NAME = re.compile(r"[0-9]{6,9}\.json", re.ASCII)
 
 
 class CacheWriter:
@@ -42,6 +48,7 @@ class CacheWriter:
         self.codec = RowCodec.from_dict(plan.identity.codec)
         self._codebook: Codebook | None = None
         self._codebook_sha256 = ""
+        weakref.finalize(self, hold_shared(layout.plan).close)
 
     @classmethod
     def open(cls, root: Path, identity: Identity, origin: Origin | None = None) -> CacheWriter:
@@ -51,7 +58,7 @@ class CacheWriter:
             PlanMismatchError: the folder holds a cache of another plan; `differences` says how it differs.
             CacheError: the folder holds something else, or cannot be written.
         """
-        layout = Layout(root)
+        layout = Layout(root, identity.container)
         check_folder(layout)
         if not layout.plan.exists():
             with writing(root):
@@ -79,31 +86,45 @@ class CacheWriter:
         return [unit for unit in range(self.geometry.num_units) if not self.layout.commit(unit).exists()]
 
     def codebook(self) -> Codebook | None:
-        """The cache's tables, or None when they are not written yet."""
-        if self._codebook is None and self.layout.codebook.exists():
-            self._codebook = read_codebook(self.layout, self.plan.fingerprint, self.identity.vocab_size)
-            self._codebook_sha256 = sha256_of_file(self.layout.codebook)
+        """The cache's tables, or None when they are not written yet. Raises DamagedCacheError."""
+        if self._codebook is None and (planes := self.read_codebook()) is not None:
+            self._codebook = Codebook.from_planes(planes, self.identity.vocab_size)
         return self._codebook
 
-    def publish_codebook(self, tokens: NDArray[np.int64], targets: SparseTargets) -> Codebook:
+    def publish_pilot(self, tokens: NDArray[np.int64], targets: SparseTargets) -> Codebook:
         """Write the tables counted from a pilot, unless another worker did, and return those there.
 
         `tokens` int64 [N] are those at the positions of the pilot's N rows.
         """
         tables = Codebook.from_pilot(tokens, targets, self.identity.vocab_size, self.codec.needs_contexts)
+        self.publish_codebook(tables.to_planes())
+        codebook = self.codebook()
+        assert codebook is not None
+        return codebook
+
+    def read_codebook(self) -> dict[str, Plane] | None:
+        """The tables' planes, or None when they are not written yet. Raises DamagedCacheError."""
+        if not self.layout.codebook.exists():
+            return None
+        planes = read_codebook(self.layout, self.plan.fingerprint)
+        self._codebook_sha256 = sha256_of_file(self.layout.codebook)
+        return planes
+
+    def publish_codebook(self, planes: Mapping[str, Plane]) -> dict[str, Plane]:
+        """Write the tables the codec needs, unless another worker did, and return those there."""
         attributes = self._attributes("codebook")
         with writing(self.layout.root):
             temporary = write_temporary(
                 self.layout.codebook.parent,
                 "tables",
-                lambda path: write_container(path, [tables.to_planes()], attributes),
+                lambda path: write_container(self.identity.container, path, [planes], attributes),
             )
             publish(temporary, self.layout.codebook)
             fsync_folder(self.layout.root)
         failpoint("codebook.written")
-        codebook = self.codebook()
-        assert codebook is not None
-        return codebook
+        stored = self.read_codebook()
+        assert stored is not None
+        return stored
 
     def encode(self, first_block: int, tokens: NDArray[np.int64], targets: SparseTargets) -> Planes:
         """Planes of one chunk. Raises TargetsError.
@@ -119,12 +140,25 @@ class CacheWriter:
     def pack(self, tokens: NDArray[np.int64], coded: CodedRows) -> Planes:
         """Planes of one chunk whose rows are coded already, perhaps in another cache: nothing is rounded again."""
         codebook = self.codebook()
-        assert codebook is not None, "publish_codebook comes first"
+        assert codebook is not None, "publish_pilot comes first"
         ranks = codebook.ranks.encode(tokens)
         return {"tokens": ranks, **self.codec.pack(tokens, coded, codebook)}
 
-    def commit_unit(self, unit: int, chunks: Sequence[Planes], counters: dict[str, int] | None = None) -> int:
-        """Write and commit one unit. Returns the shard's bytes; 0 when another worker was first."""
+    def commit_unit(
+        self,
+        unit: int,
+        chunks: Sequence[Mapping[str, Plane]],
+        counters: Mapping[str, int] | None = None,
+        num_entries: int | None = None,
+    ) -> int:
+        """Write and commit one unit. Returns the shard's bytes; 0 when another worker was first.
+
+        Args:
+            unit: its number.
+            chunks: the planes of its chunks.
+            counters: what was met on the way.
+            num_entries: stored entries of all rows; counted from `ids` by default.
+        """
         first, stop = self.geometry.unit_range(unit)
         num_tokens = self.geometry.tokens_in(first, stop)
         name = unit_name(unit)
@@ -132,12 +166,13 @@ class CacheWriter:
         with writing(self.layout.root, needed_bytes=sum(plane.size for chunk in chunks for plane in chunk.values())):
             failpoint("commit.before_write")
             temporary = write_temporary(
-                self.layout.shards, name, lambda path: write_container(path, chunks, attributes)
+                self.layout.shards,
+                name,
+                lambda path: write_container(self.identity.container, path, chunks, attributes),
             )
             failpoint("commit.after_write")
             sha256, num_bytes = sha256_of_file(temporary), temporary.stat().st_size
-            # The name carries the content: a slower worker's other bytes can never replace the committed ones.
-            shard = self.layout.shards / f"{name}-{sha256[:12]}.zarr.zip"
+            shard = self.layout.shard(unit, sha256)
             replace(temporary, shard)
             failpoint("commit.after_rename")
             record = Commit(
@@ -150,8 +185,8 @@ class CacheWriter:
                 first_block=first,
                 num_blocks=stop - first,
                 num_tokens=num_tokens,
-                num_entries=sum(int(chunk["ids"].size) for chunk in chunks),
-                counters=counters or {},
+                num_entries=sum(int(chunk["ids"].size) for chunk in chunks) if num_entries is None else num_entries,
+                counters=dict(counters or {}),
             )
             data = checked_json(record.model_dump(mode="json"))
             pending = write_temporary_bytes(self.layout.commits, name, data)
@@ -210,25 +245,48 @@ def check_folder(layout: Layout) -> None:
         raise CacheError(f"{root} is not empty and not a logitcache cache (it holds {example!r}); choose another --out")
 
 
-def read_codebook(layout: Layout, plan_fingerprint: str, vocab_size: int) -> Codebook:
-    """Read and check the tables. Raises DamagedCacheError."""
-    container = Container(layout.codebook)
+def read_codebook(layout: Layout, plan_fingerprint: str) -> dict[str, Plane]:
+    """Read the tables' planes. Raises DamagedCacheError when they are damaged or of another cache."""
+    container = open_container(layout.codebook)
     try:
-        if container.attributes.get("plan") != plan_fingerprint or container.attributes.get("role") != "codebook":
-            raise DamagedCacheError(f"{layout.codebook} belongs to another cache; restore the right file")
-        return Codebook.from_planes(container.read_chunk(0), vocab_size)
+        check_attributes(container, role="codebook", plan=plan_fingerprint)
+        if container.num_chunks != 1 or sum(row[0] for row in container.sizes.values()) > MAX_CODEBOOK_INTEGERS:
+            raise DamagedCacheError(f"{layout.codebook} claims more than a codebook holds; restore the right file")
+        return container.read_chunk(0)
     finally:
         container.close()
+
+
+def check_attributes(container: Container, **expected: Any) -> None:
+    """Raise unless a container has these attributes and a format version that is known.
+
+    Raises:
+        FormatVersionError: a newer version wrote it.
+        DamagedCacheError: it belongs to another cache or unit.
+    """
+    version = container.attributes.get("format_version")
+    if type(version) is int and version > FORMAT_VERSION:
+        raise FormatVersionError(
+            f"{container.path} has format version {version}, this logitcache reads up to {FORMAT_VERSION}; "
+            "upgrade logitcache"
+        )
+    wanted = {"format_version": FORMAT_VERSION, **expected}
+    if container.attributes != wanted:
+        raise DamagedCacheError(
+            f"{container.path} is a {container.attributes.get('role', 'file')} of another cache or unit; "
+            "restore the right file",
+            shard=container.path.name,
+        )
 
 
 def read_commits(layout: Layout, plan: Plan) -> list[Commit]:
     """Commit records in unit order. Raises DamagedCacheError when one does not belong to this plan."""
     commits = []
     geometry = plan.identity.geometry
-    for unit in range(geometry.num_units):
-        path = layout.commit(unit)
-        if not path.exists():
-            continue
+    # What is there is listed, because a plan may claim any number of units.
+    found = [path for path in layout.commits.glob("*.json") if COMMIT_NAME.fullmatch(path.name)]
+    for path in sorted(found, key=lambda path: int(path.stem)):
+        unit = int(path.stem)
         commit = load_document(path, Commit)
         first, stop = geometry.unit_range(unit)
         expected = (plan.fingerprint, unit_name(unit), first, stop - first, geometry.tokens_in(first, stop))

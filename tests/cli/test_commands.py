@@ -51,6 +51,17 @@ def test_dump_again_and_json(logitcache: Main, dumped: Dumped, tmp_path: Path) -
     assert "Nothing was left to compute" in logitcache(*line).out
 
 
+def test_dump_into_arrow_files(logitcache: Main, dumped: Dumped, tmp_path: Path) -> None:
+    line = dump_line(dumped, tmp_path / "cache", "--container", "arrow")
+    assert logitcache(*line).status == 0
+    assert {path.suffix for path in (tmp_path / "cache" / "shards").iterdir()} == {".arrow"}
+    assert json.loads(logitcache("inspect", tmp_path / "cache", "--json").out)["container"] == "arrow"
+    assert logitcache("verify", tmp_path / "cache").status == 0
+    ran = logitcache(*dump_line(dumped, tmp_path / "cache"))
+    assert ran.status == 1
+    assert "container: the cache has 'arrow', this run 'zarr'" in ran.err
+
+
 def test_dump_with_other_arguments(logitcache: Main, dumped: Dumped, tmp_path: Path) -> None:
     """The difference is a list: the one message of several lines."""
     assert logitcache(*dump_line(dumped, tmp_path / "cache")).status == 0

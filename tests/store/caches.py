@@ -14,10 +14,12 @@ from numpy.typing import NDArray
 from logitcache.codec import LayoutName, RowCodec
 from logitcache.store import Blocks, CacheWriter, Geometry, Identity, StoredSelection
 from logitcache.store.files import checked_json
+from logitcache.store.layout import SUFFIXES, ContainerKind
 from logitcache.targets import SparseTargets
 from tests.codec.rows import assert_equal, count_rows, probability_rows
 
 VOCABULARY = 400
+CONTAINERS = list(SUFFIXES)
 GEOMETRY = Geometry(num_tokens=103, block_length=5, chunk_blocks=3, unit_blocks=8)
 
 
@@ -48,7 +50,11 @@ class Made:
 
 
 def identity(
-    kind: str = "counts", seed: int = 0, geometry: Geometry = GEOMETRY, layout: LayoutName = "small"
+    kind: str = "counts",
+    seed: int = 0,
+    geometry: Geometry = GEOMETRY,
+    container: ContainerKind = "zarr",
+    layout: LayoutName = "small",
 ) -> Identity:
     """Of a cache of `sample:9` or `top-k:9` rows."""
     method = "sample" if kind == "counts" else "top-k"
@@ -61,6 +67,7 @@ def identity(
         seed=seed,
         codec=RowCodec.for_selection(method, 9, None, layout).to_dict(),
         geometry=geometry,
+        container=container,
     )
 
 
@@ -88,15 +95,21 @@ def commit(writer: CacheWriter, unit: int, tokens: NDArray[np.int64], targets: S
         rows = targets.slice(low, low + geometry.tokens_in(begin, end))
         chunk_tokens = tokens[low : low + len(rows)]
         if writer.codebook() is None:
-            writer.publish_codebook(chunk_tokens, rows)
+            writer.publish_pilot(chunk_tokens, rows)
         chunks.append(writer.encode(begin, chunk_tokens, rows))
     return writer.commit_unit(unit, chunks)
 
 
-def make_cache(root: Path, kind: str = "counts", seed: int = 0, units: range | None = None) -> Made:
+def make_cache(
+    root: Path,
+    kind: str = "counts",
+    seed: int = 0,
+    units: range | None = None,
+    container: ContainerKind = "zarr",
+) -> Made:
     """Write a cache of 3 units, 7 chunks and 21 blocks, the last one padded; unfinished if `units` are not all."""
     tokens, targets = content(kind, seed)
-    writer = CacheWriter.open(root, identity(kind, seed))
+    writer = CacheWriter.open(root, identity(kind, seed, container=container))
     for unit in units if units is not None else writer.pending_units():
         commit(writer, unit, tokens, targets)
     if not writer.pending_units():

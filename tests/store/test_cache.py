@@ -19,12 +19,13 @@ from logitcache.store.layout import Layout
 from tests.codec.rows import assert_equal
 from tests.store.caches import GEOMETRY, VOCABULARY, Made, make_cache
 
-KINDS = ["counts", "logprob"]
+KINDS = [("counts", "zarr"), ("logprob", "zarr"), ("counts", "arrow")]
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=KINDS, ids="-".join)
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
-    return make_cache(tmp_path_factory.mktemp("cache") / "cache", request.param)
+    kind, container = request.param
+    return make_cache(tmp_path_factory.mktemp("cache") / "cache", kind, container=container)
 
 
 def test_every_range_of_blocks(made: Made) -> None:
@@ -238,6 +239,7 @@ def test_orphans_and_temporary_files_are_ignored(made: Made, tmp_path: Path) -> 
     copy = made.copy(tmp_path / "copy")
     for name in (
         "shards/000000-ffffffffffff.zarr.zip",
+        "shards/000000-ffffffffffff.arrow",
         "shards/000009.x.tmp",
         "commits/000000.y.tmp",
         "manifest.json.z.tmp",

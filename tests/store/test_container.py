@@ -1,201 +1,118 @@
-"""The file of one unit: reproducible bytes, and nothing but its own content comes out of it."""
+"""What every container does: its own content, in reproducible bytes, comes out of it, and nothing else."""
 
 from __future__ import annotations
 
-import io
-import json
-import zipfile
-from collections.abc import Callable
+import os
+import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from zarr.codecs import BytesCodec
-from zarr.storage import ZipStore
 
-from logitcache.errors import DamagedCacheError, TargetsError
-from logitcache.store.container import Container, write_container
+from logitcache.errors import CacheError, DamagedCacheError, TargetsError
+from logitcache.store.container import kind_of, open_container, write_container
+from logitcache.store.container_file import MAX_METADATA_BYTES, MAX_PLANE_INTEGERS
+from logitcache.store.layout import SUFFIXES, ContainerKind
 from tests.faults import flip_bit, random_bits
-
-Chunks = list[dict[str, np.ndarray]]
-
-
-def chunks_of(seed: int = 0, sizes: tuple[int, ...] = (40, 7, 0, 90), top: int = 70_000) -> Chunks:
-    rng = np.random.default_rng(seed)
-    return [{"ids": rng.integers(0, top, size), "counts": rng.integers(0, 3, size // 2)} for size in sizes]
+from tests.store.containers import KINDS, check, chunks_of
 
 
-def check(container: Container, chunks: Chunks) -> None:
-    assert container.num_chunks == len(chunks)
-    for number, chunk in enumerate(chunks):
-        read = container.read_chunk(number)
-        assert read.keys() == chunk.keys()
-        for name, plane in chunk.items():
-            assert read[name].dtype == np.int64
-            np.testing.assert_array_equal(read[name], plane)
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> Any:
+    return request.param
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
-    write_container(tmp_path / "c.zip", chunks_of(), {"role": "shard"})
-    return tmp_path / "c.zip"
+def path(kind: ContainerKind, tmp_path: Path) -> Path:
+    path = tmp_path / f"c{SUFFIXES[kind]}"
+    write_container(kind, path, chunks_of(), {"role": "shard"})
+    return path
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(
+    st.sampled_from(KINDS),
     st.integers(0, 2**32 - 1),
     st.lists(st.integers(0, 200), min_size=1, max_size=4),
-    st.sampled_from([1, 2, 1 << 16, (1 << 16) + 1, 1 << 32, (1 << 32) + 1, 1 << 62]),
+    st.sampled_from([1, 2, 1 << 16, (1 << 16) + 1, 1 << 32, (1 << 32) + 1, (1 << 63) - 1]),
 )
-def test_planes_come_back(tmp_path_factory: pytest.TempPathFactory, seed: int, sizes: list[int], top: int) -> None:
-    path = tmp_path_factory.getbasetemp() / "planes.zip"
+def test_planes_come_back(
+    tmp_path_factory: pytest.TempPathFactory, kind: ContainerKind, seed: int, sizes: list[int], top: int
+) -> None:
+    """In the narrowest type that holds them."""
+    path = tmp_path_factory.getbasetemp() / f"planes{SUFFIXES[kind]}"
     chunks = chunks_of(seed, tuple(sizes), top)
     if sizes[0]:
         chunks[0]["ids"][0] = top - 1
-    write_container(path, chunks, {"role": "shard", "unit": "000001"})
-    container = Container(path)
+    write_container(kind, path, chunks, {"role": "shard", "unit": "000001"})
+    container = open_container(path)
     assert container.attributes == {"role": "shard", "unit": "000001"}
     check(container, chunks)
+    largest = max(int(chunk["ids"].max(initial=0)) for chunk in chunks)
+    width = 2 if largest < 1 << 16 else 4 if largest < 1 << 32 else 8
+    assert {container.read("ids", chunk).dtype for chunk in range(len(chunks))} == {np.dtype(f"<u{width}")}
     container.close()
 
 
-def test_bytes_are_reproducible(path: Path, tmp_path: Path) -> None:
-    write_container(tmp_path / "again.zip", chunks_of(), {"role": "shard"})
-    assert (tmp_path / "again.zip").read_bytes() == path.read_bytes()
-    write_container(tmp_path / "again.zip", chunks_of(1), {"role": "shard"})
-    assert (tmp_path / "again.zip").read_bytes() != path.read_bytes()
+@pytest.mark.parametrize("dtype", ["uint16", "uint32", "uint64", "int32", ">u4"])
+def test_planes_of_any_integer_type(kind: ContainerKind, tmp_path: Path, dtype: str) -> None:
+    """The type in memory leaves no trace in the file."""
+    files = []
+    for number, given_type in enumerate((dtype, "int64")):
+        path = tmp_path / f"{number}{SUFFIXES[kind]}"
+        write_container(kind, path, [{"ids": np.array([5, 0, 60_000 if "16" in dtype else 70_000], given_type)}], {})
+        files.append(path.read_bytes())
+    assert files[0] == files[1]
 
 
-def test_any_zarr_reads_it(path: Path) -> None:
-    """The format is Zarr v3, not ours alone."""
-    with ZipStore(path, mode="r") as store:
-        group = zarr.open_group(store, mode="r")
-        assert group["ids"].shape == (4, 90)
-        np.testing.assert_array_equal(group["ids"][1, :7], chunks_of()[1]["ids"])
+def test_bytes_are_reproducible(kind: ContainerKind, path: Path, tmp_path: Path) -> None:
+    write_container(kind, tmp_path / "again", chunks_of(), {"role": "shard"})
+    assert (tmp_path / "again").read_bytes() == path.read_bytes()
+    write_container(kind, tmp_path / "again", chunks_of(1), {"role": "shard"})
+    assert (tmp_path / "again").read_bytes() != path.read_bytes()
 
 
-def test_negative_numbers_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(TargetsError, match=r"^plane 'ids' holds a negative number"):
-        write_container(tmp_path / "c.zip", [{"ids": np.array([3, -1])}], {})
+NOT_STORED = {
+    "negative": ({"ids": np.array([3, -1])}, "^plane 'ids' holds a negative number"),
+    "over 2^63 - 1": ({"ids": np.array([1 << 63], dtype="uint64")}, r"'ids' holds 9223372036854775808, which is over"),
+    "too long": (
+        {"ids": np.broadcast_to(np.zeros(1, "uint16"), MAX_PLANE_INTEGERS + 1)},
+        r"^plane 'ids' of a chunk has 67,108,865 numbers, over the format's 67,108,864; use a shorter --block-length$",
+    ),
+    "a path for a name": ({"../ids": np.array([3])}, r"^plane '../ids' needs a name of letters, digits"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_STORED)
+def test_what_cannot_be_stored(kind: ContainerKind, tmp_path: Path, case: str) -> None:
+    planes, message = NOT_STORED[case]
+    with pytest.raises(TargetsError, match=message):
+        write_container(kind, tmp_path / "c", [planes], {})
+
+
+def test_metadata_that_no_reader_would_take_are_not_written(kind: ContainerKind, tmp_path: Path) -> None:
+    with pytest.raises(TargetsError, match=r"metadata takes [\d,]+ bytes, over the format's 1,048,576; use fewer"):
+        write_container(kind, tmp_path / "c", chunks_of(), {"role": "x" * MAX_METADATA_BYTES})
 
 
 def test_flipped_bits_without_the_files_hash(path: Path) -> None:
-    """Even below the SHA-256, no flipped bit survives as other data."""
+    """Even below the SHA-256, no flipped bit survives as other data or other attributes."""
     original, chunks = path.read_bytes(), chunks_of()
     caught = 0
     for bit in random_bits(np.random.default_rng(1), path, 250):
         flip_bit(path, bit)
         try:
-            container = Container(path)
+            container = open_container(path)
             check(container, chunks)
+            assert container.attributes == {"role": "shard"}
             container.close()
-        except DamagedCacheError:
+        except CacheError:
             caught += 1
         path.write_bytes(original)
-    assert caught > 150, "the rest are bits that mean nothing, such as dates in the zip's directory"
-
-
-# ---------------------------------------------------------------------------------------------- members and metadata
-
-
-def rezip(path: Path, change: Callable[[dict[str, bytes]], None], compression: int = zipfile.ZIP_STORED) -> None:
-    """Write the zip again with changed members and right checksums: what an attacker would do."""
-    with zipfile.ZipFile(path) as archive:
-        members = {name: archive.read(name) for name in archive.namelist()}
-    change(members)
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", compression) as archive:
-        for name, data in members.items():
-            archive.writestr(name, data)
-    path.write_bytes(buffer.getvalue())
-
-
-def edit(member: str, *keys: Any, value: Any) -> Callable[[dict[str, bytes]], None]:
-    def change(members: dict[str, bytes]) -> None:
-        document = json.loads(members[member])
-        place = document
-        for key in keys[:-1]:
-            place = place[key]
-        assert place[keys[-1]] != value
-        place[keys[-1]] = value
-        members[member] = json.dumps(document).encode()
-
-    return change
-
-
-CHANGES: dict[str, Callable[[dict[str, bytes]], Any]] = {
-    "missing chunk": lambda members: members.pop("ids/c/1/0"),
-    "extra member": lambda members: members.update({"ids/c/9/0": b"x"}),
-    "member outside": lambda members: members.update({"../evil": b"x"}),
-    "missing array": lambda members: members.pop("counts/zarr.json"),
-    "missing group": lambda members: members.pop("zarr.json"),
-    "group is no JSON": lambda members: members.update({"zarr.json": b"{"}),
-    "group is a list": lambda members: members.update({"zarr.json": b"[]"}),
-    "deep JSON": lambda members: members.update({"zarr.json": b"[" * 100_000}),
-    "no arrays": edit("zarr.json", "attributes", "sizes", value={}),
-    "huge claim": edit("ids/zarr.json", "shape", value=[4, 1 << 40]),
-    "huge claim with sizes": lambda members: [
-        edit("ids/zarr.json", "shape", value=[4, 1 << 45])(members),
-        edit("ids/zarr.json", "chunk_grid", "configuration", "chunk_shape", value=[1, 1 << 45])(members),
-        edit("zarr.json", "attributes", "sizes", "ids", value=[1 << 45, 7, 0, 90])(members),
-    ],
-    "infinite size": edit("zarr.json", "attributes", "sizes", "ids", value=[float("inf"), 7, 0, 90]),
-    "negative size": edit("zarr.json", "attributes", "sizes", "ids", value=[90, 7, -1, 90]),
-    "longer": edit("zarr.json", "attributes", "sizes", "ids", value=[40, 7, 0, 91]),
-    "fewer chunks": edit("zarr.json", "attributes", "sizes", "ids", value=[40, 7, 0]),
-    "other codec": edit("ids/zarr.json", "codecs", value=[{"name": "bytes", "configuration": {"endian": "little"}}]),
-    "no checksum": edit("ids/zarr.json", "codecs", value=[{"name": "numcodecs.pcodec", "configuration": {"level": 8}}]),
-    "other type": edit("ids/zarr.json", "data_type", value="float32"),
-    "large metadata": edit("zarr.json", "attributes", "role", value="x" * (1 << 20)),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_members_that_are_not_ours(path: Path, change: str) -> None:
-    rezip(path, lambda members: None)
-    Container(path).close()
-    rezip(path, CHANGES[change])
-    with pytest.raises(DamagedCacheError) as caught:
-        check(Container(path), chunks_of())
-    assert str(path) in str(caught.value)
-    assert caught.value.shard == "c.zip"
-
-
-def test_shorter_sizes_do_not_hide_data(path: Path) -> None:
-    rezip(path, edit("zarr.json", "attributes", "sizes", "ids", value=[39, 7, 0, 90]))
-    with pytest.raises(DamagedCacheError, match=r"array 'ids', chunk 0 holds data beyond its end$") as caught:
-        Container(path).read("ids", 0)
-    assert (caught.value.array, caught.value.chunk) == ("ids", 0)
-
-
-def test_compressed_metadata_is_refused(path: Path) -> None:
-    """A few bytes could unpack to gigabytes."""
-    rezip(path, lambda members: None, zipfile.ZIP_DEFLATED)
-    with pytest.raises(DamagedCacheError, match=r"is compressed or too large"):
-        Container(path)
-
-
-def test_numbers_over_63_bits_are_damage(tmp_path: Path) -> None:
-    path = tmp_path / "c.zip"
-    write_container(path, [{"ids": np.array([1 << 62])}], {})
-    with zipfile.ZipFile(path) as archive:
-        members = {name: archive.read(name) for name in archive.namelist()}
-    group = zarr.create_group(store=zarr.storage.MemoryStore())
-    assert json.loads(members["ids/zarr.json"])["data_type"] == "uint64"
-    from zarr.codecs import Crc32cCodec
-    from zarr.codecs.numcodecs import PCodec
-
-    array = group.create_array(
-        "ids", data=np.array([[1 << 63]], dtype="uint64"), serializer=PCodec(level=8), compressors=[Crc32cCodec()]
-    )
-    forged = array.store._store_dict["ids/c/0/0"].to_bytes()
-    rezip(path, lambda members: members.update({"ids/c/0/0": forged}))
-    with pytest.raises(DamagedCacheError, match=r"array 'ids' holds a number over 2\^63 - 1"):
-        Container(path).read("ids", 0)
+    assert caught > 100, "the rest are bits that mean nothing, such as dates in the zip's directory"
 
 
 @pytest.mark.parametrize("size", [0, 1, 21, 22, 500, -1, -22])
@@ -203,17 +120,52 @@ def test_truncated_files(path: Path, size: int) -> None:
     data = path.read_bytes()
     path.write_bytes(data[:size])
     with pytest.raises(DamagedCacheError, match=r"is damaged or not a shard of this format: "):
-        Container(path)
+        open_container(path)
 
 
-def test_other_files(tmp_path: Path) -> None:
-    with pytest.raises(DamagedCacheError, match=r"absent.zip is missing; restore it$"):
-        Container(tmp_path / "absent.zip")
-    plain = tmp_path / "plain.zip"
-    with ZipStore(plain, mode="w") as store:
-        group = zarr.create_group(store, attributes={"sizes": {"ids": [3]}})
-        group.create_array("ids", data=np.arange(3, dtype="uint16")[None], serializer=BytesCodec())
+def test_truncated_after_opening(path: Path) -> None:
+    """The file is read, not mapped: a shorter one is an error, not a SIGBUS."""
+    container = open_container(path)
+    os.truncate(path, 100)
+    with pytest.raises(DamagedCacheError, match=r"it ends early"):
+        container.read("ids", 3)
+
+
+def test_other_files(kind: ContainerKind, tmp_path: Path) -> None:
+    suffix = SUFFIXES[kind]
+    with pytest.raises(DamagedCacheError, match=rf"absent{suffix} is missing; restore it$"):
+        open_container(tmp_path / f"absent{suffix}")
+    (tmp_path / f"folder{suffix}").mkdir()
+    with pytest.raises(DamagedCacheError, match=r"it is a folder; restore it or dump again$"):
+        open_container(tmp_path / f"folder{suffix}")
+    other = next(suffix for name, suffix in SUFFIXES.items() if name != kind)
+    write_container(kind, tmp_path / f"c{other}", chunks_of(), {})
     with pytest.raises(DamagedCacheError, match=r"is damaged or not a shard of this format"):
-        Container(plain)
-    with pytest.raises(DamagedCacheError):
-        Container(tmp_path)
+        open_container(tmp_path / f"c{other}")
+
+
+def test_kinds_are_named_by_files() -> None:
+    assert kind_of(Path("a/000001-abc.zarr.zip")) == "zarr"
+    assert kind_of(Path("000001-abc.arrow")) == "arrow"
+    for name in ("000001.zip", "x.pkl", "arrow", "000000.zarr"):
+        with pytest.raises(DamagedCacheError, match=r"does not end in .zarr.zip or .arrow; restore the right file$"):
+            open_container(Path(name))
+
+
+def test_threads_share_one_container(path: Path) -> None:
+    """Reads carry their own place in the file."""
+    container, chunks, failures = open_container(path), chunks_of(), list[BaseException]()
+
+    def read() -> None:
+        try:
+            for _ in range(30):
+                check(container, chunks)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=read) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures

@@ -12,16 +12,24 @@ import pytest
 
 from logitcache.errors import CacheError, DamagedCacheError, LogitcacheError
 from logitcache.store import Report, open_cache, verify
+from logitcache.store.container import open_container
+from logitcache.store.container_arrow import BUFFERS_PER_PLANE, ArrowContainer
+from logitcache.store.container_zarr import ZarrContainer
+from logitcache.store.flatbuffer import record_batch
 from logitcache.store.layout import Layout
 from tests.faults import flip_bit, random_bits
-from tests.store.caches import Made, make_cache, rewrite
+from tests.store.caches import CONTAINERS, Made, make_cache, rewrite
 
 FLIPS = {"shards": 240, "codebook": 120, "manifest.json": 140, "plan.json": 50, "commits": 50}
 
 
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    return make_cache(tmp_path_factory.mktemp("original") / "cache")
+@pytest.fixture(scope="module", params=CONTAINERS)
+def original(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    return make_cache(tmp_path_factory.mktemp("original") / "cache", container=request.param)
+
+
+def layout_of(made: Made) -> Layout:
+    return Layout(made.root, open_cache(made.root, partial=True).manifest.identity.container)
 
 
 @pytest.fixture
@@ -44,6 +52,21 @@ def read_or_raise(made: Made, *, partial: bool = False) -> bool:
         return True
     assert str(made.root) in message
     return False
+
+
+def place_of(path: Path, name: str, chunk: int) -> int:
+    """The place of a byte of one plane's compressed numbers."""
+    data, container = path.read_bytes(), open_container(path)
+    if isinstance(container, ZarrContainer):
+        member = f"{name}/c/{chunk}/0".encode()
+        return data.index(member) + len(member) + 3
+    assert isinstance(container, ArrowContainer)
+    block = container._blocks[chunk]
+    begin = block.offset + block.metadata_bytes
+    offset, length = record_batch(data[block.offset + 8 : begin], block.body_bytes).buffers[
+        BUFFERS_PER_PLANE * list(container.sizes).index(name) + 3
+    ]
+    return begin + offset + length - 2
 
 
 def whats(report: Report) -> str:
@@ -93,9 +116,7 @@ def test_flipped_bits_in_an_unfinished_cache(made: Made, part: str) -> None:
 def test_damage_is_located(made: Made) -> None:
     """A flip in one chunk of one array is reported as that, and the other shards stay readable."""
     path = shard_paths(made)[1]
-    data = path.read_bytes()
-    place = data.index(b"counts/c/1/0") + len("counts/c/1/0") + 3
-    flip_bit(path, place * 8)
+    flip_bit(path, 8 * place_of(path, "counts", 1))
     report = verify(made.root)
     assert [(problem.shard, problem.array, problem.chunk) for problem in report.problems] == [(path.name, "counts", 1)]
     assert (report.ok, report.tokens) == (False, 63)
@@ -168,7 +189,7 @@ def test_swapped_shards_whose_records_agree(made: Made) -> None:
 @pytest.mark.parametrize("part", ["shards", "codebook", "commits", "plan.json", "manifest.json"])
 def test_parts_of_another_cache(made: Made, tmp_path: Path, part: str) -> None:
     """The other cache has the same shape and differs in its seed alone."""
-    other = make_cache(tmp_path / "other", seed=1)
+    other = make_cache(tmp_path / "other", seed=1, container=layout_of(made).container)
     mine, theirs = made.root / part, other.root / part
     if mine.is_dir():
         for target, source in zip(sorted(mine.iterdir()), sorted(theirs.iterdir()), strict=True):
@@ -182,7 +203,7 @@ def test_parts_of_another_cache(made: Made, tmp_path: Path, part: str) -> None:
 
 def test_a_manifest_of_another_cache_with_its_shards(made: Made, tmp_path: Path) -> None:
     """Other shards beside the right plan, commits and tables: the manifest no longer belongs to them."""
-    other = make_cache(tmp_path / "other", seed=1)
+    other = make_cache(tmp_path / "other", seed=1, container=layout_of(made).container)
     for path in shard_paths(other):
         shutil.copy(path, made.root / "shards")
     shutil.copy(Layout(other.root).manifest, Layout(made.root).manifest)
@@ -191,17 +212,19 @@ def test_a_manifest_of_another_cache_with_its_shards(made: Made, tmp_path: Path)
 
 
 def test_a_missing_codebook_or_commit(made: Made) -> None:
-    layout = Layout(made.root)
+    layout = layout_of(made)
     layout.commit(1).unlink()
     assert whats(verify(made.root)) == f"{layout.commits} differs from the manifest's shard list"
     assert read_or_raise(made)
     layout.codebook.unlink()
-    assert "tables.zarr.zip is missing or differs from the manifest; restore the file" in whats(verify(made.root))
+    assert f"{layout.codebook.name} is missing or differs from the manifest; restore the file" in whats(
+        verify(made.root)
+    )
     assert not read_or_raise(made)
 
 
 def test_a_missing_codebook_of_an_unfinished_cache(made: Made) -> None:
-    layout = Layout(made.root)
+    layout = layout_of(made)
     layout.manifest.unlink()
     layout.codebook.unlink()
     assert "is not the table that unit 000000 was encoded with; restore it" in whats(verify(made.root))
@@ -210,7 +233,7 @@ def test_a_missing_codebook_of_an_unfinished_cache(made: Made) -> None:
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_unreadable_files(made: Made) -> None:
-    for path in (Layout(made.root).manifest, Layout(made.root).codebook, shard_paths(made)[0]):
+    for path in (Layout(made.root).manifest, layout_of(made).codebook, shard_paths(made)[0]):
         path.chmod(0)
         with pytest.raises(CacheError):
             open_cache(made.root).read_blocks(0, 1)

@@ -17,19 +17,20 @@ import pytest
 from logitcache.errors import CacheError, PlanMismatchError, TargetsError
 from logitcache.store import CacheWriter, TokenFile, open_cache, verify
 from logitcache.store.files import publish, write_temporary
-from logitcache.store.layout import Layout
+from logitcache.store.layout import ContainerKind, Layout
 from tests.faults import run_to_end
-from tests.store.caches import GEOMETRY, commit, content, files_of, identity, make_cache
+from tests.store.caches import CONTAINERS, GEOMETRY, commit, content, files_of, identity, make_cache
 
 
-def test_equal_content_gives_equal_files(tmp_path: Path) -> None:
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_equal_content_gives_equal_files(tmp_path: Path, container: ContainerKind) -> None:
     """Also in another order, and with pauses between sessions."""
-    whole = make_cache(tmp_path / "whole")
+    whole = make_cache(tmp_path / "whole", container=container)
     tokens, targets = content()
-    root = tmp_path / "pieces"
-    commit(CacheWriter.open(root, identity()), 0, tokens, targets)
-    commit(CacheWriter.open(root, identity()), 2, tokens, targets)
-    writer = CacheWriter.open(root, identity())
+    root, plan = tmp_path / "pieces", identity(container=container)
+    commit(CacheWriter.open(root, plan), 0, tokens, targets)
+    commit(CacheWriter.open(root, plan), 2, tokens, targets)
+    writer = CacheWriter.open(root, plan)
     assert writer.pending_units() == [1]
     with pytest.raises(CacheError, match=r"still lacks 1 units; run the same dump again$"):
         writer.finalize()
@@ -87,7 +88,7 @@ def test_what_a_killed_run_leaves_is_no_obstacle(tmp_path: Path) -> None:
 def test_ids_outside_the_vocabulary(tmp_path: Path) -> None:
     tokens, targets = content()
     writer = CacheWriter.open(tmp_path / "cache", identity())
-    writer.publish_codebook(tokens, targets)
+    writer.publish_pilot(tokens, targets)
     rows = targets.slice(0, 15)
     with pytest.raises(TargetsError, match=r"^token id 400 is outside the vocabulary of 400 ids$"):
         writer.encode(0, np.append(tokens[:14], 400), rows)
@@ -129,8 +130,8 @@ def test_the_first_table_counts(tmp_path: Path) -> None:
     tokens, targets = content()
     one, two = (CacheWriter.open(tmp_path / "cache", identity()) for _ in range(2))
     assert two.codebook() is None
-    mine = one.publish_codebook(tokens, targets)
-    theirs = two.publish_codebook(tokens[:3], targets.slice(0, 3))
+    mine = one.publish_pilot(tokens, targets)
+    theirs = two.publish_pilot(tokens[:3], targets.slice(0, 3))
     np.testing.assert_array_equal(mine.ranks.listed, theirs.ranks.listed)
 
 
@@ -210,22 +211,22 @@ def test_other_failures_name_the_file_and_the_way_on(
     assert files_of(tmp_path) == {}
 
 
-def _write_with_a_limit(root: Path, limit: int) -> None:
+def _write_with_a_limit(root: Path, limit: int, container: ContainerKind) -> None:
     """In a child: files may not grow over `limit` bytes, as under a quota."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     with pytest.raises(CacheError, match=r"^no space to write .* bytes are needed, .* it resumes$"):
-        make_cache(root)
+        make_cache(root, container=container)
 
 
-@pytest.mark.parametrize("limit", [100, 2000])
-def test_a_real_limit_on_file_sizes(tmp_path: Path, limit: int) -> None:
+@pytest.mark.parametrize(("limit", "container"), [(100, "zarr"), (2000, "zarr"), (2000, "arrow")])
+def test_a_real_limit_on_file_sizes(tmp_path: Path, limit: int, container: ContainerKind) -> None:
     root = tmp_path / "cache"
-    run_to_end(multiprocessing.get_context("spawn"), _write_with_a_limit, root, limit)
+    run_to_end(multiprocessing.get_context("spawn"), _write_with_a_limit, root, limit, container)
     assert not list(root.rglob("*.tmp"))
     assert not (root / "manifest.json").exists()
-    made = make_cache(root)
+    made = make_cache(root, container=container)
     made.check(open_cache(root).read_blocks(0, 21), 0, 21)
-    assert files_of(root) == files_of(make_cache(tmp_path / "whole").root)
+    assert files_of(root) == files_of(make_cache(tmp_path / "whole", container=container).root)
 
 
 # ---------------------------------------------------------------------------------------------- token file
