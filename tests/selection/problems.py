@@ -43,3 +43,13 @@ def inverse_cdf(probs: NDArray[np.float64], uniform: float) -> tuple[int, float]
     edges = np.cumsum(probs)
     aim = uniform * edges[-1]
     return int(np.searchsorted(edges, aim, side="right")), float(np.abs(edges - aim).min())
+
+
+def realistic_rows(vocab_size: int) -> NDArray[np.float64]:
+    """float64 [6, V] probabilities in shuffled order: Zipf, steep Zipf, confident, flat, an ordinary one, few ids."""
+    rng = np.random.default_rng([7, vocab_size])
+    places = np.arange(1, vocab_size + 1.0)
+    rows = [1 / places, places**-1.7, np.full(vocab_size, 0.3 / vocab_size), np.ones(vocab_size)]
+    rows[2][0] = 1
+    rows += [np.exp(rng.normal(0, 2, vocab_size)), np.where(places < 60, 1 / places, 0)]
+    return np.stack([rng.permutation(row / row.sum()) for row in rows])
