@@ -117,6 +117,20 @@ def test_ids_at_the_threshold_are_never_kept_twice(off: int) -> None:
     assert small.max() < 30
 
 
+@pytest.mark.parametrize("uniform", [0.0, 1e-300, LAST_UNIFORM])
+@pytest.mark.parametrize("size", [1, 2, 3, 12, 200])
+def test_extreme_uniforms_on_sparse_rows(uniform: float, size: int) -> None:
+    """Few possible ids, of very unequal mass, and whole groups of impossible ones at both ends."""
+    rng = np.random.default_rng(4)
+    probs = np.where(rng.random((200, 900)) < 0.05, rng.random((200, 900)) ** 30, 0)
+    probs[:, :130] = probs[:, 640:] = 0
+    probs[:, 130] += 1e-30
+    dist = of_probs(probs / probs.sum(1, keepdims=True))
+    targets = select(Selection("varopt", size), dist, np.full((200, 1), uniform))
+    for row, exact in enumerate(dist.probs.double().numpy()):
+        check_row(targets, row, exact / exact.sum(), size)
+
+
 def systematic(probs: NDArray[np.float64], size: int, uniform: float) -> tuple[NDArray[np.int64], float]:
     """Head and sampled tail by one running sum, and how near the nearest aim is to an edge, in shares of tau."""
     tau = exact_threshold(probs, size)
