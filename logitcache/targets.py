@@ -36,7 +36,7 @@ class SparseTargets:
         label_logprob: float32 [N], teacher log p(next token) in nats; NaN where there is no next token.
         entropy: float32 [N], entropy of the full distribution in nats; NaN where unknown.
         threshold: float32 [N]; entries with weight > threshold are exact probabilities. Default: 0 (all of
-            them) for biased targets, inf (none) for unbiased ones.
+            them) for biased targets, inf (none) for unbiased ones; `varopt:K` rows have one in between.
         unbiased: whether E[weights] equals the teacher's distribution.
 
     Raises:

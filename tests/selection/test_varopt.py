@@ -14,7 +14,7 @@ from logitcache.selection.distribution import Distribution
 from logitcache.selection.select import select
 from logitcache.targets import SparseTargets
 from tests.codec.rows import assert_equal
-from tests.selection.problems import LARGE_VOCABULARY, SHAPES, logits_of, realistic_rows
+from tests.selection.problems import LARGE_VOCABULARY, SHAPES, exact_threshold, logits_of, realistic_rows, systematic
 
 LAST_UNIFORM = 1 - 2.0**-53
 
@@ -32,15 +32,6 @@ def of_probs(rows: NDArray[np.float64]) -> Distribution:
     dist = Distribution.from_logits(logits)
     dist.probs = torch.from_numpy(rows.astype(np.float32))
     return dist
-
-
-def exact_threshold(probs: NDArray[np.float64], size: int) -> float:
-    """tau with sum(min(1, p / tau)) = size, by trying every length of the head; 0 where at most `size` are possible."""
-    falling = np.sort(probs)[::-1]
-    if falling[size:].sum() == 0:
-        return 0.0
-    shares = np.cumsum(falling[::-1])[::-1][:size] / np.arange(size, 0, -1)
-    return float(shares[np.argmax(falling[:size] <= shares)])
 
 
 def check_row(targets: SparseTargets, row: int, probs: NDArray[np.float64], size: int) -> None:
@@ -129,18 +120,6 @@ def test_extreme_uniforms_on_sparse_rows(uniform: float, size: int) -> None:
     targets = select(Selection("varopt", size), dist, np.full((200, 1), uniform))
     for row, exact in enumerate(dist.probs.double().numpy()):
         check_row(targets, row, exact / exact.sum(), size)
-
-
-def systematic(probs: NDArray[np.float64], size: int, uniform: float) -> tuple[NDArray[np.int64], float]:
-    """Head and sampled tail by one running sum, and how near the nearest aim is to an edge, in shares of tau."""
-    tau = exact_threshold(probs, size)
-    head = probs >= tau * (1 - 1e-7)
-    slots = size - int(head.sum())
-    edges = np.cumsum(np.where(head, 0, probs))
-    aims = (uniform + np.arange(slots)) / max(slots, 1) * edges[-1]
-    hits = np.searchsorted(edges, aims, side="right")
-    near = min((float(np.abs(edges - aim).min()) / max(tau, 1e-300) for aim in aims), default=1.0)
-    return np.sort(np.concatenate([np.flatnonzero(head), hits])), near
 
 
 @pytest.mark.parametrize(("vocab_size", "size"), [(1000, 12), (1000, 300), (8192, 40), (8192, 2000)])
