@@ -16,7 +16,8 @@ EXAMPLE = """
 Example:
   logitcache dump --teacher ./SmolLM2-135M --corpus 'texts/*.txt' --select sample:25 --out cache
 
-Selections: top-k:K (K most probable ids), top-p:P:K (mass P, at most K ids), sample:N (N unbiased draws).
+Selections: top-k:K (K most probable ids), top-p:P:K (mass P, at most K ids), sample:N (N unbiased draws),
+sample:N:T (N draws from p^T, weighted to be unbiased), varopt:K (K ids: exact head, least-variance tail).
 Run the same line again to resume after an interruption.
 
 Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
@@ -28,7 +29,7 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 @click.option("--gguf-file", metavar="FILE", help="GGUF file inside the teacher's folder.")
 @click.option("--corpus", required=True, multiple=True, metavar="PATH", help="File, folder or glob; may be repeated.")
 @click.option("--out", "root", required=True, type=click.Path(path_type=Path), metavar="CACHE", help="Cache folder.")
-@click.option("--select", required=True, metavar="SPEC", help="What to keep, for example top-k:64 or sample:50.")
+@click.option("--select", required=True, metavar="SPEC", help="What to keep, for example sample:50 or varopt:12.")
 @click.option("--also", nargs=2, multiple=True, metavar="SPEC CACHE", help="Write another cache from the same run.")
 @click.option("--block-length", default=1024, show_default=True, help="Tokens in a block.")
 @click.option("--max-tokens", type=int, help="Stop the corpus after so many tokens.")

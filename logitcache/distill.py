@@ -159,16 +159,16 @@ class _Run:
             )
 
     def _settings(self) -> DistillationSettings:
-        options, unbiased = self.options, self.cache.unbiased
+        options, unbiased, head = self.options, self.cache.unbiased, self.cache.has_exact_head
         if options.objective == "cross-entropy":
             objective = Objective.cross_entropy()
         elif options.tail == "auto":
             objective = Objective.default_for(unbiased)
         else:
             objective = Objective.forward_kl(tail=options.tail)
-        objective.check(unbiased, options.temperature, options.alpha)
+        objective.check(unbiased, options.temperature, options.alpha, head)
         schedule = AlphaSchedule(options.alpha_schedule, options.alpha, options.alpha_warmup, options.alpha_decay)
-        return DistillationSettings(objective, schedule, options.temperature, unbiased, options.impl)
+        return DistillationSettings(objective, schedule, options.temperature, unbiased, options.impl, head)
 
     def _split(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """Blocks [first, stop) to train on and to evaluate on: the cache's end is held out."""

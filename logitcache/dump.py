@@ -294,8 +294,7 @@ def _identity(
     options: DumpOptions, output: Output, teacher: TransformersTeacher, corpus: Corpus, geometry: Geometry
 ) -> Identity:
     selection = output.selection
-    exponent = getattr(selection, "exponent", None)
-    codec = RowCodec.for_selection(selection.method, selection.size, exponent, options.codec)
+    codec = RowCodec.for_selection(selection.method, selection.size, selection.exponent, options.codec)
     return Identity(
         teacher=teacher.identity(),
         tokenizer=models.tokenizer_identity(teacher.tokenizer),

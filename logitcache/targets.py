@@ -7,7 +7,7 @@ This module never imports torch at import time.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,7 +36,7 @@ class SparseTargets:
         label_logprob: float32 [N], teacher log p(next token) in nats; NaN where there is no next token.
         entropy: float32 [N], entropy of the full distribution in nats; NaN where unknown.
         threshold: float32 [N]; entries with weight > threshold are exact probabilities. Default: 0 (all of
-            them) for biased targets, inf (none) for unbiased ones.
+            them) for biased targets, inf (none) for unbiased ones; `varopt:K` rows have one in between.
         unbiased: whether E[weights] equals the teacher's distribution.
 
     Raises:
@@ -137,6 +137,41 @@ class SparseTargets:
             **{name: np.concatenate([getattr(part, name) for part in parts]) for name in _COLUMNS},
         )
 
+    @property
+    def has_exact_head(self) -> bool:
+        """Whether every row tells its exact entries from its sampled ones: False for `sample:N`."""
+        return not (self.unbiased and bool((np.isinf(self.threshold) & (self.row_lengths > 0)).any()))
+
+    def exact_head(self) -> SparseTargets:
+        """Only the exact entries (weight > threshold), as biased targets with the rest as tail mass.
+
+        So one `varopt:K` cache serves objectives that want samples and those that want probabilities. Biased targets
+        are exact already and come back as they are.
+
+        Raises:
+            TargetsError: a row holds samples without a threshold.
+        """
+        if not self.unbiased:
+            return self
+        if not self.has_exact_head:
+            row = int(np.argmax(np.isinf(self.threshold) & (self.row_lengths > 0)))
+            raise TargetsError(
+                f"row {row} holds samples of which none is exact; dump a cache with --select varopt:K, top-k:K or "
+                "top-p:P:K"
+            )
+        rows = self.row_index()
+        exact = self.weights > self.threshold[rows]
+        # Not 1 - head, which would lose the tail of a confident row.
+        tail = np.bincount(rows[~exact], self.weights[~exact], minlength=len(self))
+        return SparseTargets(
+            np.concatenate([[0], np.cumsum(exact)])[self.offsets],
+            self.ids[exact],
+            self.weights[exact],
+            tail_mass=np.minimum(tail, 1),
+            label_logprob=self.label_logprob,
+            entropy=self.entropy,
+        )
+
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise TargetsError, naming the row, if an id does not fit in `vocab_size`."""
         if self.ids.size and int(self.ids.max()) >= vocab_size:
@@ -165,7 +200,9 @@ class SparseTargets:
 
         ids, weights = self.padded()
         columns = {name: tensor(getattr(self, name)) for name in _COLUMNS}
-        return DeviceTargets(ids=tensor(ids), weights=tensor(weights), unbiased=self.unbiased, **columns)
+        return DeviceTargets(
+            tensor(ids), tensor(weights), **columns, unbiased=self.unbiased, has_exact_head=self.has_exact_head
+        )
 
     def _row_of(self, entry: int) -> int:
         return int(np.searchsorted(self.offsets, entry, side="right")) - 1
@@ -222,6 +259,7 @@ class DeviceTargets:
         weights: float32 [N, K], padded with 0.
         tail_mass, label_logprob, entropy, threshold: float32 [N], as in SparseTargets.
         unbiased: as in SparseTargets.
+        has_exact_head: as in SparseTargets; None where nobody looked, as looking would stall a GPU.
     """
 
     ids: torch.Tensor
@@ -231,9 +269,31 @@ class DeviceTargets:
     entropy: torch.Tensor
     threshold: torch.Tensor
     unbiased: bool
+    has_exact_head: bool | None = None
 
     def __len__(self) -> int:
         return int(self.ids.shape[0])
+
+    def exact_head(self) -> DeviceTargets:
+        """As `SparseTargets.exact_head`, without a look at the values: rows without a threshold get NaN weights."""
+        import torch
+
+        if not self.unbiased:
+            return self
+        stored_NK, unknown_N1 = self.ids >= 0, self.threshold.isinf().unsqueeze(1)
+        exact_NK = stored_NK & ((self.weights > self.threshold.unsqueeze(1)) | unknown_N1)
+        weights_NK = torch.where(exact_NK, self.weights.masked_fill(unknown_N1, torch.nan), 0)
+        tail_N = torch.where(stored_NK & ~exact_NK, self.weights, 0).sum(1, dtype=torch.float64).clamp(max=1)
+        # Padding stays at the end, and the ids in order.
+        order_NK = (~exact_NK).to(torch.uint8).argsort(dim=1, stable=True)
+        return replace(
+            self,
+            ids=self.ids.masked_fill(~exact_NK, -1).gather(1, order_NK),
+            weights=weights_NK.gather(1, order_NK),
+            tail_mass=tail_N.to(self.weights.dtype),
+            threshold=torch.zeros_like(self.threshold),
+            unbiased=False,
+        )
 
 
 _COLUMNS = ("tail_mass", "label_logprob", "entropy", "threshold")

@@ -394,7 +394,7 @@ REFUSED: dict[str, tuple[str, Change]] = {
     "no student": ("student.yaml cannot be read", lambda root, _: {"student": str(root / "student.yaml")}),
     "no student folder": ("does not exist", lambda root, _: {"student": str(root / "student")}),
     "tail of samples": (
-        "tail='bucket' needs probabilities",
+        "tail='bucket' needs exact probabilities, .* --select varopt:K",
         lambda _, made: {"cache": str(made.sample), "tail": "bucket"},
     ),
     "tail of top-k": ("tail='unbiased' needs sampled", lambda *_: {"tail": "unbiased"}),

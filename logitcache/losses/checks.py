@@ -56,17 +56,29 @@ def device_targets(
     return targets
 
 
+def has_exact_head(targets: DeviceTargets) -> bool:
+    """Whether the rows say which weights are exact. Where that takes a look at a GPU's values, it is believed."""
+    if not targets.unbiased:
+        return True
+    if targets.has_exact_head is not None:
+        return targets.has_exact_head
+    if targets.ids.device.type != "cpu":
+        return True
+    return not bool((targets.threshold.isinf() & (targets.ids >= 0).any(1)).any())
+
+
 def _check_tensors(targets: DeviceTargets, hidden_ND: torch.Tensor) -> None:
     rows = int(hidden_ND.shape[0])
     if targets.ids.ndim != 2 or targets.ids.dtype != torch.int64:
         raise TargetsError(f"targets.ids is {targets.ids.dtype} {tuple(targets.ids.shape)}; it must be int64 [N, K]")
-    for name, shape in (("weights", tuple(targets.ids.shape)), ("tail_mass", (rows,)), ("entropy", (rows,))):
+    columns = dict.fromkeys(("tail_mass", "entropy", "threshold"), (rows,))
+    for name, shape in {"weights": tuple(targets.ids.shape), **columns}.items():
         value = getattr(targets, name)
         if tuple(value.shape) != shape or not value.dtype.is_floating_point:
             raise TargetsError(
                 f"targets.{name} is {value.dtype} {tuple(value.shape)}; it must be floating point with shape {shape}"
             )
-    for name in ("ids", "weights", "tail_mass", "entropy"):
+    for name in ("ids", "weights", *columns):
         if getattr(targets, name).device != hidden_ND.device:
             raise TargetsError(
                 f"targets.{name} is on {getattr(targets, name).device}, but hidden is on {hidden_ND.device}; build "

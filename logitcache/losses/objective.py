@@ -48,7 +48,8 @@ class Objective:
     def forward_kl(cls, tail: str = "bucket") -> Objective:
         """KL(teacher || student). `tail` decides what happens to the teacher's mass outside the stored ids S:
 
-        * 'bucket': one more class holds it, on both sides (K + 1 classes). Default for top-k and top-p caches.
+        * 'bucket': one more class holds it, on both sides (K + 1 classes). Default for top-k and top-p caches. Of a
+          varopt cache, S is the head: the entries whose weight is above the row's threshold, which are exact.
         * 'renormalised': both sides are renormalised on S. Any temperature. The student's mass outside S is free.
         * 'unnormalised': the sum over S alone. Biased: its optimum is p = q / sum(q) on S and nothing outside, which
           makes the student overconfident. Offered because published work uses it.
@@ -80,7 +81,13 @@ class Objective:
         """A JSON value from which `from_dict` builds an equal objective."""
         return {"kind": self.kind} if self.tail is None else {"kind": self.kind, "tail": self.tail}
 
-    def check(self, unbiased: bool, temperature: float = 1.0, alpha: float | torch.Tensor = 1.0) -> None:
+    def check(
+        self,
+        unbiased: bool,
+        temperature: float = 1.0,
+        alpha: float | torch.Tensor = 1.0,
+        has_exact_head: bool = False,
+    ) -> None:
         """Refuse combinations without a correct meaning.
 
         Args:
@@ -88,6 +95,7 @@ class Objective:
             temperature: T of the divergence.
             alpha: weight of the divergence. A float is checked; 0 means that the targets are not read, so that nothing
                 about them can be wrong. Of a tensor the values are not looked at.
+            has_exact_head: whether unbiased targets say which of their weights are exact (varopt:K does).
 
         Raises:
             ObjectiveError: says what to use or to store instead.
@@ -102,14 +110,11 @@ class Objective:
                 "tail='unbiased' needs sampled targets, but these hold probabilities of top-k or top-p; use "
                 "tail='bucket', or dump a cache with --select sample:N or varopt:K"
             )
-        if self.tail != "unbiased" and unbiased:
-            raise ObjectiveError(
-                f"tail={self.tail!r} needs probabilities, but these targets are unbiased samples; use tail='unbiased', "
-                "or dump a cache with --select top-k:K or top-p:P"
-            )
+        if unbiased and self.tail != "unbiased":
+            self._check_head(has_exact_head)
         if temperature == 1 or self.tail == "renormalised":
             return
-        if self.tail == "unbiased":
+        if unbiased:
             raise ObjectiveError(
                 f"temperature is {temperature}, but sampled weights are unbiased at temperature 1 only; use "
                 "temperature=1, or tail='renormalised' with a cache dumped with --select top-k:K"
@@ -117,6 +122,21 @@ class Objective:
         raise ObjectiveError(
             f"temperature is {temperature}, but tail={self.tail!r} needs the teacher's tail mass at that temperature, "
             "and the cache stores it at temperature 1; use tail='renormalised', or temperature=1"
+        )
+
+    def _check_head(self, has_exact_head: bool) -> None:
+        """Raise ObjectiveError unless this tail can use unbiased targets: 'bucket' can where their head is exact."""
+        if self.tail == "bucket" and has_exact_head:
+            return
+        if self.tail == "bucket":
+            raise ObjectiveError(
+                "tail='bucket' needs exact probabilities, but none of these samples is exact; use tail='unbiased', or "
+                "dump a cache with --select varopt:K (it serves both), top-k:K or top-p:P:K"
+            )
+        usable = "tail='unbiased' or 'bucket'" if has_exact_head else "tail='unbiased'"
+        raise ObjectiveError(
+            f"tail={self.tail!r} needs probabilities, but these targets are unbiased samples; use {usable}, "
+            "or dump a cache with --select top-k:K or top-p:P:K"
         )
 
 

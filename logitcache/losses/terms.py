@@ -12,7 +12,7 @@ import torch
 
 from logitcache.errors import ObjectiveError
 from logitcache.kernels import HeadOptions, accumulation_dtype, check_head
-from logitcache.losses.checks import check_label_values, check_labels, device_targets
+from logitcache.losses.checks import check_label_values, check_labels, device_targets, has_exact_head
 from logitcache.losses.divergence import DIVERGENCES, gather_terms
 from logitcache.losses.objective import Objective, check_alpha
 from logitcache.losses.student import gather_student
@@ -133,7 +133,11 @@ def distillation_terms(
         raise ObjectiveError(f"objective is {objective!r}; build one, for example Objective.forward_kl(tail='bucket')")
     tail, columns = objective.tail, head.columns(weight)
     stored = None if tail is None else device_targets(targets, hidden, columns)
-    objective.check(stored is not None and stored.unbiased, temperature)
+    if stored is not None:
+        objective.check(stored.unbiased, temperature, has_exact_head=has_exact_head(stored))
+        stored = stored.exact_head() if tail == "bucket" else stored
+    else:
+        objective.check(False, temperature)
     counted_N = labels != ignore_index
     label_N = None
     if with_ce or tail in (None, "label"):

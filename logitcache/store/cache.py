@@ -100,8 +100,13 @@ class Cache:
 
     @property
     def unbiased(self) -> bool:
-        """Whether the stored weights are unbiased samples."""
-        return self.manifest.identity.selection.method == "sample"
+        """Whether the stored weights are unbiased estimates: of `sample` and `varopt` caches."""
+        return self.manifest.identity.selection.unbiased
+
+    @property
+    def has_exact_head(self) -> bool:
+        """Whether rows say which weights are exact, as tail='bucket' needs: of all but `sample` caches."""
+        return self.manifest.identity.selection.has_exact_head
 
     @property
     def num_bytes(self) -> int:

@@ -5,7 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    StringConstraints,
+    ValidationError,
+    model_serializer,
+)
 
 from logitcache.errors import DamagedCacheError, FormatVersionError
 from logitcache.store.files import digest, read_checked_json
@@ -67,9 +75,26 @@ class Geometry(Document):
 class StoredSelection(Document):
     """What was kept; see `logitcache.selection.Selection`."""
 
-    method: Literal["top-k", "top-p", "sample"]
+    method: Literal["top-k", "top-p", "sample", "varopt"]
     size: Positive
     mass: float | None = None
+    exponent: Annotated[float, Field(gt=0, le=4)] | None = None
+
+    @property
+    def unbiased(self) -> bool:
+        """Whether E[weights] equals the teacher's distribution."""
+        return self.method in ("sample", "varopt")
+
+    @property
+    def has_exact_head(self) -> bool:
+        """Whether rows say which of their weights are exact probabilities (finite thresholds)."""
+        return self.method != "sample"
+
+    @model_serializer(mode="wrap")
+    def _without_absent_exponent(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Caches from before there were exponents lack the field, and their fingerprints must stay what they are.
+        fields: dict[str, Any] = serialize(self)
+        return {name: value for name, value in fields.items() if name != "exponent" or value is not None}
 
 
 class Ancestor(Document):
@@ -94,7 +119,7 @@ class Identity(Document):
         tokenizer: sha256 and size, and where it was loaded from.
         vocab_size: rows of the teacher's LM head; every id is below it.
         corpus: files with hashes, documents, packing policy, sha256 of the token stream.
-        selection: method, size, mass.
+        selection: method, size, mass, exponent.
         seed: of the sampled selections.
         codec: name and parameters.
         container: kind of file that holds shards and tables.

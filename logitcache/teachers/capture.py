@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from logitcache.errors import ModelError
 from logitcache.selection import Selection, block_uniforms
-from logitcache.selection.select import Distribution, select
+from logitcache.selection.distribution import Distribution
+from logitcache.selection.select import select
 from logitcache.targets import SparseTargets
 
 # Softmax, entropy and selection walk their rows several times: on a CPU the rows should stay in its caches.

@@ -45,7 +45,7 @@ def evaluate_blocks(
     Returns:
         `ce` (nats on the next token), `kl` (nats, forward KL from the teacher: with a tail bucket for top-k and top-p
         rows, a lower bound of the full KL; an unbiased estimate for sampled rows), `top1` (share of positions where
-        the student's most probable id is the teacher's; for sampled rows, the id drawn most often), `ece` (expected
+        the student's most probable id is the teacher's; for sampled rows, the id of most weight), `ece` (expected
         calibration error of the student's most probable id, 15 bins: Guo et al. 2017) and `tokens`.
     """
     _, head = models.split_model(model)

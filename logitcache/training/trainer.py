@@ -28,6 +28,7 @@ class DistillationSettings:
         alpha: weight of the divergence over the run.
         temperature: of the divergence.
         unbiased: whether the batches' targets are unbiased samples.
+        has_exact_head: whether those samples say which of them are exact (varopt); None: look, where that is free.
         impl: of the loss: "auto", "reference" or "split".
     """
 
@@ -36,6 +37,7 @@ class DistillationSettings:
     temperature: float = 1.0
     unbiased: bool = False
     impl: str = "auto"
+    has_exact_head: bool | None = None
 
     @property
     def labels_only(self) -> bool:
@@ -122,7 +124,9 @@ class DistillationTrainer(Trainer):
         if self.settings.labels_only:
             objective = Objective.cross_entropy()
         else:
-            targets = DeviceTargets(**inputs["targets"], unbiased=self.settings.unbiased)
+            targets = DeviceTargets(
+                **inputs["targets"], unbiased=self.settings.unbiased, has_exact_head=self.settings.has_exact_head
+            )
         return DistillationCall(inputs["labels"], targets, objective, self.settings.temperature, self.settings.impl)
 
     def _record(self, terms: DistillationTerms) -> None:

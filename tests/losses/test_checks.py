@@ -57,6 +57,7 @@ def swap(**fields: object) -> DeviceTargets:
         ({"targets": swap(weights=DEVICE.weights[:, :1])}, TargetsError, "targets.weights is"),
         ({"targets": swap(weights=DEVICE.ids)}, TargetsError, "floating point"),
         ({"targets": swap(tail_mass=torch.zeros(1))}, TargetsError, "targets.tail_mass is"),
+        ({"targets": swap(threshold=torch.zeros(1))}, TargetsError, "targets.threshold is"),
         ({"targets": swap(entropy=torch.zeros(2).to("meta"))}, TargetsError, "targets.entropy is on meta"),
         ({"targets": swap(ids=torch.tensor([[4, 0], [1, -1]]))}, TargetsError, "not ascending.*row 0"),
         ({"targets": swap(ids=torch.tensor([[0, 4], [1, 1]]))}, TargetsError, "not ascending and unique.*row 1"),

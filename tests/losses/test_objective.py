@@ -51,7 +51,12 @@ def test_unknown_values_are_refused(values, words):
     ("tail", "unbiased", "temperature", "words"),
     [
         ("unbiased", False, 1.0, "use tail='bucket', or dump a cache with --select sample:N or varopt:K"),
-        ("bucket", True, 1.0, "use tail='unbiased', or dump a cache with --select top-k:K or top-p:P"),
+        (
+            "bucket",
+            True,
+            1.0,
+            "use tail='unbiased', or dump a cache with --select varopt:K \\(it serves both\\)",
+        ),
         ("renormalised", True, 2.0, "use tail='unbiased'"),
         ("label", True, 1.0, "use tail='unbiased'"),
         ("unnormalised", True, 1.0, "use tail='unbiased'"),
@@ -70,6 +75,19 @@ def test_combinations_without_a_meaning(tail, unbiased, temperature, words):
         Objective.forward_kl(tail).check(unbiased=unbiased, temperature=temperature, alpha=0.5)
 
 
+@pytest.mark.parametrize(
+    ("tail", "temperature", "words"),
+    [
+        ("renormalised", 1.0, "use tail='unbiased' or 'bucket', or dump a cache with --select top-k:K"),
+        ("label", 1.0, "use tail='unbiased' or 'bucket'"),
+        ("bucket", 2.0, "unbiased at temperature 1 only; use temperature=1"),
+    ],
+)
+def test_what_an_exact_head_does_not_allow(tail, temperature, words):
+    with pytest.raises(ObjectiveError, match=words):
+        Objective.forward_kl(tail).check(unbiased=True, temperature=temperature, has_exact_head=True)
+
+
 @pytest.mark.parametrize("alpha", [-0.1, 1.1, float("nan"), float("inf"), True, "0.5", None])
 def test_alpha_out_of_range(alpha):
     for objective in ALL:
@@ -82,5 +100,7 @@ def test_combinations_with_a_meaning():
         Objective.forward_kl(tail).check(unbiased=tail == "unbiased", alpha=torch.tensor(3.0))
     for temperature in (0.1, 1, 2.0, 100.0):
         Objective.forward_kl("renormalised").check(unbiased=False, temperature=temperature)
+    for tail in ("bucket", "unbiased"):
+        Objective.forward_kl(tail).check(unbiased=True, has_exact_head=True)
     Objective.cross_entropy().check(unbiased=True, temperature=3.0, alpha=1)
     Objective.forward_kl("bucket").check(unbiased=True, temperature=3.0, alpha=0)

@@ -15,7 +15,8 @@ import torch
 from logitcache.demo import plays, teacher_folder
 from logitcache.losses import Objective, distillation_loss
 from logitcache.selection import Selection, block_uniforms
-from logitcache.selection.select import Distribution, select
+from logitcache.selection.distribution import Distribution
+from logitcache.selection.select import select
 from logitcache.targets import SparseTargets
 from logitcache.teachers import TransformersTeacher
 

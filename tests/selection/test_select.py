@@ -10,7 +10,9 @@ import torch
 from numpy.typing import NDArray
 
 from logitcache.selection import Selection, block_uniforms
-from logitcache.selection.select import Distribution, count_draws, draw, largest, select
+from logitcache.selection.distribution import Distribution, largest
+from logitcache.selection.draws import count_draws, draw
+from logitcache.selection.select import select
 from logitcache.targets import SparseTargets
 from tests.codec.rows import assert_equal
 from tests.selection.problems import LARGE_VOCABULARY, SHAPES, inverse_cdf, logits_of, softmax64

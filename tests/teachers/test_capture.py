@@ -18,7 +18,7 @@ from tests.codec.rows import assert_equal
 from tests.teachers.alignment import Expected
 from tests.tiny import FAMILIES, tiny_model, tiny_tokenizer
 
-SELECTIONS = [Selection.parse(text) for text in ("top-k:7", "top-p:0.6:40", "sample:11")]
+SELECTIONS = [Selection.parse(text) for text in ("top-k:7", "top-p:0.6:40", "sample:11", "sample:11:0.7", "varopt:12")]
 
 
 def teacher_of(family: str = "llama", vocab_size: int = 300, **config: Any) -> TransformersTeacher:
@@ -31,7 +31,7 @@ def blocks_of(vocab_size: int, blocks: int, length: int, seed: int = 0) -> np.nd
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_are_the_models_distributions(family: str) -> None:
-    """Odd lengths, a padded last block, three selections of one forward."""
+    """Odd lengths, a padded last block, all selections of one forward."""
     teacher, tokens, rows = teacher_of(family), blocks_of(300, 4, 11), 38
     expected = Expected.of(teacher.model, tokens, rows)
     for selection, targets in zip(
@@ -58,7 +58,7 @@ def test_batches_and_slices_keep_the_same(batch: int, statistics_bytes: int, mon
     teacher, tokens, rows = teacher_of(), blocks_of(300, 7, 9), 60
     whole = capture_blocks(teacher, tokens, 20, rows, SELECTIONS, seed=8)
     monkeypatch.setattr(capture_module, "_CPU_STATISTICS_BYTES", statistics_bytes)
-    parts: list[list[SparseTargets]] = [[], [], []]
+    parts: list[list[SparseTargets]] = [[] for _ in SELECTIONS]
     for start in range(0, 7, batch):
         real = min(rows, (start + batch) * 9) - start * 9
         captured = capture_blocks(teacher, tokens[start : start + batch], 20 + start, real, SELECTIONS, seed=8)
@@ -75,7 +75,7 @@ def test_batches_and_slices_keep_the_same(batch: int, statistics_bytes: int, mon
 
 def test_what_is_drawn_follows_block_and_seed() -> None:
     teacher, tokens = teacher_of(), blocks_of(300, 2, 9)
-    sample = SELECTIONS[2:]
+    sample = SELECTIONS[2:3]
 
     def drawn(first_block: int, seed: int) -> SparseTargets:
         return capture_blocks(teacher, tokens, first_block, 18, sample, seed)[0]

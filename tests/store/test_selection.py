@@ -1,0 +1,48 @@
+"""The stored form of selections, and what caches say of their rows because of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from logitcache.selection import Selection
+from logitcache.store import Cache, StoredSelection, open_cache
+from tests.store.caches import make_cache
+
+# text, stored form, unbiased, has_exact_head
+FORMS = [
+    ("top-k:9", {"method": "top-k", "size": 9, "mass": None}, False, True),
+    ("top-p:0.9:9", {"method": "top-p", "size": 9, "mass": 0.9}, False, True),
+    ("sample:9", {"method": "sample", "size": 9, "mass": None}, True, False),
+    ("sample:9:0.8", {"method": "sample", "size": 9, "mass": None, "exponent": 0.8}, True, False),
+    ("varopt:9", {"method": "varopt", "size": 9, "mass": None}, True, True),
+]
+
+
+@pytest.mark.parametrize(("text", "fields", "unbiased", "head"), FORMS)
+def test_stored_form(text: str, fields: dict[str, object], unbiased: bool, head: bool) -> None:
+    """Literally: fingerprints of existing caches are hashes of these."""
+    selection = Selection.parse(text)
+    stored = StoredSelection(**selection.to_dict())
+    assert stored.model_dump(mode="json") == fields
+    assert StoredSelection.model_validate(fields) == stored
+    assert Selection.from_dict(fields) == selection
+    assert (stored.unbiased, stored.has_exact_head) == (unbiased, head)
+    assert selection.unbiased == unbiased
+
+
+@pytest.mark.parametrize("exponent", [0.0, -1.0, 4.5, float("nan"), "1"])
+def test_exponents_that_are_refused(exponent: object) -> None:
+    with pytest.raises(ValidationError):
+        StoredSelection(method="sample", size=9, exponent=exponent)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("text", "unbiased", "head"), [(form[0], *form[2:]) for form in FORMS])
+def test_what_a_cache_says_of_its_rows(text: str, unbiased: bool, head: bool, tmp_path: Path) -> None:
+    made = open_cache(make_cache(tmp_path / "cache", "counts").root)
+    selection = StoredSelection(**Selection.parse(text).to_dict())
+    identity = made.manifest.identity.model_copy(update={"selection": selection})
+    cache = Cache(made.root, made.manifest.model_copy(update={"identity": identity}))
+    assert (cache.unbiased, cache.has_exact_head) == (unbiased, head)
