@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from logitcache import models
+from logitcache.errors import ObjectiveError
 from logitcache.losses import Objective
-from logitcache.reader import CacheDataset, ReaderOptions
+from logitcache.reader import CacheDataset, ReaderOptions, batch_targets
 from logitcache.store import open_cache
 from logitcache.training import AlphaSchedule, DistillationSettings, DistillationTrainer
 from tests.caches import Dumped
@@ -202,3 +203,24 @@ def test_a_student_learns_what_the_teacher_knows(dumped: Dumped, cache: str, tai
         assert last < 0.3 * first
     else:
         assert last < 0.8 * first
+
+
+def test_the_exact_head_of_samples_trains_as_a_short_top_k(dumped: Dumped, tmp_path: Path) -> None:
+    """Rows with a threshold, as varopt's: tail='bucket' reads their head only. Without one it is refused."""
+    whole, heads = read_batches(dumped.top_k, 4, 2), read_batches(dumped.top_k, 4, 2)
+    for sampled, head in zip(whole, heads, strict=True):
+        sampled["targets"]["threshold"] = torch.full_like(sampled["targets"]["threshold"], 0.02)
+        rest = sampled["targets"]["weights"] <= 0.02
+        assert rest.any()
+        assert not rest.all()
+        short = batch_targets(sampled, unbiased=True).exact_head()
+        head["targets"] = {name: getattr(short, name) for name in sampled["targets"]}
+    losses = []
+    for batches, kind in ((whole, {"unbiased": True, "has_exact_head": True}), (heads, {})):
+        trainer = trainer_of(tiny_model("llama", seed=5), batches, settings(1.0, **kind), tmp_path, 2)
+        trainer.train()
+        losses.append(logged(trainer, "loss"))
+    assert losses[0] == losses[1]
+    refused = settings(1.0, unbiased=True, has_exact_head=False)
+    with pytest.raises(ObjectiveError, match="dump a cache with --select varopt:K"):
+        trainer_of(tiny_model("llama"), whole, refused, tmp_path, 1).train()
