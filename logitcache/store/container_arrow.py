@@ -31,9 +31,8 @@ ZSTD_LEVEL = 1
 METADATA_KEY = b"logitcache"
 MAGIC = b"ARROW1"
 CONTINUATION = b"\xff\xff\xff\xff"
-# Before a compressed buffer: the int64 length it decompresses to, or -1 where it is stored as it is.
+# Before a compressed buffer: the int64 length it decompresses to.
 LENGTH_BYTES = 8
-UNCOMPRESSED = -1
 BUFFERS_PER_PLANE = 4
 
 
@@ -156,12 +155,11 @@ class ArrowContainer(Container):
             raise self._damaged("a buffer lies outside its record batch")
         stored = self._bytes(block.offset + block.metadata_bytes + offset, length)
         claimed = int.from_bytes(stored[:LENGTH_BYTES], "little", signed=True)
-        packed = stored[LENGTH_BYTES:]
-        if claimed == UNCOMPRESSED and len(packed) == expected:
-            return packed
         if claimed != expected:
             raise self._damaged(f"a buffer claims {claimed} bytes instead of {expected}")
-        data: bytes = pyarrow.Codec("zstd").decompress(packed, decompressed_size=expected, asbytes=True)
+        # Raises unless the frame decompresses to exactly that many bytes.
+        codec = pyarrow.Codec("zstd")
+        data: bytes = codec.decompress(stored[LENGTH_BYTES:], decompressed_size=expected, asbytes=True)
         return data
 
 
