@@ -93,7 +93,7 @@ class ArrowContainer(Container):
         if set(schema.metadata) != {METADATA_KEY} or len(schema.metadata[METADATA_KEY]) > MAX_METADATA_BYTES:
             raise self._damaged("its schema has no metadata of this format")
         metadata = strict_json(schema.metadata[METADATA_KEY])
-        if metadata.pop("checksum") != digest(metadata):
+        if metadata.pop("checksum") != digest(metadata) or set(metadata) != {"attributes", "sizes", "crc32c"}:
             raise self._damaged("its metadata differ from their checksum")
         sizes: Sizes = {name: metadata["sizes"].pop(name) for name in schema.names}
         self._checksums = metadata["crc32c"]

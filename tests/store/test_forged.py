@@ -24,9 +24,14 @@ from tests.store.mutations import arrow_metadata, repair, repair_fingerprint, re
 Planes = dict[str, Any]
 
 
-@pytest.fixture(params=CONTAINERS)
-def made(request: pytest.FixtureRequest, tmp_path: Path) -> Made:
-    return make_cache(tmp_path / "cache", container=request.param)
+@pytest.fixture(scope="module", params=CONTAINERS)
+def original(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    return make_cache(tmp_path_factory.mktemp("original") / "cache", container=request.param)
+
+
+@pytest.fixture
+def made(original: Made, tmp_path: Path) -> Made:
+    return original.copy(tmp_path / "cache")
 
 
 def forge(made: Made, change: Callable[[Planes], object], **attributes: Any) -> Path:
