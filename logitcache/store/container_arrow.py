@@ -31,9 +31,8 @@ ZSTD_LEVEL = 1
 METADATA_KEY = b"logitcache"
 MAGIC = b"ARROW1"
 CONTINUATION = b"\xff\xff\xff\xff"
-# Before a compressed buffer: the int64 length it decompresses to, or -1 where it is stored as it is.
+# Before a compressed buffer: the int64 length it decompresses to.
 LENGTH_BYTES = 8
-UNCOMPRESSED = -1
 BUFFERS_PER_PLANE = 4
 
 
@@ -94,7 +93,7 @@ class ArrowContainer(Container):
         if set(schema.metadata) != {METADATA_KEY} or len(schema.metadata[METADATA_KEY]) > MAX_METADATA_BYTES:
             raise self._damaged("its schema has no metadata of this format")
         metadata = strict_json(schema.metadata[METADATA_KEY])
-        if metadata.pop("checksum") != digest(metadata):
+        if metadata.pop("checksum") != digest(metadata) or set(metadata) != {"attributes", "sizes", "crc32c"}:
             raise self._damaged("its metadata differ from their checksum")
         sizes: Sizes = {name: metadata["sizes"].pop(name) for name in schema.names}
         self._checksums = metadata["crc32c"]
@@ -156,12 +155,11 @@ class ArrowContainer(Container):
             raise self._damaged("a buffer lies outside its record batch")
         stored = self._bytes(block.offset + block.metadata_bytes + offset, length)
         claimed = int.from_bytes(stored[:LENGTH_BYTES], "little", signed=True)
-        packed = stored[LENGTH_BYTES:]
-        if claimed == UNCOMPRESSED and len(packed) == expected:
-            return packed
         if claimed != expected:
             raise self._damaged(f"a buffer claims {claimed} bytes instead of {expected}")
-        data: bytes = pyarrow.Codec("zstd").decompress(packed, decompressed_size=expected, asbytes=True)
+        # Raises unless the frame decompresses to exactly that many bytes.
+        codec = pyarrow.Codec("zstd")
+        data: bytes = codec.decompress(stored[LENGTH_BYTES:], decompressed_size=expected, asbytes=True)
         return data
 
 

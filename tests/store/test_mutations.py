@@ -14,7 +14,7 @@ from logitcache.store.layout import ContainerKind
 from tests.store.caches import CONTAINERS, make_cache
 from tests.store.mutations import MUTATIONS
 
-ROUNDS = 220
+ROUNDS = 205
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
