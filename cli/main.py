@@ -8,8 +8,11 @@ from logitcache import __version__
 
 from .console import run
 from .demo import demo
+from .derive import derive
 from .dump import dump
 from .inspect import inspect
+from .merge import merge
+from .subset import subset
 from .train import train
 from .verify import verify
 
@@ -24,7 +27,7 @@ def cli() -> None:
     """
 
 
-for command in (dump, train, inspect, verify, demo):
+for command in (dump, train, inspect, verify, derive, merge, subset, demo):
     cli.add_command(command)
 
 

@@ -2,12 +2,13 @@
 
 from logitcache.store.cache import Blocks, Cache, ChunkRef, open_cache
 from logitcache.store.layout import Layout
-from logitcache.store.schema import Geometry, Identity, Manifest, Origin, StoredSelection, load_document
+from logitcache.store.schema import Ancestor, Geometry, Identity, Manifest, Origin, Plan, StoredSelection, load_document
 from logitcache.store.tokenfile import TokenFile
 from logitcache.store.verify import Problem, Report, verify
 from logitcache.store.writer import CacheWriter, check_folder
 
 __all__ = [
+    "Ancestor",
     "Blocks",
     "Cache",
     "CacheWriter",
@@ -17,6 +18,7 @@ __all__ = [
     "Layout",
     "Manifest",
     "Origin",
+    "Plan",
     "Problem",
     "Report",
     "StoredSelection",

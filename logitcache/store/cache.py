@@ -18,7 +18,7 @@ from logitcache.errors import CacheError, DamagedCacheError, TargetsError
 from logitcache.store.container import Container
 from logitcache.store.files import sha256_of_file
 from logitcache.store.layout import Layout, local_root
-from logitcache.store.schema import Manifest, Plan, Shard, load_document
+from logitcache.store.schema import Geometry, Manifest, Plan, Shard, load_document
 from logitcache.store.writer import assemble_manifest, read_codebook
 from logitcache.targets import SparseTargets
 
@@ -29,9 +29,9 @@ class Blocks:
 
     Args:
         first_block: number of the first one.
-        tokens: int64 [B, L]; 0 where the corpus has ended.
-        targets: SparseTargets of N = B * L rows, row-major; rows after the corpus' end are empty.
-        valid: bool [B, L]; False where the corpus has ended.
+        tokens: int64 [B, L]; 0 where a block has ended: the corpus' last one, or any short block.
+        targets: SparseTargets of N = B * L rows, row-major; rows after a block's end are empty.
+        valid: bool [B, L]; False where a block has ended.
     """
 
     first_block: int
@@ -40,7 +40,7 @@ class Blocks:
     valid: NDArray[np.bool_]
 
     def labels(self, ignore_index: int = -100) -> NDArray[np.int64]:
-        """int64 [B, L]: the next token of each position, `ignore_index` where the block or the corpus ends."""
+        """int64 [B, L]: the next token of each position, `ignore_index` where there is none in the block."""
         labels = np.full_like(self.tokens, ignore_index)
         labels[:, :-1] = np.where(self.valid[:, 1:], self.tokens[:, 1:], ignore_index)
         return labels
@@ -82,7 +82,7 @@ class Cache:
 
     @property
     def num_blocks(self) -> int:
-        """Blocks of the whole cache, the last one perhaps padded."""
+        """Blocks of the whole cache; the last one and those of `short_blocks` hold fewer tokens than the others."""
         return self.manifest.identity.geometry.num_blocks
 
     @property
@@ -155,10 +155,11 @@ class Cache:
         self._kept_chunks = max(self._kept_chunks, count)
 
     def close(self) -> None:
-        """Release open files."""
+        """Release open files and decoded chunks; reading opens them again."""
         for container in self._containers.values():
             container.close()
         self._containers.clear()
+        self._decoded.clear()
 
     def _list_chunks(self) -> list[ChunkRef]:
         step = self.manifest.identity.geometry.chunk_blocks
@@ -191,7 +192,7 @@ class Cache:
                 shard=shard.file,
                 chunk=ref.chunk,
             ) from error
-        return _to_blocks(ref, geometry.block_length, tokens, targets)
+        return _to_blocks(ref, geometry, tokens, targets)
 
     def codebook(self) -> Codebook:
         """The cache's tables, checked against the manifest. Raises DamagedCacheError."""
@@ -271,15 +272,16 @@ def check_shard_file(path: Path, shard: Shard) -> None:
         raise DamagedCacheError(f"{path} is damaged: its SHA-256 differs; restore it or dump again", shard=shard.file)
 
 
-def _to_blocks(ref: ChunkRef, length: int, tokens: NDArray[np.int64], targets: SparseTargets) -> Blocks:
-    padding = ref.num_blocks * length - tokens.size
-    if padding:
-        empty = SparseTargets(np.zeros(padding + 1, dtype=np.int64), [], [], unbiased=targets.unbiased)
-        targets = SparseTargets.concatenate([targets, empty])
-        tokens = np.concatenate([tokens, np.zeros(padding, dtype=np.int64)])
-    valid = np.arange(tokens.size) < tokens.size - padding
-    shape = (ref.num_blocks, length)
-    return Blocks(ref.first_block, tokens.reshape(shape), targets, valid.reshape(shape))
+def _to_blocks(ref: ChunkRef, geometry: Geometry, tokens: NDArray[np.int64], targets: SparseTargets) -> Blocks:
+    """Stored rows at their places in their blocks: nothing stands where a block has ended."""
+    counts = np.array(geometry.block_tokens(ref.first_block, ref.first_block + ref.num_blocks))
+    valid = np.arange(geometry.block_length) < counts[:, None]
+    if tokens.size < valid.size:
+        place = np.where(valid, np.cumsum(valid).reshape(valid.shape) - 1, tokens.size).ravel()
+        empty = SparseTargets([0, 0], [], [], unbiased=targets.unbiased)
+        targets = SparseTargets.concatenate([targets, empty]).take(place)
+        tokens = np.append(tokens, 0)[place]
+    return Blocks(ref.first_block, tokens.reshape(valid.shape), targets, valid)
 
 
 def _cut(blocks: Blocks, start: int, stop: int) -> Blocks:
