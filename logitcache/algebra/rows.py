@@ -25,7 +25,8 @@ def keep_largest(targets: SparseTargets, size: int, mass: float | None = None) -
     keep_NK = np.ones(order_NK.shape, dtype=bool)
     if mass is not None:
         falling_NK = np.take_along_axis(weights_NK, order_NK, axis=1).astype(np.float64)
-        keep_NK = np.cumsum(falling_NK, axis=1) - falling_NK < mass
+        before_NK = np.pad(np.cumsum(falling_NK, axis=1)[:, :-1], ((0, 0), (1, 0)))
+        keep_NK = before_NK < mass
     chosen_NK = np.zeros(weights_NK.shape, dtype=bool)
     np.put_along_axis(chosen_NK, order_NK, keep_NK, axis=1)
     kept = chosen_NK[np.arange(weights_NK.shape[1]) < targets.row_lengths[:, None]]

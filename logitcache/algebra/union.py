@@ -106,6 +106,7 @@ def _take_unit(writer: CacheWriter, source: Cache, commit: Commit) -> None:
     original, shard = Layout(source.root).shards / commit.file, layout.shards / commit.file
     check_shard_file(original, commit)
     with writing(layout.root, needed_bytes=commit.num_bytes):
+        failpoint("commit.before_write")
         temporary = _link_or_copy(original, layout.shards, commit.unit)
         failpoint("commit.after_write")
         if not temporary.samefile(original):
