@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from .console import debug_option, json_option, out
-from .progress import DumpView
+from .progress import StageView
 from .results import print_result
 
 EXAMPLE = """
@@ -15,12 +16,14 @@ EXAMPLE = """
 Example:
   logitcache derive cache --select top-k:12 --out smaller
   logitcache derive cache --select sample:25 --max-tail-mass 0.05 --out drawn
-  logitcache derive cache --drop entropy --drop label_logprob --out plain
+  logitcache derive cache --drop entropy --drop label_logprob --codec fast --out plain
 
 \b
 From top-k:K      top-k:k and top-p:P:k with k <= K; sample:N
 From top-p:P:K    top-p:p:k with p <= P and k <= K; sample:N
 From sample:N     sample:n with n <= N: n of the N draws, still unbiased
+
+Without --select rows keep every value. Of ids that are stored with equal weights, fewer ids keep the smaller.
 
 Draws from top-k or top-p never hit the tail: they are unbiased for the stored ids, renormalised, and an id's expected
 weight is off by at most the row's tail mass. The mean tail mass is measured first, recorded in the new cache
@@ -37,6 +40,7 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 @click.option(
     "--drop", multiple=True, type=click.Choice(["entropy", "label_logprob"]), help="Forget a column; may be repeated."
 )
+@click.option("--codec", type=click.Choice(["small", "fast"]), help="Layout; by default that of the source.")
 @click.option("--seed", default=0, show_default=True, help="Of the draws.")
 @click.option(
     "--max-tail-mass",
@@ -46,15 +50,13 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 )
 @json_option
 @debug_option
-def derive(
-    source: Path, root: Path, select: str | None, drop: tuple[str, ...], seed: int, max_tail_mass: float, as_json: bool
-) -> None:
+def derive(source: Path, root: Path, select: str | None, as_json: bool, **rest: Any) -> None:
     """Make a smaller cache from one that is stored, without a teacher."""
     from logitcache.algebra import Derivation, derive_cache
     from logitcache.selection import Selection
 
-    derivation = Derivation(None if select is None else Selection.parse(select), drop, seed, max_tail_mass)
-    with DumpView("derive") as view:
+    derivation = Derivation(None if select is None else Selection.parse(select), **rest)
+    with StageView("derive") as view:
         result = derive_cache(source, root, derivation, view)
     print_result(result, as_json)
     if not as_json and "mean_tail_mass" in result.notes:

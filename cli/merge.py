@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from .console import debug_option, json_option, out
-from .progress import DumpView
+from .progress import StageView
 from .results import print_result
 
 EXAMPLE = """
@@ -22,7 +22,7 @@ checked, files hard-linked where the file system can. While units are missing th
 the others into it later, or let `dump` finish it. Of a unit that differs, the first one given is taken, and counted.
 
 Finished caches of different corpora with the same teacher, tokenizer, vocabulary, selection and block length: their
-blocks one after another, re-encoded. Run the same line again to resume after an interruption.
+blocks one after another, no value changed. Run the same line again to resume after an interruption.
 
 Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 """
@@ -37,7 +37,7 @@ def merge(sources: tuple[Path, ...], root: Path, as_json: bool) -> None:
     """Put shards of several runs, or caches of several corpora, together."""
     from logitcache.algebra import merge_caches
 
-    with DumpView("merge") as view:
+    with StageView("merge") as view:
         result = merge_caches(sources, root, view)
     print_result(result, as_json)
     if not as_json:

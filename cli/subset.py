@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from .console import debug_option, json_option
-from .progress import DumpView
+from .progress import StageView
 from .results import print_result
 
 EXAMPLE = """
@@ -34,6 +34,6 @@ def subset(source: Path, blocks: str, root: Path, as_json: bool) -> None:
     from logitcache.algebra import BlockRanges, subset_cache
 
     ranges = BlockRanges.parse(blocks)
-    with DumpView("subset") as view:
+    with StageView("subset") as view:
         result = subset_cache(source, root, ranges, view)
     print_result(result, as_json)

@@ -23,10 +23,11 @@ from logitcache.algebra.rewrite import (
     refuse_same_folder,
     rewrite,
 )
-from logitcache.codec import CountsCodec
+from logitcache.codec import LayoutName, RowCodec
+from logitcache.codec.values import ValueCodec
 from logitcache.errors import CacheError, UsageError
 from logitcache.selection import Selection, block_uniforms
-from logitcache.store import Cache, Geometry, Identity, StoredSelection, open_cache
+from logitcache.store import Cache, Geometry, StoredSelection, open_cache
 from logitcache.targets import SparseTargets
 
 COLUMNS = ("entropy", "label_logprob")
@@ -45,6 +46,7 @@ class Derivation:
         select: what to keep of each row; None keeps rows as they are.
         drop: columns to forget, of "entropy" and "label_logprob".
         seed: of the draws, 0 to 2^62 - 1.
+        codec: layout of the new cache, "small" or "fast"; None keeps the source's.
         max_tail_mass: draws are taken from stored probabilities only where the mean mass of their tails, which no
             draw can hit, is at most this.
 
@@ -54,6 +56,7 @@ class Derivation:
 
     select: Selection | None = None
     drop: tuple[str, ...] = ()
+    codec: LayoutName | None = None
     seed: int = 0
     max_tail_mass: float = MAX_TAIL_MASS
 
@@ -92,11 +95,14 @@ def derive_cache(
     old = Selection.from_dict(identity.selection.model_dump())
     new = derivation.select or old
     operation = operation_for(old, new, str(cache.root))
-    if operation == "keep" and not derivation.drop:
-        raise UsageError(f"nothing of {cache.root} would change; give another --select, or a column to --drop")
+    layout = derivation.codec or cache.codec.layout
+    if operation == "keep" and not derivation.drop and layout == cache.codec.layout:
+        raise UsageError(f"nothing of {cache.root} would change; give another --select, --codec, or a column to --drop")
     arguments: dict[str, Any] = {} if new == old else {"select": str(new), "from": str(old)}
     if derivation.drop:
         arguments["drop"] = sorted(set(derivation.drop))
+    if layout != cache.codec.layout:
+        arguments["codec"] = layout
     if operation in ("draw", "thin"):
         arguments["seed"] = derivation.seed
     notes = {}
@@ -107,12 +113,12 @@ def derive_cache(
         update={
             "selection": StoredSelection(**new.to_dict()),
             "seed": derivation.seed if operation == "draw" else identity.seed,
-            "codec": _codec(identity, operation, new),
+            "codec": RowCodec(layout, _values(cache.codec, operation, new)).to_dict(),
             "ancestry": ancestry_of([cache], "derive", arguments),
         }
     )
     change = _change(cache, operation, old, new, derivation)
-    result = rewrite(root, derived, cache.manifest.origin, Picked.whole([cache]), change, progress)
+    result = rewrite(root, derived, cache.manifest.origin, Picked.whole([cache]), change, derivation.drop, progress)
     result.notes.update(notes)
     return result
 
@@ -142,36 +148,31 @@ def operation_for(old: Selection, new: Selection, where: str) -> Operation:
     raise UsageError(f"{new} cannot be derived from {where}, which holds {old}: {why}; dump with --select {new}")
 
 
-def _codec(identity: Identity, operation: Operation, new: Selection) -> dict[str, Any]:
-    """The new cache's codec. LEAD: the place for `--codec fast|small` and the one function selection -> codec."""
+def _values(old: RowCodec, operation: Operation, new: Selection) -> ValueCodec:
+    """How weights are coded: as they were, unless there are new draws."""
     if operation in ("keep", "cut"):
-        return identity.codec
-    return CountsCodec(new.draws).to_dict()
+        return old.values
+    return RowCodec.for_selection(new.method, new.size, None, old.layout).values
 
 
-def _change(cache: Cache, operation: Operation, old: Selection, new: Selection, derivation: Derivation) -> Change:
-    """The change of rows that makes the new cache."""
+def _change(
+    cache: Cache, operation: Operation, old: Selection, new: Selection, derivation: Derivation
+) -> Change | None:
+    """The change of rows that makes the new cache; None where they stay."""
     geometry, key = cache.manifest.identity.geometry, _stream_key(cache.fingerprint, derivation.seed)
 
     def change(targets: SparseTargets, first: int, stop: int) -> SparseTargets:
         if operation == "cut":
-            targets = rows.keep_largest(targets, new.size, new.mass)
-        elif operation == "draw":
-            targets = _by_blocks(
-                targets, geometry, (first, stop), new.draws, key, lambda part, uniforms: rows.draw(part, uniforms)
-            )
-        elif operation == "thin":
-            targets = _by_blocks(
-                targets,
-                geometry,
-                (first, stop),
-                old.draws,
-                key,
-                lambda part, uniforms: rows.thin(part, old.draws, uniforms, new.draws),
-            )
-        return rows.without_columns(targets, derivation.drop) if derivation.drop else targets
+            return rows.keep_largest(targets, new.size, new.mass)
+        if operation == "draw":
+            return _by_blocks(targets, geometry, (first, stop), new.draws, key, rows.draw)
 
-    return change
+        def thin(part: SparseTargets, uniforms: NDArray[np.float64]) -> SparseTargets:
+            return rows.thin(part, old.draws, uniforms, new.draws)
+
+        return _by_blocks(targets, geometry, (first, stop), old.draws, key, thin)
+
+    return None if operation == "keep" else change
 
 
 def _by_blocks(

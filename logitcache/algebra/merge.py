@@ -25,8 +25,9 @@ def merge_caches(sources: Sequence[str | Path], root: str | Path, progress: Prog
     file system can) and the result is the cache one run would have written; call it again with further sources until
     no unit is missing. Of a unit that differs between them, the first one given is taken, and the unit is counted.
 
-    Finished caches of different plans become one: their blocks one after another, re-encoded. Teacher, tokenizer,
-    vocabulary, selection and block length must be equal; codec, teacher's versions and seed are those of the first.
+    Finished caches of different plans become one: their blocks one after another, with new tables and no value rounded
+    again. Teacher, tokenizer, vocabulary, selection, coding of values and block length must be equal; layout, teacher's
+    versions and seed are those of the first.
 
     Raises:
         UsageError: a source is given twice.
@@ -80,7 +81,7 @@ def _refuse_differences(caches: Sequence[Cache]) -> None:
     """Raise CacheError, with what differs, unless rows of all caches mean the same."""
     first = caches[0]
     for other in caches[1:]:
-        rows = diff(_meaning(first), _meaning(other))
+        rows = diff(_meaning(first), _meaning(other)) or diff(_values(first), _values(other), "codec.")
         if rows:
             lines = "".join(f"\n  {field}: {mine!r} and {theirs!r}" for field, mine, theirs in rows)
             raise CacheError(
@@ -104,6 +105,11 @@ def _meaning(cache: Cache) -> dict[str, Any]:
         "selection": identity.selection.model_dump(),
         "block_length": identity.geometry.block_length,
     }
+
+
+def _values(cache: Cache) -> dict[str, Any]:
+    """How weights are coded; only a change of it would round them."""
+    return {name: value for name, value in cache.manifest.identity.codec.items() if name != "layout"}
 
 
 def _refuse_twice(names: Sequence[str], caches: Sequence[Cache]) -> None:

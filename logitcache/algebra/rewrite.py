@@ -1,21 +1,23 @@
 """The one loop of every operation: blocks of open caches -> rows, changed or not -> chunks and units of a new cache.
 
-Legend: R real rows of the blocks that are read, N = all blocks' positions.
+Legend: R real rows of the blocks that are read.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from logitcache.codec import CodedRows, RowCodec
 from logitcache.errors import CacheError, TargetsError
-from logitcache.store import Ancestor, Blocks, Cache, CacheWriter, Identity, Manifest, Origin
+from logitcache.selection import chunk_uniforms
+from logitcache.store import Ancestor, Cache, CacheWriter, ChunkRef, Identity, Manifest, Origin
 from logitcache.targets import SparseTargets
 
 # Changes the R rows of blocks [first, stop) of the new cache.
@@ -42,6 +44,20 @@ class Silent:
         pass
 
 
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Real tokens int64 [R] and their R rows, coded."""
+
+    tokens: NDArray[np.int64]
+    coded: CodedRows
+
+    def cut(self, start: int, stop: int) -> Rows:
+        """Rows [start, stop), copied: a few rows must not hold their whole chunk in memory."""
+        if (start, stop) == (0, self.tokens.size):
+            return self
+        return Rows(self.tokens[start:stop].copy(), CodedRows.concatenate([self.coded.slice(start, stop)]))
+
+
 @dataclass(frozen=True)
 class Result:
     """What an operation did.
@@ -63,29 +79,25 @@ class Result:
     notes: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, eq=False)
 class Picked:
     """Blocks of open caches in the order of a new one.
 
     Args:
-        caches: of equal block length.
+        caches: of equal block length and coding of values.
         cache_of: int64 [blocks], the cache each block is in.
         block_of: int64 [blocks], its number there.
     """
 
-    caches: Sequence[Cache]
-    cache_of: NDArray[np.int64]
-    block_of: NDArray[np.int64]
+    def __init__(self, caches: Sequence[Cache], cache_of: NDArray[np.int64], block_of: NDArray[np.int64]) -> None:
+        self.caches, self.cache_of, self.block_of = caches, cache_of, block_of
+        self._last: tuple[int, ChunkRef, Rows] | None = None
 
     @classmethod
     def whole(cls, caches: Sequence[Cache]) -> Picked:
         """All blocks of all caches, one cache after another."""
         sizes = [cache.num_blocks for cache in caches]
-        return cls(
-            caches,
-            np.repeat(np.arange(len(caches)), sizes),
-            np.concatenate([np.arange(size, dtype=np.int64) for size in sizes]),
-        )
+        blocks = [np.arange(size, dtype=np.int64) for size in sizes]
+        return cls(caches, np.repeat(np.arange(len(caches)), sizes), np.concatenate(blocks))
 
     def tokens_of_blocks(self) -> list[int]:
         """Real tokens of each block."""
@@ -94,25 +106,42 @@ class Picked:
         tokens: list[int] = np.concatenate(counts)[starts[self.cache_of] + self.block_of].tolist()
         return tokens
 
-    def read(self, first: int, stop: int) -> tuple[NDArray[np.int64], SparseTargets]:
-        """Real tokens int64 [R] and their rows, of blocks [first, stop) of the new cache."""
+    def read(self, first: int, stop: int) -> Rows:
+        """Rows of blocks [first, stop) of the new cache."""
         numbers, blocks = self.cache_of[first:stop], self.block_of[first:stop]
-        breaks = np.flatnonzero((np.diff(blocks) != 1) | (np.diff(numbers) != 0)) + 1
-        runs = list(zip([0, *breaks.tolist()], [*breaks.tolist(), blocks.size], strict=True))
-        parts: dict[int, Blocks] = {}
+        breaks = (np.flatnonzero((np.diff(blocks) != 1) | (np.diff(numbers) != 0)) + 1).tolist()
+        runs = list(zip([0, *breaks], [*breaks, blocks.size], strict=True))
+        parts: dict[int, list[Rows]] = {}
         # In the order of the sources: each of their chunks is decoded once, however blocks are shuffled.
         for begin, end in sorted(runs, key=lambda run: (int(numbers[run[0]]), int(blocks[run[0]]))):
-            source, start = self.caches[int(numbers[begin])], int(blocks[begin])
-            parts[begin] = source.read_blocks(start, start + end - begin)
+            start = int(blocks[begin])
+            parts[begin] = list(self._pieces(int(numbers[begin]), start, start + end - begin))
         for number, cache in enumerate(self.caches):
             if number not in numbers:
-                # Many merged caches must not stay open, with their last chunks in memory.
+                # Many merged caches must not keep their files open.
                 cache.close()
-        ordered = [parts[begin] for begin, _ in runs]
-        valid = np.concatenate([part.valid.ravel() for part in ordered])
-        tokens = np.concatenate([part.tokens.ravel() for part in ordered])
-        targets = SparseTargets.concatenate([part.targets for part in ordered])
-        return (tokens, targets) if valid.all() else (tokens[valid], targets.take(np.flatnonzero(valid)))
+        pieces = [piece for begin, _ in runs for piece in parts[begin]]
+        return Rows(
+            np.concatenate([piece.tokens for piece in pieces]),
+            CodedRows.concatenate([piece.coded for piece in pieces]),
+        )
+
+    def _pieces(self, number: int, start: int, stop: int) -> Iterator[Rows]:
+        """Blocks [start, stop) of one cache, chunk by chunk."""
+        geometry = self.caches[number].manifest.identity.geometry
+        while start < stop:
+            ref, rows = self._chunk(number, start)
+            end = min(stop, ref.first_block + ref.num_blocks)
+            skipped = geometry.tokens_in(ref.first_block, start)
+            yield rows.cut(skipped, skipped + geometry.tokens_in(start, end))
+            start = end
+
+    def _chunk(self, number: int, block: int) -> tuple[ChunkRef, Rows]:
+        """The chunk that holds a block; the last one read is kept."""
+        ref = self.caches[number].chunk_of(block)
+        if self._last is None or self._last[:2] != (number, ref):
+            self._last = number, ref, Rows(*self.caches[number].read_coded(ref))
+        return ref, self._last[2]
 
 
 def rewrite(
@@ -121,9 +150,14 @@ def rewrite(
     origin: Origin,
     picked: Picked,
     change: Change | None = None,
+    drop: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Result:
     """Write, or finish, the cache `identity` at `root` from the blocks `picked`. Killed at any moment, it resumes.
+
+    Args:
+        change: makes the new rows; without it the coded rows are moved, and nothing is rounded again.
+        drop: columns to set to unknown.
 
     Raises:
         PlanMismatchError: the folder holds a cache of another plan.
@@ -133,6 +167,7 @@ def rewrite(
     started = time.perf_counter()
     progress = progress or Silent()
     writer = CacheWriter.open(root, identity, origin)
+    make = _Maker(writer, picked, change, drop)
     pending, geometry = writer.pending_units(), writer.geometry
     progress.stage("writing" if pending else "nothing left to write")
     before = geometry.num_tokens - sum(geometry.tokens_in(*geometry.unit_range(unit)) for unit in pending)
@@ -141,16 +176,51 @@ def rewrite(
         first, stop = geometry.unit_range(unit)
         chunks = []
         for begin in range(first, stop, geometry.chunk_blocks):
-            end = min(begin + geometry.chunk_blocks, stop)
-            if writer.ranks() is None:
-                writer.publish_ranks(_pilot_ids(picked, change, geometry.chunk_blocks))
-            tokens, targets = _changed(picked, change, begin, end)
-            chunks.append(writer.encode(tokens, targets))
-            computed += tokens.size
+            if writer.codebook() is None:
+                make.codebook()
+            rows = make.rows(begin, min(begin + geometry.chunk_blocks, stop))
+            chunks.append(writer.pack(rows.tokens, rows.coded))
+            computed += rows.tokens.size
             progress.advance(before + computed, geometry.num_tokens, computed, written)
         written += writer.commit_unit(unit, chunks)
         progress.advance(before + computed, geometry.num_tokens, computed, written)
     return Result(root, geometry.num_tokens, computed, time.perf_counter() - started, writer.finalize())
+
+
+class _Maker:
+    """Makes the rows and the tables of a new cache from picked blocks."""
+
+    def __init__(self, writer: CacheWriter, picked: Picked, change: Change | None, drop: Sequence[str]) -> None:
+        self._writer, self._picked, self._change, self._drop = writer, picked, change, drop
+
+    def rows(self, first: int, stop: int) -> Rows:
+        """Rows of blocks [first, stop) of the new cache. Raises CacheError when one cannot be made or stored."""
+        rows = self._picked.read(first, stop)
+        coded = rows.coded
+        if self._change is not None:
+            try:
+                targets = self._change(self._source_codec.targets(coded), first, stop)
+                coded = self._writer.codec.code(targets, chunk_uniforms(self._writer.identity.seed, first))
+            except TargetsError as error:
+                where = f"blocks [{first}, {stop}) of {self._writer.layout.root}"
+                raise CacheError(f"{where} cannot be made: {error}") from error
+        unknown = np.zeros(rows.tokens.size, dtype=np.int64)
+        return Rows(rows.tokens, replace(coded, rows={**coded.rows, **dict.fromkeys(self._drop, unknown)}))
+
+    def codebook(self) -> None:
+        """Publish tables counted from a pilot: about a chunk, taken from the beginning of every source alike."""
+        _, starts = np.unique(self._picked.cache_of, return_index=True)
+        share = max(1, self._writer.geometry.chunk_blocks // starts.size)
+        parts = []
+        for start in sorted(starts.tolist()):
+            run = self._picked.cache_of[start : start + share]
+            parts.append(self.rows(start, start + int(np.argmax(np.append(run, -1) != run[0]))))
+        targets = self._writer.codec.targets(CodedRows.concatenate([part.coded for part in parts]))
+        self._writer.publish_codebook(np.concatenate([part.tokens for part in parts]), targets)
+
+    @property
+    def _source_codec(self) -> RowCodec:
+        return self._picked.caches[0].codec
 
 
 def ancestry_of(caches: Sequence[Cache], operation: str, arguments: dict[str, Any]) -> list[Ancestor]:
@@ -166,23 +236,3 @@ def refuse_same_folder(sources: Sequence[Cache], root: Path) -> None:
     for cache in sources:
         if cache.root.resolve() == root.resolve():
             raise CacheError(f"{root} is the cache to read from; choose another folder for --out")
-
-
-def _changed(picked: Picked, change: Change | None, first: int, stop: int) -> tuple[NDArray[np.int64], SparseTargets]:
-    tokens, targets = picked.read(first, stop)
-    try:
-        return tokens, targets if change is None else change(targets, first, stop)
-    except TargetsError as error:
-        raise CacheError(f"blocks [{first}, {stop}) of the new cache cannot be made: {error}") from error
-
-
-def _pilot_ids(picked: Picked, change: Change | None, chunk_blocks: int) -> NDArray[np.int64]:
-    """Ids to order the vocabulary by: about a chunk, taken from the beginning of every source alike."""
-    _, starts = np.unique(picked.cache_of, return_index=True)
-    share = max(1, chunk_blocks // starts.size)
-    parts = []
-    for start in sorted(starts.tolist()):
-        run = picked.cache_of[start : start + share]
-        stop = start + int(np.argmax(np.append(run, -1) != run[0]))
-        parts.append(_changed(picked, change, start, stop)[1].ids)
-    return np.concatenate(parts)

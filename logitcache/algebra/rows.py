@@ -95,15 +95,6 @@ def thin(targets: SparseTargets, draws: int, uniforms_ND: NDArray[np.float64], s
     return _counted(targets, np.take_along_axis(entries_ND, chosen, axis=1))
 
 
-def without_columns(targets: SparseTargets, names: tuple[str, ...]) -> SparseTargets:
-    """The same rows with `label_logprob` or `entropy` unknown (NaN)."""
-    unknown = np.full(len(targets), np.nan, dtype=np.float32)
-    return targets.with_columns(
-        label_logprob=unknown if "label_logprob" in names else targets.label_logprob,
-        entropy=unknown if "entropy" in names else targets.entropy,
-    )
-
-
 def _counted(targets: SparseTargets, picked_ND: NDArray[np.int64]) -> SparseTargets:
     """The entries that were picked, with weight count / D."""
     counts = np.bincount(picked_ND.ravel(), minlength=targets.ids.size)

@@ -87,11 +87,11 @@ def _take_codebook(caches: Sequence[Cache], writer: CacheWriter) -> None:
     source = next((cache for cache in caches if cache.manifest.shards), None)
     if source is None:
         return
-    source.frequency_ranks()
+    source.codebook()
     target = writer.layout.codebook
     with writing(writer.layout.root):
         if not target.exists():
-            publish(_link_or_copy(Layout(source.root).codebook, target.parent, "frequency"), target)
+            publish(_link_or_copy(Layout(source.root).codebook, target.parent, "tables"), target)
             fsync_folder(writer.layout.root)
         failpoint("codebook.written")
     if sha256_of_file(target) != source.manifest.codebook_sha256:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import bisect
 import os
 from collections import OrderedDict
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from logitcache.codec import Codebook, RowCodec
+from logitcache.codec import Codebook, CodedRows, RowCodec
 from logitcache.errors import CacheError, DamagedCacheError, TargetsError
 from logitcache.store.container import Container
 from logitcache.store.files import sha256_of_file
@@ -131,7 +132,7 @@ class Cache:
         parts = []
         position = start
         while position < stop:
-            ref = self._chunk_of(position)
+            ref = self.chunk_of(position)
             last = min(stop, ref.first_block + ref.num_blocks)
             parts.append(_cut(self.read_chunk(ref), position - ref.first_block, last - ref.first_block))
             position = last
@@ -169,30 +170,45 @@ class Cache:
             for index, first in enumerate(range(shard.first_block, shard.first_block + shard.num_blocks, step))
         ]
 
-    def _chunk_of(self, block: int) -> ChunkRef:
+    def chunk_of(self, block: int) -> ChunkRef:
+        """The chunk that holds a block. Raises CacheError when it is not dumped yet."""
         index = bisect.bisect_right(self._chunk_starts, block) - 1
         if index < 0 or block >= self.chunks[index].first_block + self.chunks[index].num_blocks:
             raise CacheError(f"block {block} of {self.root} is not dumped yet; run the same dump again to finish it")
         return self.chunks[index]
 
     def _decode(self, ref: ChunkRef) -> Blocks:
-        shard = self.manifest.shards[ref.shard]
-        geometry = self.manifest.identity.geometry
-        rows = geometry.tokens_in(ref.first_block, ref.first_block + ref.num_blocks)
+        tokens, coded = self.read_coded(ref)
+        with self._damage_in(ref):
+            targets = self.codec.targets(coded)
+        return _to_blocks(ref, self.manifest.identity.geometry, tokens, targets)
+
+    def read_coded(self, ref: ChunkRef) -> tuple[NDArray[np.int64], CodedRows]:
+        """A chunk's real tokens int64 [R] and their rows as integers, for moving rows without rounding them again.
+
+        Raises DamagedCacheError.
+        """
+        rows = self.manifest.identity.geometry.tokens_in(ref.first_block, ref.first_block + ref.num_blocks)
         planes = self._container(ref.shard).read_chunk(ref.chunk)
-        try:
+        with self._damage_in(ref):
             codebook = self.codebook()
             tokens = codebook.ranks.decode(planes.pop("tokens"))
             if tokens.size != rows:
                 raise DamagedCacheError(f"it holds {tokens.size} tokens, not {rows}")
-            targets = self.codec.decode(tokens, planes, codebook)
+            return tokens, self.codec.unpack(tokens, planes, codebook)
+
+    @contextmanager
+    def _damage_in(self, ref: ChunkRef) -> Iterator[None]:
+        """Say of an error while decoding which shard and chunk it is in."""
+        try:
+            yield
         except (DamagedCacheError, TargetsError, KeyError) as error:
+            shard = self.manifest.shards[ref.shard]
             raise DamagedCacheError(
                 f"{self._layout.shards / shard.file}, chunk {ref.chunk} is damaged: {error}",
                 shard=shard.file,
                 chunk=ref.chunk,
             ) from error
-        return _to_blocks(ref, geometry, tokens, targets)
 
     def codebook(self) -> Codebook:
         """The cache's tables, checked against the manifest. Raises DamagedCacheError."""

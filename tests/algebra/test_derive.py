@@ -10,11 +10,12 @@ import pytest
 from logitcache.algebra import Derivation, derive_cache
 from logitcache.algebra.derive import _by_blocks, _stream_key, operation_for
 from logitcache.algebra.rows import draw, keep_largest
+from logitcache.codec import RowCodec
 from logitcache.errors import CacheError, PlanMismatchError, UsageError
 from logitcache.selection import Selection
 from logitcache.store import Cache, Geometry, open_cache
 from logitcache.targets import SparseTargets
-from tests.algebra.caches import PROSE, everything, real_rows, reopened
+from tests.algebra.caches import PROSE, check_blocks, everything, real_rows, reopened
 from tests.caches import Dumped, random_cache
 from tests.codec.rows import assert_equal
 from tests.store.caches import files_of, make_cache
@@ -38,7 +39,7 @@ def probabilities(tmp_path_factory: pytest.TempPathFactory) -> Cache:
 
 @pytest.mark.parametrize("select", ["top-k:4", "top-p:0.6:5", "top-p:1.0:9"])
 def test_fewer_ids(probabilities: Cache, tmp_path: Path, select: str) -> None:
-    """The same ids as selecting from the stored rows; weights to the codec's step of 1/16 nat and of the tail."""
+    """The same ids as selecting from the stored rows; weights are coded anew, to half a step of the codec's grid."""
     derive(probabilities.root, tmp_path / "new", select)
     cache = reopened(tmp_path / "new")
     old, new = everything(probabilities), everything(cache)
@@ -49,7 +50,7 @@ def test_fewer_ids(probabilities: Cache, tmp_path: Path, select: str) -> None:
     np.testing.assert_array_equal(new.valid, old.valid)
     np.testing.assert_array_equal(rows.offsets, expected.offsets)
     np.testing.assert_array_equal(rows.ids, expected.ids)
-    np.testing.assert_allclose(rows.weights, expected.weights, rtol=0.04)
+    np.testing.assert_allclose(rows.weights, expected.weights, rtol=0.12)
     np.testing.assert_allclose(
         rows.row_sums() + rows.tail_mass, np.where(rows.row_lengths, 1, rows.tail_mass), atol=1e-5
     )
@@ -58,24 +59,15 @@ def test_fewer_ids(probabilities: Cache, tmp_path: Path, select: str) -> None:
 
 
 def test_it_is_what_a_dump_would_have_kept(dumped: Dumped, tmp_path: Path) -> None:
-    """top-k:8 of the teacher's whole rows against a dump of top-k:8."""
+    """top-k:8 of the teacher's whole rows against a dump of top-k:8: of ids stored as equal, either may be kept."""
     derive(dumped.dense, tmp_path / "new", "top-k:8")
     mine, theirs = everything(reopened(tmp_path / "new")), everything(open_cache(dumped.top_k))
     np.testing.assert_array_equal(mine.tokens, theirs.tokens)
-    # Where the teacher's 8th and 9th differ by less than float32 shows, a dump may keep either.
-    same = (mine.targets.ids == theirs.targets.ids).mean()
-    assert same > 0.999
-    np.testing.assert_allclose(mine.targets.row_sums(), theirs.targets.row_sums(), atol=0.02)
-
-
-def test_proportions_survive_being_stored_again(dumped: Dumped, tmp_path: Path) -> None:
-    """Re-encoding decoded rows moves all log-probabilities of a row alike: no second rounding error."""
-    derive(dumped.dense, tmp_path / "new", "top-k:20")
-    old, new = everything(open_cache(dumped.dense)), everything(open_cache(tmp_path / "new"))
-    expected = keep_largest(real_rows(old), 20)
-    rows = real_rows(new)
-    ratio = (rows.weights / expected.weights).reshape(-1, 20)
-    np.testing.assert_allclose(ratio, np.broadcast_to(ratio[:, :1], ratio.shape), rtol=1e-4)
+    stored = real_rows(everything(open_cache(dumped.dense))).weights.reshape(-1, 300)
+    kept, dumped_ids = (real_rows(blocks).ids.reshape(-1, 8) for blocks in (mine, theirs))
+    values = [np.sort(np.take_along_axis(stored, ids, axis=1)) for ids in (kept, dumped_ids)]
+    np.testing.assert_array_equal(values[0], values[1])
+    np.testing.assert_allclose(mine.targets.row_sums(), theirs.targets.row_sums(), atol=0.03)
 
 
 def test_dropped_columns(draws: Cache, tmp_path: Path) -> None:
@@ -89,11 +81,33 @@ def test_dropped_columns(draws: Cache, tmp_path: Path) -> None:
     assert cache.manifest.identity.ancestry[-1].arguments == {"drop": ["entropy", "label_logprob"]}
 
 
+@pytest.mark.parametrize("kind", ["counts", "logprob"])
+def test_another_layout(draws: Cache, probabilities: Cache, tmp_path: Path, kind: str) -> None:
+    """Rows are moved as they are coded: there and back gives equal rows, to the last bit."""
+    source = draws if kind == "counts" else probabilities
+    derive(source.root, tmp_path / "fast", codec="fast")
+    derive(tmp_path / "fast", tmp_path / "small", codec="small", drop=("entropy",))
+    fast, small = reopened(tmp_path / "fast"), reopened(tmp_path / "small")
+    assert (fast.codec.layout, small.codec.layout) == ("fast", "small")
+    check_blocks(fast, [(source, block) for block in range(21)])
+    assert_equal(everything(fast).targets, everything(source).targets)
+    for name in ("offsets", "ids", "weights", "tail_mass", "label_logprob", "threshold"):
+        np.testing.assert_array_equal(
+            getattr(everything(small).targets, name), getattr(everything(source).targets, name), err_msg=name
+        )
+    assert [step.arguments for step in small.manifest.identity.ancestry] == [
+        {"codec": "fast"},
+        {"codec": "small", "drop": ["entropy"]},
+    ]
+    with pytest.raises(UsageError, match="nothing of"):
+        derive(fast.root, tmp_path / "new", codec="fast")
+
+
 def test_fewer_draws(draws: Cache, tmp_path: Path) -> None:
     derive(draws.root, tmp_path / "new", "sample:4", seed=3)
     cache = reopened(tmp_path / "new")
     assert cache.unbiased
-    assert cache.manifest.identity.codec == {"name": "counts", "draws": 4}
+    assert cache.codec == RowCodec.for_selection("sample", 4, None, "small")
     old, new = real_rows(everything(draws)), real_rows(everything(cache))
     counts = {
         (row, entry): round(weight * 9)
@@ -210,7 +224,7 @@ def test_what_cannot_be_derived(old: str, new: str, why: str) -> None:
 
 
 def test_wrong_arguments(draws: Cache, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"nothing of .*source would change; give another --select, or a column"):
+    with pytest.raises(UsageError, match=r"nothing of .*source would change; give another --select, --codec, or a"):
         derive(draws.root, tmp_path / "new", "sample:9")
     with pytest.raises(UsageError, match="column 'tail_mass' cannot be dropped; choose of entropy, label_logprob"):
         Derivation(drop=("tail_mass",))

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from logitcache.algebra.rows import draw, keep_largest, thin, without_columns
+from logitcache.algebra.rows import draw, keep_largest, thin
 from logitcache.errors import TargetsError
 from logitcache.selection import block_uniforms
 from logitcache.targets import SparseTargets
-from tests.codec.rows import count_rows, generators, probability_rows
+from tests.codec.rows import generators, probability_rows
 
 
 def naive_largest(targets: SparseTargets, row: int, size: int, mass: float | None) -> list[int]:
@@ -134,12 +134,3 @@ def test_thinning_wants_counts() -> None:
     targets = SparseTargets([0, 2, 4], [1, 2, 1, 2], [0.5, 0.5, 0.3, 0.7], unbiased=True)
     with pytest.raises(TargetsError, match="row 1's weights are not counts among 4 draws"):
         thin(targets, 4, np.zeros((2, 4)), 2)
-
-
-def test_dropping_columns() -> None:
-    targets = count_rows(np.random.default_rng(0), 20, 30, 4)
-    plain = without_columns(targets, ("entropy",))
-    assert np.isnan(plain.entropy).all()
-    np.testing.assert_array_equal(plain.label_logprob, targets.label_logprob)
-    assert np.isnan(without_columns(targets, ("label_logprob",)).label_logprob).all()
-    np.testing.assert_array_equal(plain.weights, targets.weights)

@@ -15,7 +15,7 @@ from logitcache.errors import DamagedCacheError
 from logitcache.store import CacheWriter, Geometry, open_cache, verify
 from logitcache.store.layout import Layout
 from tests.codec.rows import assert_equal
-from tests.store.caches import VOCABULARY, commit, content, identity, rewrite
+from tests.store.caches import VOCABULARY, commit, content, identity, rewrite, stored
 
 LENGTH = 5
 counts_of_blocks = st.lists(st.integers(1, LENGTH), min_size=1, max_size=20)
@@ -71,12 +71,12 @@ def make(root: Path, kind: str) -> tuple[Any, Any]:
         for begin in range(first, stop, 2):
             low = sum(COUNTS[:begin])
             high = sum(COUNTS[: min(begin + 2, stop)])
-            if writer.ranks() is None:
-                writer.publish_ranks(targets.ids)
-            chunks.append(writer.encode(tokens[low:high], targets.slice(low, high)))
+            if writer.codebook() is None:
+                writer.publish_codebook(tokens, targets)
+            chunks.append(writer.encode(begin, tokens[low:high], targets.slice(low, high)))
         writer.commit_unit(unit, chunks)
     writer.finalize()
-    return tokens, targets
+    return tokens, stored(writer, targets)
 
 
 @pytest.mark.parametrize("kind", ["counts", "logprob"])
@@ -125,4 +125,4 @@ def test_commit_helper_agrees(tmp_path: Path) -> None:
     writer = CacheWriter.open(tmp_path / "cache", identity("counts", 3, geometry))
     commit(writer, 0, tokens, targets)
     assert writer.finalize().identity.vocab_size == VOCABULARY
-    assert_equal(open_cache(tmp_path / "cache").read_blocks(0, 3).targets, targets.slice(0, 15))
+    assert_equal(open_cache(tmp_path / "cache").read_blocks(0, 3).targets, stored(writer, targets).slice(0, 15))
