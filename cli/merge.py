@@ -17,8 +17,8 @@ Example:
   logitcache merge worker1 worker2 worker3 --out cache
   logitcache merge prose code --out both
 
-Caches of one plan, finished or not (for example of several workers): their units are put together as they are, hashes
-checked, files hard-linked where the file system can. While units are missing the result is an unfinished cache: merge
+Caches of one plan, finished or not (for example of several workers): their units are put together, hashes checked,
+files hard-linked where the file system can (units of runs begun apart are packed anew). While units are missing the result is an unfinished cache: merge
 the others into it later, or let `dump` finish it. Of a unit that differs, the first one given is taken, and counted.
 
 Finished caches of different corpora with the same teacher, tokenizer, vocabulary, selection and block length: their

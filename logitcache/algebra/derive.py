@@ -32,6 +32,7 @@ from logitcache.targets import SparseTargets
 
 COLUMNS = ("entropy", "label_logprob")
 MAX_TAIL_MASS = 0.01
+CHUNK_TOKENS = 1 << 16
 # Uniform numbers held at once: 64 MiB.
 MOST_UNIFORMS = 1 << 23
 
@@ -114,6 +115,7 @@ def derive_cache(
             "selection": StoredSelection(**new.to_dict()),
             "seed": derivation.seed if operation == "draw" else identity.seed,
             "codec": RowCodec(layout, _values(cache.codec, operation, new)).to_dict(),
+            "geometry": _geometry(identity.geometry, old, new),
             "ancestry": ancestry_of([cache], "derive", arguments),
         }
     )
@@ -146,6 +148,14 @@ def operation_for(old: Selection, new: Selection, where: str) -> Operation:
     elif old.unbiased and new.method in exact:
         why = "draws do not tell which ids are the most probable"
     raise UsageError(f"{new} cannot be derived from {where}, which holds {old}: {why}; dump with --select {new}")
+
+
+def _geometry(geometry: Geometry, old: Selection, new: Selection) -> Geometry:
+    """The same blocks; as many more of them in a chunk as rows became shorter, so that chunks do not become tiny."""
+    chunk, unit = geometry.chunk_blocks, geometry.unit_blocks
+    most = min(old.size // new.size, CHUNK_TOKENS // (chunk * geometry.block_length), unit // chunk)
+    chunk *= max(1, most)
+    return geometry.model_copy(update={"chunk_blocks": chunk, "unit_blocks": unit - unit % chunk})
 
 
 def _values(old: RowCodec, operation: Operation, new: Selection) -> ValueCodec:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from logitcache.codec import CodedRows, RowCodec
+from logitcache.codec import CodedRows
 from logitcache.errors import CacheError, TargetsError
 from logitcache.selection import chunk_uniforms
 from logitcache.store import Ancestor, Cache, CacheWriter, ChunkRef, Identity, Manifest, Origin
@@ -192,14 +192,22 @@ class _Maker:
 
     def __init__(self, writer: CacheWriter, picked: Picked, change: Change | None, drop: Sequence[str]) -> None:
         self._writer, self._picked, self._change, self._drop = writer, picked, change, drop
+        self._source = picked.caches[0]
 
     def rows(self, first: int, stop: int) -> Rows:
         """Rows of blocks [first, stop) of the new cache. Raises CacheError when one cannot be made or stored."""
+        # Rows to be changed may be long: no more of them at once than the source has in a chunk.
+        step = stop - first if self._change is None else self._source.manifest.identity.geometry.chunk_blocks
+        parts = [self._made(begin, min(begin + step, stop)) for begin in range(first, stop, step)]
+        tokens = np.concatenate([part.tokens for part in parts])
+        return Rows(tokens, CodedRows.concatenate([part.coded for part in parts]))
+
+    def _made(self, first: int, stop: int) -> Rows:
         rows = self._picked.read(first, stop)
         coded = rows.coded
         if self._change is not None:
             try:
-                targets = self._change(self._source_codec.targets(coded), first, stop)
+                targets = self._change(self._source.codec.targets(coded), first, stop)
                 coded = self._writer.codec.code(targets, chunk_uniforms(self._writer.identity.seed, first))
             except TargetsError as error:
                 where = f"blocks [{first}, {stop}) of {self._writer.layout.root}"
@@ -217,10 +225,6 @@ class _Maker:
             parts.append(self.rows(start, start + int(np.argmax(np.append(run, -1) != run[0]))))
         targets = self._writer.codec.targets(CodedRows.concatenate([part.coded for part in parts]))
         self._writer.publish_codebook(np.concatenate([part.tokens for part in parts]), targets)
-
-    @property
-    def _source_codec(self) -> RowCodec:
-        return self._picked.caches[0].codec
 
 
 def ancestry_of(caches: Sequence[Cache], operation: str, arguments: dict[str, Any]) -> list[Ancestor]:

@@ -1,4 +1,4 @@
-"""Units of several runs of one plan -> one cache: files are taken over as they are, hashes checked."""
+"""Units of several runs of one plan -> one cache, hashes checked."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from logitcache.algebra.rewrite import Progress, Result
-from logitcache.errors import CacheError
 from logitcache.store import Cache, CacheWriter, Layout, Manifest
 from logitcache.store.cache import check_shard_file
 from logitcache.store.files import (
@@ -32,24 +31,27 @@ Found = tuple[Cache, Commit]
 def unite(caches: Sequence[Cache], root: Path, progress: Progress) -> Result:
     """Take over every unit that `root` still lacks from the first cache that holds it; finish when none is missing.
 
+    Files are taken as they are; units of runs begun apart, which have tables of their own, are packed anew.
+
     Raises:
-        CacheError: the caches were encoded with different id tables, or `root` cannot be written.
+        CacheError: `root` cannot be written.
         DamagedCacheError: a source is damaged.
     """
     started = time.perf_counter()
-    _refuse_other_tables(caches)
     plan_of = caches[0].manifest
     writer = CacheWriter.open(root, plan_of.identity, plan_of.origin)
     found = _units(caches, writer)
     _take_codebook(caches, writer)
+    tables = sha256_of_file(writer.layout.codebook) if found else ""
     progress.stage("copying")
     here = {int(commit.unit): commit for commit in writer.commits()}
-    conflicts = sorted(unit for unit, holders in found.items() if len(_contents(holders, here.get(unit))) > 1)
+    conflicts = sorted(unit for unit, holders in found.items() if _differ(holders, here.get(unit)))
     done = sum(commit.num_tokens for commit in here.values())
     copied = num_bytes = 0
     for unit in sorted(found.keys() - here.keys()):
         source, commit = found[unit][0]
-        _take_unit(writer, source, commit)
+        take = _take_unit if commit.codebook_sha256 == tables else _repack_unit
+        take(writer, source, commit)
         copied, num_bytes = copied + commit.num_tokens, num_bytes + commit.num_bytes
         progress.advance(done + copied, writer.geometry.num_tokens, copied, num_bytes)
     missing = writer.pending_units()
@@ -67,23 +69,16 @@ def _units(caches: Sequence[Cache], writer: CacheWriter) -> dict[int, list[Found
     return found
 
 
-def _contents(holders: Sequence[Found], here: Commit | None) -> set[str]:
-    """The different contents there are of one unit."""
-    return {commit.sha256 for _, commit in holders} | ({here.sha256} if here else set())
-
-
-def _refuse_other_tables(caches: Sequence[Cache]) -> None:
-    """Units can only stand together when their ids were ranked by one table."""
-    holders = [cache for cache in caches if cache.manifest.shards]
-    for cache in holders[1:]:
-        if cache.manifest.codebook_sha256 != holders[0].manifest.codebook_sha256:
-            raise CacheError(
-                f"{holders[0].root} and {cache.root} are of one plan but have different id tables, because they were "
-                "begun apart; finish one of them with its dump, and begin workers from a copy of one begun cache"
-            )
+def _differ(holders: Sequence[Found], here: Commit | None) -> bool:
+    """Whether a unit has different contents. Of runs with tables of their own the bytes say nothing."""
+    contents: dict[str, set[str]] = {}
+    for commit in [*(commit for _, commit in holders), *([here] if here else [])]:
+        contents.setdefault(commit.codebook_sha256, set()).add(commit.sha256)
+    return any(len(hashes) > 1 for hashes in contents.values())
 
 
 def _take_codebook(caches: Sequence[Cache], writer: CacheWriter) -> None:
+    """Give the new cache the tables of the first cache that has units, unless it has some."""
     source = next((cache for cache in caches if cache.manifest.shards), None)
     if source is None:
         return
@@ -94,10 +89,16 @@ def _take_codebook(caches: Sequence[Cache], writer: CacheWriter) -> None:
             publish(_link_or_copy(Layout(source.root).codebook, target.parent, "tables"), target)
             fsync_folder(writer.layout.root)
         failpoint("codebook.written")
-    if sha256_of_file(target) != source.manifest.codebook_sha256:
-        raise CacheError(
-            f"{writer.layout.root} was begun with another id table than {source.root}; choose another folder for --out"
-        )
+    writer.codebook()
+
+
+def _repack_unit(writer: CacheWriter, source: Cache, commit: Commit) -> None:
+    """A unit of a run that was begun apart, with tables of its own: the same rows, ranked by the tables here."""
+    chunks = []
+    for ref in source.chunks:
+        if source.manifest.shards[ref.shard].unit == commit.unit:
+            chunks.append(writer.pack(*source.read_coded(ref)))
+    writer.commit_unit(int(commit.unit), chunks, commit.counters)
 
 
 def _take_unit(writer: CacheWriter, source: Cache, commit: Commit) -> None:

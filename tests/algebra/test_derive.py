@@ -190,7 +190,7 @@ def test_identity_and_origin_are_carried_over(dumped: Dumped, tmp_path: Path) ->
     derive(dumped.dense, tmp_path / "one", "top-k:30")
     derive(tmp_path / "one", tmp_path / "two", "top-p:0.9:10")
     first, last = open_cache(dumped.dense), reopened(tmp_path / "two")
-    for name in ("teacher", "tokenizer", "vocab_size", "corpus", "geometry", "seed"):
+    for name in ("teacher", "tokenizer", "vocab_size", "corpus", "seed"):
         assert getattr(last.manifest.identity, name) == getattr(first.manifest.identity, name)
     assert last.manifest.origin == first.manifest.origin
     steps = last.manifest.identity.ancestry
@@ -199,6 +199,18 @@ def test_identity_and_origin_are_carried_over(dumped: Dumped, tmp_path: Path) ->
         ("derive", {"from": "top-k:30", "select": "top-p:0.9:10"}),
     ]
     assert [step.parents for step in steps] == [[first.fingerprint], [open_cache(tmp_path / "one").fingerprint]]
+
+
+def test_chunks_grow_as_rows_shrink(tmp_path: Path) -> None:
+    """Chunks of a top-k:300 are small; those of what is derived from it need not be, and blocks stay the same."""
+    source = random_cache(tmp_path / "source", "logprob", 4, PROSE.model_copy(update={"chunk_blocks": 1}))
+    derive(source.root, tmp_path / "new", "top-k:3")
+    cache = reopened(tmp_path / "new")
+    assert cache.manifest.identity.geometry == PROSE.model_copy(update={"chunk_blocks": 3})
+    derive(source.root, tmp_path / "half", "top-k:4")
+    assert reopened(tmp_path / "half").manifest.identity.geometry == PROSE.model_copy(update={"chunk_blocks": 2})
+    old = keep_largest(real_rows(everything(source)), 3)
+    np.testing.assert_array_equal(real_rows(everything(cache)).ids, old.ids)
 
 
 REFUSED = [

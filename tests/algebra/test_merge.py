@@ -103,12 +103,19 @@ def test_damaged_units_are_not_taken_over(tmp_path: Path) -> None:
     assert not (tmp_path / "new" / "manifest.json").exists()
 
 
-def test_runs_begun_apart(tmp_path: Path) -> None:
-    """Each has an id table of its own: their units cannot stand in one cache."""
-    make_cache(tmp_path / "a", units=range(1))
-    make_cache(tmp_path / "b", units=range(1, 3))
-    with pytest.raises(CacheError, match=r"are of one plan but have different id tables"):
-        merge_caches([tmp_path / "a", tmp_path / "b"], tmp_path / "new")
+@pytest.mark.parametrize("kind", ["counts", "logprob"])
+def test_runs_begun_apart(tmp_path: Path, kind: str) -> None:
+    """Each has tables of its own: the other's units are packed anew, and every row stays as it is."""
+    whole = make_cache(tmp_path / "whole", kind)
+    make_cache(tmp_path / "a", kind, units=range(1))
+    make_cache(tmp_path / "b", kind, units=range(1, 3))
+    tables = [open_cache(tmp_path / name, partial=True).manifest.codebook_sha256 for name in "ab"]
+    assert tables[0] != tables[1]
+    result = merge_caches([tmp_path / "b", tmp_path / "a"], tmp_path / "new")
+    assert result.notes == {"conflicting_units": [], "missing_units": []}
+    cache = reopened(tmp_path / "new")
+    assert cache.manifest.codebook_sha256 == tables[1]
+    whole.check(everything(cache), 0, 21)
 
 
 def test_another_plan_in_the_folder(tmp_path: Path) -> None:
