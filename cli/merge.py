@@ -18,8 +18,9 @@ Example:
   logitcache merge prose code --out both
 
 Caches of one plan, finished or not (for example of several workers): their units are put together, hashes checked,
-files hard-linked where the file system can (units of runs begun apart are packed anew). While units are missing the result is an unfinished cache: merge
-the others into it later, or let `dump` finish it. Of a unit that differs, the first one given is taken, and counted.
+files hard-linked where the file system can (units of runs begun apart are packed anew). While units are missing the
+result is an unfinished cache: merge the others into it later, or let `dump` finish it. Of a unit that differs, the
+first one given is taken, and counted.
 
 Finished caches of different corpora with the same teacher, tokenizer, vocabulary, selection and block length: their
 blocks one after another, no value changed. Run the same line again to resume after an interruption.
