@@ -103,6 +103,8 @@ def _meaning(cache: Cache) -> dict[str, Any]:
         "tokenizer": identity.tokenizer.get("sha256"),
         "vocab_size": identity.vocab_size,
         "selection": identity.selection.model_dump(),
+        # Draws from stored ids and draws from the teacher are different things under one name.
+        "tail_left_out": any("mean_tail_mass" in step.arguments for step in identity.ancestry),
         "block_length": identity.geometry.block_length,
     }
 

@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from logitcache.algebra import merge_caches
+from logitcache.algebra import Derivation, derive_cache, merge_caches
 from logitcache.errors import CacheError, DamagedCacheError, PlanMismatchError, UsageError
 from logitcache.reader import CacheDataset, ReaderOptions
+from logitcache.selection import Selection
 from logitcache.store import Cache, open_cache, verify
 from tests.algebra.caches import CODE, PROSE, check_blocks, everything, reopened, two_corpora, workers
-from tests.caches import random_cache
+from tests.caches import Dumped, random_cache
 from tests.faults import flip_bit
 from tests.store.caches import commit, content, files_of, identity, make_cache, rewrite
 
@@ -197,6 +198,13 @@ def test_what_differs_is_listed(tmp_path: Path) -> None:
         "\n  block_length: 5 and 7\n  selection.method: 'sample' and 'top-k'"
     )
     assert not (tmp_path / "new").exists()
+
+
+def test_draws_from_stored_ids_are_another_thing(dumped: Dumped, tmp_path: Path) -> None:
+    """The same selection and teacher, but the tail was left out of one."""
+    derive_cache(dumped.top_k, tmp_path / "drawn", Derivation(Selection.parse("sample:20"), max_tail_mass=1.0))
+    with pytest.raises(CacheError, match=r"differ in meaning. The difference:\n  tail_left_out: False and True$"):
+        merge_caches([dumped.sample, tmp_path / "drawn"], tmp_path / "new")
 
 
 def test_unfinished_caches_of_different_plans(tmp_path: Path) -> None:
