@@ -12,6 +12,7 @@ from rich.text import Text
 from logitcache.errors import LogitcacheError, UsageError
 
 from .console import debug_option, err, json_option, out, print_json
+from .results import ancestry_line
 
 if TYPE_CHECKING:
     from logitcache.store import Blocks, Cache
@@ -85,11 +86,13 @@ def show_facts(cache: Cache, as_json: bool) -> None:
         "fingerprint": cache.fingerprint,
     }
     if as_json:
-        print_json(facts)
+        print_json({**facts, "ancestry": [step.model_dump() for step in identity.ancestry]})
         return
     table = Table(box=None, pad_edge=False, show_header=False)
     for name, value in facts.items():
         table.add_row(Text(name, style="dim"), Text(f"{value:,}" if type(value) in (int, float) else str(value)))
+    for number, step in enumerate(identity.ancestry):
+        table.add_row(Text("" if number else "made by", style="dim"), Text(ancestry_line(step)))
     out.print(table)
 
 
@@ -98,7 +101,7 @@ def show_position(cache: Cache, position: int, decoder: _Decoder, rows: int, as_
     if not 0 <= position < cache.manifest.identity.geometry.num_tokens:
         last = cache.manifest.identity.geometry.num_tokens - 1
         raise UsageError(f"position {position} is outside {cache.root}; choose 0 to {last}")
-    block, place = divmod(position, cache.block_length)
+    block, place = cache.manifest.identity.geometry.locate(position)
     blocks = cache.read_blocks(block, block + 1)
     row = blocks.targets.slice(place, place + 1)
     order = (-row.weights).argsort(kind="stable")[:rows]

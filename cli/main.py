@@ -9,9 +9,12 @@ from logitcache import __version__
 from .console import run
 from .convert import convert
 from .demo import demo
+from .derive import derive
 from .dump import dump
 from .gc import gc
 from .inspect import inspect
+from .merge import merge
+from .subset import subset
 from .train import train
 from .verify import verify
 
@@ -26,7 +29,7 @@ def cli() -> None:
     """
 
 
-for command in (dump, train, inspect, verify, convert, gc, demo):
+for command in (dump, train, inspect, verify, derive, merge, subset, convert, gc, demo):
     cli.add_command(command)
 
 

@@ -99,6 +99,15 @@ class DumpView(View):
         self.bar(done, total, facts, (total - done) / rate if rate else None)
 
 
+class StageView(DumpView):
+    """What `derive`, `merge` and `subset` report to: speed is that of the stage."""
+
+    def stage(self, what: str) -> None:
+        super().stage(what)
+        self._started = None
+        self.seconds_since_start()
+
+
 class TrainView(View):
     """What `run_training` reports to."""
 

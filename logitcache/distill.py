@@ -173,9 +173,9 @@ class _Run:
     def _split(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """Blocks [first, stop) to train on and to evaluate on: the cache's end is held out."""
         total = self.cache.num_blocks
-        if self.cache.num_tokens < 2:
+        if self.cache.num_tokens == total:
             raise TrainingError(
-                f"{self.cache.root} holds one token and so no next token to learn; dump a larger corpus"
+                f"{self.cache.root} holds one token a block and so no next token to learn; dump a larger corpus"
             )
         if self.held_out_cache is not None:
             return (0, total), (0, self.held_out_cache.num_blocks)

@@ -114,6 +114,22 @@ class SparseTargets:
             **{name: getattr(self, name)[start:stop] for name in _COLUMNS},
         )
 
+    def take(self, rows: ArrayLike) -> SparseTargets:
+        """The rows of these numbers, int64 [M], in that order; a number may come several times."""
+        picked = _integers("rows", rows)
+        if picked.size and not 0 <= int(picked.min()) <= int(picked.max()) < len(self):
+            raise TargetsError(f"rows outside these targets were asked for, which have {len(self)} rows")
+        lengths = self.row_lengths[picked]
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        entries = np.arange(offsets[-1]) + np.repeat(self.offsets[picked] - offsets[:-1], lengths)
+        return _unchecked(
+            offsets=offsets,
+            ids=self.ids[entries],
+            weights=self.weights[entries],
+            unbiased=self.unbiased,
+            **{name: getattr(self, name)[picked] for name in _COLUMNS},
+        )
+
     def with_columns(self, label_logprob: ArrayLike, entropy: ArrayLike) -> SparseTargets:
         """The same rows with these label_logprob and entropy columns, float32 [N], nats."""
         fields: dict[str, Any] = {name: getattr(self, name) for name in self.__dataclass_fields__}

@@ -15,7 +15,7 @@ RANKS = [
     {"targets"},
     {"corpus", "models", "selection", "codec", "kernels"},
     {"teachers", "store", "losses"},
-    {"reader"},
+    {"reader", "algebra"},
     {"training"},
     {"dump", "distill"},
     {"demo"},
@@ -64,7 +64,7 @@ def modules_after(statement: str) -> set[str]:
     "statement",
     [
         "import logitcache",
-        "import logitcache.targets, logitcache.codec, logitcache.store, logitcache.selection",
+        "import logitcache.targets, logitcache.codec, logitcache.store, logitcache.selection, logitcache.algebra",
         "import logitcache; logitcache.open_cache, logitcache.verify, logitcache.SparseTargets",
         "import logitcache.cli.main",
     ],

@@ -4,7 +4,7 @@ from logitcache.store.cache import Blocks, Cache, ChunkRef, open_cache
 from logitcache.store.convert import convert
 from logitcache.store.garbage import Leftover, collect_garbage
 from logitcache.store.layout import ContainerKind, Layout
-from logitcache.store.schema import Ancestor, Geometry, Identity, Manifest, Origin, StoredSelection, load_document
+from logitcache.store.schema import Ancestor, Geometry, Identity, Manifest, Origin, Plan, StoredSelection, load_document
 from logitcache.store.tokenfile import TokenFile
 from logitcache.store.verify import Problem, Report, verify
 from logitcache.store.writer import CacheWriter, check_folder
@@ -22,6 +22,7 @@ __all__ = [
     "Leftover",
     "Manifest",
     "Origin",
+    "Plan",
     "Problem",
     "Report",
     "StoredSelection",

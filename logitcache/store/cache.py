@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import bisect
 from collections import OrderedDict
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from logitcache.codec import Codebook, RowCodec
+from logitcache.codec import Codebook, CodedRows, RowCodec
 from logitcache.errors import CacheError, DamagedCacheError, TargetsError
 from logitcache.store.container import Container, Plane, open_container
 from logitcache.store.files import sha256_of_file
 from logitcache.store.layout import Layout, local_root
-from logitcache.store.schema import Manifest, Plan, Shard, load_document
+from logitcache.store.schema import Geometry, Manifest, Plan, Shard, load_document
 from logitcache.store.writer import assemble_manifest, check_attributes, read_codebook
 from logitcache.targets import SparseTargets
 
@@ -28,9 +29,9 @@ class Blocks:
 
     Args:
         first_block: number of the first one.
-        tokens: int64 [B, L]; 0 where the corpus has ended.
-        targets: SparseTargets of N = B * L rows, row-major; rows after the corpus' end are empty.
-        valid: bool [B, L]; False where the corpus has ended.
+        tokens: int64 [B, L]; 0 where a block has ended: the corpus' last one, or any short block.
+        targets: SparseTargets of N = B * L rows, row-major; rows after a block's end are empty.
+        valid: bool [B, L]; False where a block has ended.
     """
 
     first_block: int
@@ -39,7 +40,7 @@ class Blocks:
     valid: NDArray[np.bool_]
 
     def labels(self, ignore_index: int = -100) -> NDArray[np.int64]:
-        """int64 [B, L]: the next token of each position, `ignore_index` where the block or the corpus ends."""
+        """int64 [B, L]: the next token of each position, `ignore_index` where there is none in the block."""
         labels = np.full_like(self.tokens, ignore_index)
         labels[:, :-1] = np.where(self.valid[:, 1:], self.tokens[:, 1:], ignore_index)
         return labels
@@ -81,7 +82,7 @@ class Cache:
 
     @property
     def num_blocks(self) -> int:
-        """Blocks of the whole cache, the last one perhaps padded."""
+        """Blocks of the whole cache; the last one and those of `short_blocks` hold fewer tokens than the others."""
         return self.manifest.identity.geometry.num_blocks
 
     @property
@@ -135,7 +136,7 @@ class Cache:
         parts = []
         position = start
         while position < stop:
-            ref = self._chunk_of(position)
+            ref = self.chunk_of(position)
             last = min(stop, ref.first_block + ref.num_blocks)
             parts.append(_cut(self.read_chunk(ref), position - ref.first_block, last - ref.first_block))
             position = last
@@ -159,10 +160,11 @@ class Cache:
         self._kept_chunks = max(self._kept_chunks, count)
 
     def close(self) -> None:
-        """Release open files."""
+        """Release open files and decoded chunks; reading opens them again."""
         for container in self._containers.values():
             container.close()
         self._containers.clear()
+        self._decoded.clear()
 
     def _list_chunks(self) -> list[ChunkRef]:
         step = self.manifest.identity.geometry.chunk_blocks
@@ -172,34 +174,49 @@ class Cache:
             for index, first in enumerate(range(shard.first_block, shard.first_block + shard.num_blocks, step))
         ]
 
-    def _chunk_of(self, block: int) -> ChunkRef:
+    def chunk_of(self, block: int) -> ChunkRef:
+        """The chunk that holds a block. Raises CacheError when it is not dumped yet."""
         index = bisect.bisect_right(self._chunk_starts, block) - 1
         if index < 0 or block >= self.chunks[index].first_block + self.chunks[index].num_blocks:
             raise CacheError(f"block {block} of {self.root} is not dumped yet; run the same dump again to finish it")
         return self.chunks[index]
 
     def _decode(self, ref: ChunkRef) -> Blocks:
-        shard = self.manifest.shards[ref.shard]
-        geometry = self.manifest.identity.geometry
-        rows = geometry.tokens_in(ref.first_block, ref.first_block + ref.num_blocks)
+        tokens, coded = self.read_coded(ref)
+        with self._damage_in(ref):
+            targets = self.codec.targets(coded)
+        return _to_blocks(ref, self.manifest.identity.geometry, tokens, targets)
+
+    def read_coded(self, ref: ChunkRef) -> tuple[NDArray[np.int64], CodedRows]:
+        """A chunk's real tokens int64 [R] and their rows as integers, for moving rows without rounding them again.
+
+        Raises DamagedCacheError.
+        """
+        rows = self.manifest.identity.geometry.tokens_in(ref.first_block, ref.first_block + ref.num_blocks)
         # numpy adds uint64 and int64 as floats; the container keeps all numbers below 2^63.
         planes = {
             name: plane.astype(np.int64) if plane.dtype == np.uint64 else plane
             for name, plane in self.read_planes(ref).items()
         }
-        try:
+        with self._damage_in(ref):
             codebook = self.codebook()
             tokens = codebook.ranks.decode(planes.pop("tokens"))
             if tokens.size != rows:
                 raise DamagedCacheError(f"it holds {tokens.size} tokens, not {rows}")
-            targets = self.codec.decode(tokens, planes, codebook)
+            return tokens, self.codec.unpack(tokens, planes, codebook)
+
+    @contextmanager
+    def _damage_in(self, ref: ChunkRef) -> Iterator[None]:
+        """Say of an error while decoding which shard and chunk it is in."""
+        try:
+            yield
         except (DamagedCacheError, TargetsError, KeyError) as error:
+            shard = self.manifest.shards[ref.shard]
             raise DamagedCacheError(
                 f"{self._layout.shards / shard.file}, chunk {ref.chunk} is damaged: {error}",
                 shard=shard.file,
                 chunk=ref.chunk,
             ) from error
-        return _to_blocks(ref, geometry.block_length, tokens, targets)
 
     def read_planes(self, ref: ChunkRef) -> dict[str, Plane]:
         """A chunk's planes as they are stored, unsigned integers [size] each. Raises DamagedCacheError."""
@@ -307,15 +324,16 @@ def check_shard_file(path: Path, shard: Shard) -> None:
         raise DamagedCacheError(f"{path} is damaged: its SHA-256 differs; restore it or dump again", shard=shard.file)
 
 
-def _to_blocks(ref: ChunkRef, length: int, tokens: NDArray[np.int64], targets: SparseTargets) -> Blocks:
-    padding = ref.num_blocks * length - tokens.size
-    if padding:
-        empty = SparseTargets(np.zeros(padding + 1, dtype=np.int64), [], [], unbiased=targets.unbiased)
-        targets = SparseTargets.concatenate([targets, empty])
-        tokens = np.concatenate([tokens, np.zeros(padding, dtype=np.int64)])
-    valid = np.arange(tokens.size) < tokens.size - padding
-    shape = (ref.num_blocks, length)
-    return Blocks(ref.first_block, tokens.reshape(shape), targets, valid.reshape(shape))
+def _to_blocks(ref: ChunkRef, geometry: Geometry, tokens: NDArray[np.int64], targets: SparseTargets) -> Blocks:
+    """Stored rows at their places in their blocks: nothing stands where a block has ended."""
+    counts = np.array(geometry.block_tokens(ref.first_block, ref.first_block + ref.num_blocks))
+    valid = np.arange(geometry.block_length) < counts[:, None]
+    if tokens.size < valid.size:
+        place = np.where(valid, np.cumsum(valid).reshape(valid.shape) - 1, tokens.size).ravel()
+        empty = SparseTargets([0, 0], [], [], unbiased=targets.unbiased)
+        targets = SparseTargets.concatenate([targets, empty]).take(place)
+        tokens = np.append(tokens, 0)[place]
+    return Blocks(ref.first_block, tokens.reshape(valid.shape), targets, valid)
 
 
 def _cut(blocks: Blocks, start: int, stop: int) -> Blocks:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    SerializerFunctionWrapHandler,
     StringConstraints,
     ValidationError,
-    model_serializer,
+    model_validator,
 )
 
 from logitcache.errors import DamagedCacheError, FormatVersionError
@@ -43,16 +43,42 @@ class Geometry(Document):
     """How many blocks there are and how they are grouped.
 
     A block is `block_length` token positions; a chunk is what is decoded at once; a unit is what is committed at once.
+
+    Args:
+        num_tokens: real tokens of all blocks.
+        short_blocks: `[block, tokens]`, ascending, of each block before the last that holds fewer tokens than
+            `block_length`, as where corpora were merged. The last block holds what is left of `num_tokens`.
     """
 
     num_tokens: Positive
     block_length: Annotated[int, Field(ge=2, le=1 << 24)]
     chunk_blocks: Positive
     unit_blocks: Positive
+    short_blocks: list[Annotated[list[Count], Field(min_length=2, max_length=2)]] = []
+
+    @model_validator(mode="after")
+    def _check_short_blocks(self) -> Self:
+        blocks = [block for block, _ in self.short_blocks]
+        if any(not 1 <= tokens < self.block_length for _, tokens in self.short_blocks):
+            raise ValueError(f"a short block must hold 1 to {self.block_length - 1} tokens")
+        if blocks != sorted(set(blocks)) or (blocks and blocks[-1] >= self.num_blocks - 1):
+            raise ValueError("short blocks must be listed once each, ascending, and lie before the last block")
+        return self
+
+    @classmethod
+    def of_blocks(cls, tokens: Sequence[int], block_length: int, chunk_blocks: int, unit_blocks: int) -> Geometry:
+        """The geometry of blocks that hold so many tokens each."""
+        return cls(
+            num_tokens=sum(tokens),
+            block_length=block_length,
+            chunk_blocks=chunk_blocks,
+            unit_blocks=unit_blocks,
+            short_blocks=[[block, count] for block, count in enumerate(tokens[:-1]) if count < block_length],
+        )
 
     @property
     def num_blocks(self) -> int:
-        return -(-self.num_tokens // self.block_length)
+        return -(-(self.num_tokens + self._missing_before(None)) // self.block_length)
 
     @property
     def num_units(self) -> int:
@@ -68,8 +94,32 @@ class Geometry(Document):
         return -(-num_blocks // self.chunk_blocks)
 
     def tokens_in(self, first: int, stop: int) -> int:
-        """Real tokens in blocks [first, stop); only the corpus' last block can hold padding."""
-        return min(stop * self.block_length, self.num_tokens) - first * self.block_length
+        """Real tokens in blocks [first, stop)."""
+        end = min(stop * self.block_length - self._missing_before(stop), self.num_tokens)
+        return end - (first * self.block_length - self._missing_before(first))
+
+    def block_tokens(self, first: int, stop: int) -> list[int]:
+        """Real tokens of each block of [first, stop)."""
+        counts = [self.block_length] * (stop - first)
+        if stop == self.num_blocks:
+            counts[-1] = self.tokens_in(stop - 1, stop)
+        for block, tokens in self.short_blocks:
+            if first <= block < stop:
+                counts[block - first] = tokens
+        return counts
+
+    def locate(self, position: int) -> tuple[int, int]:
+        """Block, and place in it, of the `position`-th real token."""
+        missing = 0
+        for block, tokens in self.short_blocks:
+            if position + missing < block * self.block_length + tokens:
+                break
+            missing += self.block_length - tokens
+        return divmod(position + missing, self.block_length)
+
+    def _missing_before(self, stop: int | None) -> int:
+        """Positions without a token in the short blocks below `stop`, or in all of them."""
+        return sum(self.block_length - tokens for block, tokens in self.short_blocks if stop is None or block < stop)
 
 
 class StoredSelection(Document):
@@ -90,19 +140,13 @@ class StoredSelection(Document):
         """Whether rows say which of their weights are exact probabilities (finite thresholds)."""
         return self.method != "sample"
 
-    @model_serializer(mode="wrap")
-    def _without_absent_exponent(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Caches from before there were exponents lack the field, and their fingerprints must stay what they are.
-        fields: dict[str, Any] = serialize(self)
-        return {name: value for name, value in fields.items() if name != "exponent" or value is not None}
-
 
 class Ancestor(Document):
     """One step by which a cache was made from others.
 
     Args:
-        operation: what was done, for example "convert".
-        arguments: of the operation, JSON values.
+        operation: "convert", "derive", "merge" or "subset".
+        arguments: what the step was told, and what it measured of its parents.
         parents: fingerprints of the caches it was made from.
     """
 
@@ -123,7 +167,7 @@ class Identity(Document):
         seed: of the sampled selections.
         codec: name and parameters.
         container: kind of file that holds shards and tables.
-        ancestry: how the cache was made from others, oldest step first; empty for a dump.
+        ancestry: the steps from dumped caches to this one, oldest first; empty for a dumped cache.
     """
 
     teacher: dict[str, Any]

@@ -30,7 +30,8 @@ class Ran:
         assert "error: unexpected" not in self.err
         *before, said = self.err.strip().splitlines()
         # Only stages of the work may stand before it.
-        assert all(line.startswith(("dump: ", "train: ", "Usage:", "Try ")) or not line for line in before), before
+        stages = ("dump: ", "train: ", "derive: ", "merge: ", "subset: ")
+        assert all(line.startswith((*stages, "Usage:", "Try ")) or not line for line in before), before
         assert said.lower().startswith("error: ")
         return said
 

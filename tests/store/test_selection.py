@@ -13,11 +13,11 @@ from tests.store.caches import make_cache
 
 # text, stored form, unbiased, has_exact_head
 FORMS = [
-    ("top-k:9", {"method": "top-k", "size": 9, "mass": None}, False, True),
-    ("top-p:0.9:9", {"method": "top-p", "size": 9, "mass": 0.9}, False, True),
-    ("sample:9", {"method": "sample", "size": 9, "mass": None}, True, False),
+    ("top-k:9", {"method": "top-k", "size": 9, "mass": None, "exponent": None}, False, True),
+    ("top-p:0.9:9", {"method": "top-p", "size": 9, "mass": 0.9, "exponent": None}, False, True),
+    ("sample:9", {"method": "sample", "size": 9, "mass": None, "exponent": None}, True, False),
     ("sample:9:0.8", {"method": "sample", "size": 9, "mass": None, "exponent": 0.8}, True, False),
-    ("varopt:9", {"method": "varopt", "size": 9, "mass": None}, True, True),
+    ("varopt:9", {"method": "varopt", "size": 9, "mass": None, "exponent": None}, True, True),
 ]
 
 

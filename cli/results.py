@@ -1,0 +1,61 @@
+"""How `derive`, `merge` and `subset` say what they wrote."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from .console import out, print_json
+
+if TYPE_CHECKING:
+    from logitcache.algebra import Result
+    from logitcache.store import Ancestor
+
+
+def print_result(result: Result, as_json: bool) -> None:
+    """One line of facts about the new cache, and what was met on the way."""
+    from logitcache.store import open_cache
+
+    cache = open_cache(result.root, partial=True)
+    selection = cache.manifest.identity.selection
+    facts: dict[str, Any] = {
+        "cache": str(result.root),
+        "complete": result.manifest is not None,
+        "select": ":".join(str(part) for part in (selection.method, selection.mass, selection.size) if part),
+        "blocks": cache.num_blocks,
+        "tokens": result.tokens,
+        "bytes": cache.num_bytes,
+        "bytes_per_token": cache.num_bytes / result.tokens if result.tokens else None,
+        "fingerprint": None if result.manifest is None else result.manifest.fingerprint,
+        "computed_tokens": result.computed_tokens,
+        "seconds": result.seconds,
+        **result.notes,
+    }
+    if as_json:
+        print_json(facts)
+        return
+    table = Table(box=None, pad_edge=False)
+    for column in ("cache", "select", "blocks", "tokens", "size", "B/token"):
+        table.add_column(column, justify="left" if column in ("cache", "select") else "right", overflow="fold")
+    size, rate = f"{facts['bytes'] / 1e6:,.2f} MB", facts["bytes_per_token"]
+    numbers = (f"{cache.num_blocks:,}", f"{result.tokens:,}", size, "" if rate is None else f"{rate:.1f}")
+    table.add_row(facts["cache"], facts["select"], *numbers, style="bold")
+    out.print(table)
+    if not result.computed_tokens:
+        out.print("Nothing was left to write.")
+    else:
+        speed = result.computed_tokens / max(result.seconds, 1e-9)
+        out.print(f"{result.computed_tokens:,} tokens written in {result.seconds:,.1f} s, {speed:,.0f} tokens/s")
+
+
+def ancestry_line(step: Ancestor) -> str:
+    """A step in one line: `derive from=top-k:64 select=top-k:12 of 0123456789ab`."""
+    arguments = " ".join(f"{name}={_short(value)}" for name, value in sorted(step.arguments.items()))
+    parents = ", ".join(parent[:12] for parent in step.parents)
+    return " ".join(part for part in (step.operation, arguments, "of", parents) if part)
+
+
+def _short(value: Any) -> str:
+    text = ",".join(str(item) for item in value) if isinstance(value, list) else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
