@@ -15,7 +15,7 @@ RANKS = [
     {"targets"},
     {"corpus", "models", "selection", "codec", "kernels"},
     {"teachers", "store", "losses"},
-    {"reader"},
+    {"reader", "interchange"},
     {"training"},
     {"dump", "distill"},
     {"demo"},

@@ -1,0 +1,17 @@
+"""Other tools' files: export to Parquet, DistillKit and TRL; import from DistillKit. docs/interchange.md explains."""
+
+from logitcache.interchange.distillkit import DistillKitLayout, ResidualBin
+from logitcache.interchange.export import TARGETS, ExportReport, export_cache
+from logitcache.interchange.importing import ImportOptions, ImportReport, import_distillkit, read_layout
+
+__all__ = [
+    "TARGETS",
+    "DistillKitLayout",
+    "ExportReport",
+    "ImportOptions",
+    "ImportReport",
+    "ResidualBin",
+    "export_cache",
+    "import_distillkit",
+    "read_layout",
+]
