@@ -10,7 +10,9 @@ from .console import run
 from .convert import convert
 from .demo import demo
 from .dump import dump
+from .export import export
 from .gc import gc
+from .import_ import import_
 from .inspect import inspect
 from .train import train
 from .verify import verify
@@ -26,7 +28,7 @@ def cli() -> None:
     """
 
 
-for command in (dump, train, inspect, verify, convert, gc, demo):
+for command in (dump, train, inspect, verify, convert, export, import_, gc, demo):
     cli.add_command(command)
 
 

@@ -2,7 +2,8 @@
 
 from logitcache.interchange.distillkit import DistillKitLayout, ResidualBin
 from logitcache.interchange.export import TARGETS, ExportReport, export_cache
-from logitcache.interchange.importing import ImportOptions, ImportReport, import_distillkit, read_layout
+from logitcache.interchange.importing import ImportOptions, ImportReport, import_distillkit
+from logitcache.interchange.layouts import choose_layout, read_layout
 
 __all__ = [
     "TARGETS",
@@ -11,6 +12,7 @@ __all__ = [
     "ImportOptions",
     "ImportReport",
     "ResidualBin",
+    "choose_layout",
     "export_cache",
     "import_distillkit",
     "read_layout",

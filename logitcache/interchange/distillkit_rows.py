@@ -11,13 +11,13 @@ import yaml
 from logitcache.errors import InterchangeError, UsageError
 from logitcache.interchange.distillkit import DistillKitLayout
 from logitcache.interchange.folder import list_array
+from logitcache.interchange.layouts import CONFIG_NAME
 from logitcache.interchange.ranked import ranked_entries, refuse_unbiased
 from logitcache.store import Blocks, Cache
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-CONFIG_NAME = "compression_config.yaml"
 EXACT, TERMS = 16, (0, 1, 2, 3, 4, "sqrt")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +42,7 @@ def export_cache(
     out: Path,
     blocks: tuple[int, int] | None = None,
     layout: DistillKitLayout | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> ExportReport:
     """Write `cache`, or blocks [A, B) of it, as the folder `out` of Parquet files (zstd, page checksums).
 
@@ -49,6 +50,7 @@ def export_cache(
         target: "parquet" (one row a position, for viewers and queries), "distillkit" (DistillKit's capture schema)
             or "trl" (one row a block, pre-tokenised); docs/interchange.md lists the columns.
         layout: for "distillkit"; by default `distillkit_rows.default_layout`.
+        progress: called with the tokens done and all tokens.
 
     Raises:
         UsageError: the block range or the layout makes no sense for this cache.
@@ -64,14 +66,17 @@ def export_cache(
     schema = writer.schema().with_metadata(_metadata(cache, target, first, stop))
     file_blocks = max(1, FILE_TOKENS // cache.block_length)
     starts = range(first, stop, file_blocks)
+    done = 0
     with new_folder(out) as folder:
         for number, start in enumerate(starts):
             end = min(start + file_blocks, stop)
-            with folder.parquet(f"train-{number:05d}-of-{len(starts):05d}.parquet", schema) as file:
+            with folder.parquet(f"data/train-{number:05d}-of-{len(starts):05d}.parquet", schema) as file:
                 for part in _parts(cache, start, end, geometry.chunk_blocks):
                     real = geometry.tokens_in(part.first_block, part.first_block + len(part.tokens))
                     table = writer.table(part, real).cast(schema)
                     file.write_table(table, row_group_size=_group_rows(target, cache.block_length, table.num_rows))
+                    done += real
+                    progress(done, tokens)
         for name, content in writer.side_files().items():
             folder.text(name, content)
         folder.text("README.md", _card(cache, target, first, stop, tokens, writer))
@@ -126,7 +131,7 @@ def _card(cache: Cache, target: str, first: int, stop: int, tokens: int, writer:
     columns = "".join(f"| `{name}` | {meaning} |\n" for name, meaning in writer.columns().items())
     facts = "".join(f"- {name}: {value}\n" for name, value in _facts(cache, target, first, stop).items())
     return (
-        "---\nconfigs:\n- config_name: default\n  data_files: train-*.parquet\n---\n\n"
+        "---\nconfigs:\n- config_name: default\n  data_files: data/train-*.parquet\n---\n\n"
         f"# Teacher distributions of {tokens:,} tokens\n\nExported by `logitcache export --to {target}`.\n\n{facts}\n"
         f"| column | holds |\n|---|---|\n{columns}\n{writer.notes()}\n"
     )

@@ -35,6 +35,7 @@ class NewFolder:
         import pyarrow.parquet as pq
 
         path = self._working / name
+        path.parent.mkdir(exist_ok=True)
         with pq.ParquetWriter(path, schema, compression=COMPRESSION, write_page_checksum=True) as writer:
             yield writer
         self._finish(path)
@@ -48,7 +49,8 @@ class NewFolder:
     def _finish(self, path: Path) -> None:
         with path.open("rb") as file:
             os.fsync(file.fileno())
-        self.names.append(path.name)
+        fsync_folder(path.parent)
+        self.names.append(str(path.relative_to(self._working)))
         self.num_bytes += path.stat().st_size
 
 

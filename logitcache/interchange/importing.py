@@ -9,16 +9,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
-from pydantic import ValidationError
 
 from logitcache.codec import LogprobCodec, Planes
 from logitcache.corpus import corpus_files_identity
 from logitcache.errors import InterchangeError, UsageError
 from logitcache.interchange.decoding import decode_sequence
 from logitcache.interchange.distillkit import DistillKitLayout
-from logitcache.interchange.distillkit_rows import CONFIG_NAME
+from logitcache.interchange.layouts import CONFIG_NAME, choose_layout
 from logitcache.interchange.sequences import SequenceRow, Sequences, parquet_files, scan
 from logitcache.store import CacheWriter, Geometry, Identity, Layout, Manifest, Origin, StoredSelection, check_folder
 from logitcache.store.files import digest
@@ -27,7 +25,6 @@ from logitcache.targets import SparseTargets
 CHUNK_TOKENS = 1 << 16
 CHUNK_ENTRIES = 1 << 23
 LEAST_UNIT_TOKENS, MOST_UNIT_TOKENS = 1 << 14, 1 << 22
-NAMES = ("recommended", "budget")
 
 
 @dataclass(frozen=True)
@@ -106,7 +103,9 @@ def import_distillkit(options: ImportOptions, progress: Progress | None = None) 
     """
     progress = progress or Silent()
     check_folder(Layout(options.out))
-    layout = load_layout(options)
+    first = Path(options.paths[0])
+    beside = (first if first.is_dir() else first.parent) / CONFIG_NAME
+    layout = choose_layout(options.layout or str(beside), options.vocab_size)
     vocab_size = layout.d if options.vocab_size is None else options.vocab_size
     if vocab_size < layout.k:
         raise UsageError(
@@ -128,52 +127,13 @@ def import_distillkit(options: ImportOptions, progress: Progress | None = None) 
     return ImportReport(manifest, found.left_out, manifest.counters.get("rescaled_rows", 0))
 
 
-def load_layout(options: ImportOptions) -> DistillKitLayout:
-    """The layout that the options name, or the one beside the first path.
-
-    The file holds DistillKit's `logprob_compressor` fields, alone or inside a training configuration.
-
-    Raises:
-        InterchangeError: there is none, it is no such YAML, or its fields contradict each other.
-    """
-    if options.layout in NAMES:
-        if options.vocab_size is None:
-            raise UsageError(f"--layout {options.layout} does not say the vocabulary's size; give --vocab-size")
-        return getattr(DistillKitLayout, str(options.layout))(options.vocab_size)
-    first = Path(options.paths[0])
-    path = Path(options.layout or (first if first.is_dir() else first.parent) / CONFIG_NAME)
-    return read_layout(path)
-
-
-def read_layout(path: Path) -> DistillKitLayout:
-    """A layout from a YAML file. Raises InterchangeError."""
-    try:
-        fields: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InterchangeError(
-            f"{path} does not exist, but only the configuration of the capture says what the bytes mean; give it with "
-            "--layout FILE (its fields are in the dataset's description or DistillKit configuration)"
-        ) from error
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise InterchangeError(f"{path} cannot be read as YAML ({str(error).splitlines()[0]}); mend it") from error
-    for key in ("teacher", "logprob_compressor"):
-        fields = fields.get(key, fields) if isinstance(fields, dict) else fields
-    try:
-        return DistillKitLayout.model_validate(fields)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the configuration"
-        raise InterchangeError(
-            f"{path} is no DistillKit logprob_compressor: {where}: {first['msg']}; mend it"
-        ) from error
-
-
 def _write_units(writer: CacheWriter, layout: DistillKitLayout, found: Sequences, progress: Progress) -> None:
     """Convert and commit every unit that is not committed yet."""
     geometry = writer.geometry
     todo = writer.pending_units()
     done = geometry.num_tokens - sum(geometry.tokens_in(*geometry.unit_range(unit)) for unit in todo)
     computed = num_bytes = 0
+    progress.advance(done, geometry.num_tokens, 0, 0)
     rows: Iterator[SequenceRow] = iter(())
     position = -1
     for unit in todo:

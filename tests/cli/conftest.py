@@ -30,7 +30,10 @@ class Ran:
         assert "error: unexpected" not in self.err
         *before, said = self.err.strip().splitlines()
         # Only stages of the work may stand before it.
-        assert all(line.startswith(("dump: ", "train: ", "Usage:", "Try ")) or not line for line in before), before
+        assert all(
+            line.startswith(("dump: ", "train: ", "export: ", "import: ", "Usage:", "Try ")) or not line
+            for line in before
+        ), before
         assert said.lower().startswith("error: ")
         return said
 
