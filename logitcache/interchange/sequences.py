@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from logitcache.corpus import CorpusFile, expand_paths
+from logitcache.corpus import CorpusFile
 from logitcache.errors import InterchangeError
 from logitcache.interchange.folder import reading_parquet
 
@@ -113,12 +113,22 @@ class Sequences:
 
 
 def parquet_files(paths: Sequence[str | os.PathLike[str]]) -> list[CorpusFile]:
-    """Files, and the Parquet files of folders, sorted by name. Raises CorpusError, InterchangeError."""
-    given = {os.path.realpath(path) for path in paths}
-    files = [file for file in expand_paths(paths) if file.kind == "parquet" or os.path.realpath(file.path) in given]
-    if not files:
-        raise InterchangeError(f"there is no .parquet file in {', '.join(map(str, paths))}; give the dataset's files")
-    return files
+    """Files as given, and the Parquet files of folders sorted by name; one reached twice counts once.
+
+    Raises:
+        InterchangeError: a path does not exist, or a folder holds no Parquet file.
+    """
+    unique: dict[str, CorpusFile] = {}
+    for given in map(Path, paths):
+        if not given.exists():
+            raise InterchangeError(f"{given} does not exist; give Parquet files or folders of them")
+        inside = sorted(given.rglob("*.parquet")) if given.is_dir() else [given]
+        if not inside:
+            raise InterchangeError(f"there is no .parquet file in {given}; give the dataset's files")
+        for path in inside:
+            name = path.relative_to(given).as_posix() if given.is_dir() else path.name
+            unique.setdefault(os.path.realpath(path), CorpusFile(name, path))
+    return list(unique.values())
 
 
 def scan(files: list[CorpusFile], block_length: int | None) -> Sequences:
