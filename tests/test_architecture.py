@@ -66,6 +66,7 @@ def modules_after(statement: str) -> set[str]:
         "import logitcache",
         "import logitcache.targets, logitcache.codec, logitcache.store, logitcache.selection",
         "import logitcache; logitcache.open_cache, logitcache.verify, logitcache.SparseTargets",
+        "import logitcache.interchange",
         "import logitcache.cli.main",
     ],
 )

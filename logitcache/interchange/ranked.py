@@ -32,15 +32,14 @@ def ranked_entries(targets: SparseTargets, k: int) -> tuple[NDArray[np.int64], N
             f"a position has {int(targets.row_lengths[row])} ids, fewer than the {k} that every position must have; "
             "export --to parquet instead"
         )
-    order, starts = _falling(targets), targets.offsets[:-1]
-    chosen = order[starts[:, None] + np.arange(k)]
+    chosen = _falling(targets)[:, :k]
     return targets.ids[chosen], _logs(targets.weights[chosen])
 
 
 def padded_entries(targets: SparseTargets, k: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """All entries of each row, likewise, filled up to k with id 0 and log-probability -inf."""
-    order = _falling(targets)
     filled = np.arange(k) < targets.row_lengths[:, None]
+    order = _falling(targets)[filled[:, : int(targets.row_lengths.max(initial=0))]]
     ids = np.zeros(filled.shape, dtype=np.int64)
     logprobs = np.full(filled.shape, -np.inf)
     ids[filled], logprobs[filled] = targets.ids[order], _logs(targets.weights[order])
@@ -48,8 +47,14 @@ def padded_entries(targets: SparseTargets, k: int) -> tuple[NDArray[np.int64], N
 
 
 def _falling(targets: SparseTargets) -> NDArray[np.int64]:
-    """int64 [nnz]: entry numbers, row by row, by falling weight; equal weights by id."""
-    return np.lexsort((-targets.weights, targets.row_index()))
+    """int64 [N, K], K the longest row: each row's entry numbers by falling weight, equal weights by id.
+
+    What stands after a row's last entry belongs to no entry.
+    """
+    filled = np.arange(int(targets.row_lengths.max(initial=0))) < targets.row_lengths[:, None]
+    keys = np.full(filled.shape, np.inf, dtype=np.float32)
+    keys[filled] = -targets.weights
+    return np.argsort(keys, axis=1, kind="stable") + targets.offsets[:-1, None]
 
 
 def _logs(weights: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -70,7 +70,7 @@ def test_metadata_files_and_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     facts = json.loads(pq.read_schema(first).metadata[b"logitcache"])
     assert facts["fingerprint"] == cache.fingerprint
     assert (facts["first_block"], facts["stop_block"]) == (3, 40)
-    assert facts["selection"] == {"method": "sample", "size": 9, "mass": None}
+    assert facts["selection"] == cache.manifest.identity.selection.model_dump(mode="json")
     assert (facts["tokenizer_sha256"], facts["vocab_size"], facts["unbiased"]) == ("0" * 64, 400, True)
     column = pq.ParquetFile(first).metadata.row_group(0).column(0)
     assert column.compression == "ZSTD"
