@@ -86,7 +86,9 @@ def reading_parquet(path: Path) -> Iterator[None]:
 
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise InterchangeError(f"{path} cannot be read: {error.strerror}; check its permissions") from error
         what = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
         raise InterchangeError(f"{path} is damaged or not Parquet ({what}); fetch or write it again") from error
 

@@ -1,7 +1,7 @@
 """The `trl` target: a row a block, as TRL's SFTTrainer takes pre-tokenised text, with the teacher's top-k beside it.
 
-No trainer of TRL reads stored teacher log-probabilities (seen in TRL's sources of July 2026): GKD, GOLD, MiniLLM and
-the distillation trainers run the teacher, or ask a server. The columns are those of such a server's answer
+No trainer of TRL reads stored teacher log-probabilities (seen in version 1.16): GKD, GOLD and the distillation trainers
+run the teacher, or ask a server. The columns are those of such a server's answer
 (`VLLMClient.get_sequence_logprobs` with a prompt of one token), so that an answer can be replayed from the file.
 """
 

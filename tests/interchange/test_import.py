@@ -364,24 +364,37 @@ def test_refused(name: str, tokenizer: str, tmp_path: Path) -> None:
     assert not (tmp_path / "cache" / "manifest.json").exists()
 
 
-def test_flipped_bits_never_become_other_data(tokenizer: str, tmp_path: Path) -> None:
-    """A bit flipped anywhere in the file: an error, or what was there before."""
+def test_damage_never_becomes_other_data(tokenizer: str, tmp_path: Path) -> None:
+    """Bits flipped and ends cut off anywhere: an error in one sentence, or what was there before."""
     source = write_capture(tmp_path / "in", [sequence(number, 4) for number in range(5)])
     file = source / "data_0.parquet"
     run(source, tmp_path / "cache", tokenizer)
-    expected = read_all(open_cache(tmp_path / "cache"))
+    expected, data = read_all(open_cache(tmp_path / "cache")), file.read_bytes()
     rng = np.random.default_rng(5)
     refused = 0
-    for number, bit in enumerate(rng.choice(file.stat().st_size * 8, 60, replace=False)):
-        flip_bit(file, int(bit))
+    for number in range(70):
+        if number < 60:
+            bit = int(rng.integers(len(data) * 8))
+            flip_bit(file, bit)
+        else:
+            bit = 8 * int(rng.integers(len(data)))
+            file.write_bytes(data[: bit // 8])
         try:
             run(source, tmp_path / f"cache{number}", tokenizer)
         except LogitcacheError:
             refused += 1
         else:
             assert read_all(open_cache(tmp_path / f"cache{number}")) == expected, f"bit {bit}"
-        flip_bit(file, int(bit))
+        file.write_bytes(data)
     assert refused > 10
+
+
+def test_a_column_name_that_is_no_text(tokenizer: str, tmp_path: Path) -> None:
+    source = write_capture(tmp_path / "in", [sequence(0, 4), sequence(1, 4)])
+    file = source / "data_0.parquet"
+    file.write_bytes(file.read_bytes().replace(b"bytepacked_indices", b"\xb5ytepacked_indices"))
+    with pytest.raises(InterchangeError, match="damaged or not Parquet"):
+        run(source, tmp_path / "cache", tokenizer)
 
 
 def read_all(cache: Cache) -> bytes:
