@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import yaml
+from numpy.typing import NDArray
 
 from logitcache.errors import InterchangeError, UsageError
 from logitcache.interchange.distillkit import DistillKitLayout
 from logitcache.interchange.folder import list_array
 from logitcache.interchange.layouts import CONFIG_NAME
 from logitcache.interchange.ranked import ranked_entries, refuse_unbiased
-from logitcache.store import Blocks, Cache
+from logitcache.interchange.rows import RealRows
+from logitcache.store import Cache
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -63,22 +65,20 @@ class DistillKitRows:
         }
         return pa.schema(list(fields.items()))
 
-    def table(self, blocks: Blocks, real: int) -> pa.Table:
+    def table(self, rows: RealRows) -> pa.Table:
         import pyarrow as pa
 
-        layout, length = self.layout, blocks.tokens.shape[1]
-        ids, logprobs = ranked_entries(blocks.targets.slice(0, real), layout.k)
-        starts = np.minimum(np.arange(len(blocks.tokens) + 1) * length, real)
+        ids, logprobs = ranked_entries(rows.targets, self.layout.k)
 
-        def bytes_column(data: np.ndarray) -> pa.ListArray:
-            inner = list_array(data.reshape(-1), np.arange(real + 1) * data.shape[1])
-            return list_array(inner, starts)
+        def bytes_column(data: NDArray[np.uint8]) -> pa.ListArray:
+            inner = list_array(data.reshape(-1), np.arange(len(data) + 1) * data.shape[1])
+            return list_array(inner, rows.starts)
 
         return pa.table(
             {
-                "input_ids": list_array(blocks.tokens.reshape(-1)[:real].astype(np.uint64), starts),
-                "compressed_logprobs": bytes_column(layout.encode_logprobs(logprobs)),
-                "bytepacked_indices": bytes_column(layout.encode_ids(ids)),
+                "input_ids": list_array(rows.tokens.astype(np.uint64), rows.starts),
+                "compressed_logprobs": bytes_column(self.layout.encode_logprobs(logprobs)),
+                "bytepacked_indices": bytes_column(self.layout.encode_ids(ids)),
             }
         )
 

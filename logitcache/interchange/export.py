@@ -11,7 +11,7 @@ from logitcache.errors import UsageError
 from logitcache.interchange import distillkit_rows, positions, trl_rows
 from logitcache.interchange.distillkit import DistillKitLayout
 from logitcache.interchange.folder import new_folder
-from logitcache.interchange.positions import Writer
+from logitcache.interchange.rows import RealRows, Writer
 from logitcache.store import Blocks, Cache
 
 TARGETS = ("parquet", "distillkit", "trl")
@@ -72,10 +72,10 @@ def export_cache(
             end = min(start + file_blocks, stop)
             with folder.parquet(f"data/train-{number:05d}-of-{len(starts):05d}.parquet", schema) as file:
                 for part in _parts(cache, start, end, geometry.chunk_blocks):
-                    real = geometry.tokens_in(part.first_block, part.first_block + len(part.tokens))
-                    table = writer.table(part, real).cast(schema)
+                    rows = RealRows.of(part)
+                    table = writer.table(rows).cast(schema)
                     file.write_table(table, row_group_size=_group_rows(target, cache.block_length, table.num_rows))
-                    done += real
+                    done += len(rows)
                     progress(done, tokens)
         for name, content in writer.side_files().items():
             folder.text(name, content)

@@ -2,35 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from logitcache.interchange.folder import list_array
-from logitcache.store import Blocks
+from logitcache.interchange.rows import RealRows
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-
-class Writer(Protocol):
-    """Turns blocks into Arrow tables of one schema."""
-
-    def schema(self) -> pa.Schema:
-        """The columns."""
-
-    def table(self, blocks: Blocks, real: int) -> pa.Table:
-        """Rows of some blocks; only the first `real` of their positions hold tokens."""
-
-    def columns(self) -> dict[str, str]:
-        """What each column holds, in a few words."""
-
-    def side_files(self) -> dict[str, str]:
-        """Further text files: name -> content."""
-
-    def notes(self) -> str:
-        """A sentence or two for the folder's README."""
 
 
 class Positions:
@@ -54,18 +35,15 @@ class Positions:
             ]
         )
 
-    def table(self, blocks: Blocks, real: int) -> pa.Table:
+    def table(self, rows: RealRows) -> pa.Table:
         import pyarrow as pa
 
-        length = blocks.tokens.shape[1]
-        targets = blocks.targets.slice(0, real)
-        block, position = np.divmod(np.arange(real), length)
-        labels = blocks.labels().reshape(-1)[:real]
+        targets = rows.targets
         columns = {
-            "block": block + blocks.first_block,
-            "position": position.astype(np.int32),
-            "token": blocks.tokens.reshape(-1)[:real],
-            "next_token": pa.array(labels, mask=labels < 0),
+            "block": rows.block,
+            "position": rows.position.astype(np.int32),
+            "token": rows.tokens,
+            "next_token": pa.array(rows.labels, mask=rows.labels < 0),
             "ids": list_array(targets.ids, targets.offsets),
             "weights": list_array(targets.weights, targets.offsets),
             "tail_mass": targets.tail_mass,

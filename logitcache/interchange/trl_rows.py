@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from logitcache.interchange.folder import list_array
 from logitcache.interchange.ranked import padded_entries, refuse_unbiased
-from logitcache.store import Blocks, Cache
+from logitcache.interchange.rows import RealRows
+from logitcache.store import Cache
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -46,32 +47,28 @@ class TrlRows:
         }
         return pa.schema(list(fields.items()))
 
-    def table(self, blocks: Blocks, real: int) -> pa.Table:
+    def table(self, rows: RealRows) -> pa.Table:
         import pyarrow as pa
 
-        length = blocks.tokens.shape[1]
-        tokens = blocks.tokens.reshape(-1)[:real]
-        starts = np.minimum(np.arange(len(blocks.tokens) + 1) * length, real)
-        targets = blocks.targets.slice(0, real)
-        ids, logprobs = padded_entries(targets, self.k)
+        ids, logprobs = padded_entries(rows.targets, self.k)
         # TRL counts from the predicted token: item j is about token j + 1, so a block's last row has no place.
-        kept = np.ones(real, dtype=bool)
-        kept[starts[1:] - 1] = False
-        row_starts = starts - np.arange(len(starts))
+        kept = np.ones(len(rows), dtype=bool)
+        kept[rows.starts[1:] - 1] = False
+        row_starts = rows.starts - np.arange(len(rows.starts))
 
         def column(values: NDArray[Any]) -> pa.ListArray:
-            rows = values[kept]
-            return list_array(list_array(rows.reshape(-1), np.arange(len(rows) + 1) * rows.shape[1]), row_starts)
+            data = values[kept]
+            return list_array(list_array(data.reshape(-1), np.arange(len(data) + 1) * data.shape[1]), row_starts)
 
-        mask = np.ones(real, dtype=np.int8)
-        mask[starts[:-1]] = 0
+        mask = np.ones(len(rows), dtype=np.int8)
+        mask[rows.starts[:-1]] = 0
         return pa.table(
             {
-                "input_ids": list_array(tokens, starts),
-                "completion_mask": list_array(mask, starts),
+                "input_ids": list_array(rows.tokens, rows.starts),
+                "completion_mask": list_array(mask, rows.starts),
                 "logprob_token_ids": column(ids),
                 "logprobs": column(logprobs.astype(np.float32)),
-                "actual_logprobs": column(targets.label_logprob[:, None]),
+                "actual_logprobs": column(rows.targets.label_logprob[:, None]),
             }
         )
 
