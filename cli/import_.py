@@ -34,7 +34,16 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 @click.option(
     "--block-length", type=int, metavar="N", help="Keep N positions of each sequence, leave out shorter ones."
 )
-@click.option("--steps-per-nat", default=16, show_default=True, help="How finely log-probabilities are stored.")
+@click.option(
+    "--codec",
+    default="small",
+    show_default=True,
+    type=click.Choice(["small", "fast"]),
+    help="small: fewest bytes; fast: fastest to read.",
+)
+@click.option(
+    "--container", default="zarr", show_default=True, type=click.Choice(["zarr", "arrow"]), help="Files of the cache."
+)
 @json_option
 @debug_option
 def import_(source: str, as_json: bool, **rest: Any) -> None:

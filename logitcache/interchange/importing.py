@@ -11,14 +11,24 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from logitcache.codec import LogprobCodec, Planes
+from logitcache.codec import LayoutName, Planes, RowCodec
 from logitcache.corpus import corpus_files_identity
 from logitcache.errors import InterchangeError, UsageError
 from logitcache.interchange.decoding import decode_sequence
 from logitcache.interchange.distillkit import DistillKitLayout
 from logitcache.interchange.layouts import CONFIG_NAME, choose_layout
 from logitcache.interchange.sequences import SequenceRow, Sequences, parquet_files, scan
-from logitcache.store import CacheWriter, Geometry, Identity, Layout, Manifest, Origin, StoredSelection, check_folder
+from logitcache.store import (
+    CacheWriter,
+    ContainerKind,
+    Geometry,
+    Identity,
+    Layout,
+    Manifest,
+    Origin,
+    StoredSelection,
+    check_folder,
+)
 from logitcache.store.files import digest
 from logitcache.targets import SparseTargets
 
@@ -38,7 +48,8 @@ class ImportOptions:
         layout: a YAML file, "recommended" or "budget"; by default compression_config.yaml beside the files.
         vocab_size: rows of the teacher's LM head; by default the layout's d.
         block_length: keep so many positions of each sequence and leave shorter ones out.
-        steps_per_nat: how finely the cache quantises log-probabilities.
+        codec: "small" (fewest bytes) or "fast" (fastest to read).
+        container: kind of the cache's files.
     """
 
     paths: tuple[str, ...]
@@ -47,13 +58,12 @@ class ImportOptions:
     layout: str | None = None
     vocab_size: int | None = None
     block_length: int | None = None
-    steps_per_nat: int = 16
+    codec: LayoutName = "small"
+    container: ContainerKind = "zarr"
 
     def __post_init__(self) -> None:
         if self.block_length is not None and self.block_length < 2:
             raise UsageError(f"block length is {self.block_length}; it must be at least 2")
-        if not 1 <= self.steps_per_nat <= 65_535:
-            raise UsageError(f"steps per nat is {self.steps_per_nat}; choose 1 to 65,535")
 
 
 @dataclass(frozen=True)
@@ -146,10 +156,10 @@ def _write_units(writer: CacheWriter, layout: DistillKitLayout, found: Sequences
         for begin in range(first, stop, geometry.chunk_blocks):
             count = min(geometry.chunk_blocks, stop - begin)
             tokens, targets, over = _decode_chunk(itertools.islice(rows, count), layout, writer.identity.vocab_size)
-            if writer.ranks() is None:
-                # The cache's first chunk is the pilot that orders ids by frequency.
-                writer.publish_ranks(targets.ids)
-            chunks.append(writer.encode(tokens, targets))
+            if writer.codebook() is None:
+                # The cache's first chunk is the pilot that the tables are counted from.
+                writer.publish_pilot(tokens, targets)
+            chunks.append(writer.encode(begin, tokens, targets))
             scaled, computed = scaled + over, computed + tokens.size
             progress.advance(done + computed, geometry.num_tokens, computed, num_bytes)
         num_bytes += writer.commit_unit(unit, chunks, {"rescaled_rows": scaled})
@@ -202,8 +212,9 @@ def _identity(
         },
         selection=StoredSelection(method="top-k", size=layout.k),
         seed=0,
-        codec=LogprobCodec(options.steps_per_nat).to_dict(),
+        codec=RowCodec.for_selection("top-k", layout.k, None, options.codec).to_dict(),
         geometry=_geometry(found, layout.k),
+        container=options.container,
     )
 
 

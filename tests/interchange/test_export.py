@@ -14,7 +14,10 @@ import yaml
 
 from logitcache.errors import CacheError, DamagedCacheError, InterchangeError, LogitcacheError, UsageError
 from logitcache.interchange import TARGETS, DistillKitLayout, export, export_cache
+from logitcache.interchange.rows import RealRows
+from logitcache.interchange.trl_rows import TrlRows
 from logitcache.store import Blocks, Cache, open_cache
+from logitcache.targets import SparseTargets
 from tests.caches import Dumped, random_cache
 from tests.faults import flip_bit
 
@@ -47,6 +50,31 @@ def test_parquet_holds_everything(kind: str, tmp_path: Path) -> None:
         assert (row["tail_mass"], row["threshold"]) == (targets.tail_mass[number], targets.threshold[number])
         for name in ("label_logprob", "entropy"):
             assert row[name] == none_where_nan(getattr(targets, name)[number])
+
+
+def short_in_the_middle() -> Blocks:
+    """Three blocks of 4 places, of which the first holds 2 tokens and the last 3: as where corpora were merged."""
+    tokens = np.array([[5, 6, 0, 0], [7, 8, 9, 1], [2, 3, 4, 0]])
+    valid = np.array([[1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 0]], dtype=bool)
+    lengths = valid.ravel() * 2
+    ids = np.tile([1, 4], 9)
+    weights = np.arange(18) / 40
+    return Blocks(7, tokens, SparseTargets(np.append(0, np.cumsum(lengths)), ids, weights), valid)
+
+
+def test_short_blocks() -> None:
+    rows = RealRows.of(short_in_the_middle())
+    assert rows.starts.tolist() == [0, 2, 6, 9]
+    assert rows.block.tolist() == [7, 7, 8, 8, 8, 8, 9, 9, 9]
+    assert rows.position.tolist() == [0, 1, 0, 1, 2, 3, 0, 1, 2]
+    assert rows.tokens.tolist() == [5, 6, 7, 8, 9, 1, 2, 3, 4]
+    assert rows.labels.tolist() == [6, -100, 8, 9, 1, -100, 3, 4, -100]
+    assert rows.targets.row_lengths.tolist() == [2] * 9
+    table = TrlRows(2).table(rows).to_pylist()
+    assert [row["input_ids"] for row in table] == [[5, 6], [7, 8, 9, 1], [2, 3, 4]]
+    assert [row["completion_mask"] for row in table] == [[0, 1], [0, 1, 1, 1], [0, 1, 1]]
+    assert [len(row["logprobs"]) for row in table] == [1, 3, 2]
+    assert table[1]["logprobs"][2] == pytest.approx(np.log([9 / 40, 8 / 40]))
 
 
 def test_metadata_files_and_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
