@@ -18,6 +18,7 @@ from logitcache.errors import LogitcacheError
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
+GO_ON = "the same command goes on from there (train: add --resume; export: begins anew)"
 
 
 class Terminated(BaseException):
@@ -76,10 +77,10 @@ def _explain(error: BaseException) -> int:
         error.show()
         return error.exit_code
     if isinstance(error, KeyboardInterrupt | click.Abort):
-        _say("interrupted; what is committed is kept, and the same command goes on from there (train: add --resume)")
+        _say(f"interrupted; what is committed is kept, and {GO_ON}")
         return 130
     if isinstance(error, Terminated):
-        _say("stopped by SIGTERM; what is committed is kept; the same command goes on from there (train: add --resume)")
+        _say(f"stopped by SIGTERM; what is committed is kept; {GO_ON}")
         return 143
     if isinstance(error, LogitcacheError):
         _say(f"error: {error}")

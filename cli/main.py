@@ -11,7 +11,9 @@ from .convert import convert
 from .demo import demo
 from .derive import derive
 from .dump import dump
+from .export import export
 from .gc import gc
+from .import_ import import_
 from .inspect import inspect
 from .merge import merge
 from .subset import subset
@@ -29,7 +31,7 @@ def cli() -> None:
     """
 
 
-for command in (dump, train, inspect, verify, derive, merge, subset, convert, gc, demo):
+for command in (dump, train, inspect, verify, derive, merge, subset, convert, export, import_, gc, demo):
     cli.add_command(command)
 
 

@@ -55,5 +55,9 @@ class PlanMismatchError(CacheError):
         self.differences = differences
 
 
+class InterchangeError(LogitcacheError):
+    """A file of another tool cannot be read or written as asked."""
+
+
 class TrainingError(LogitcacheError):
     """A training run cannot start or resume."""

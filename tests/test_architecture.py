@@ -15,7 +15,7 @@ RANKS = [
     {"targets"},
     {"corpus", "models", "selection", "codec", "kernels"},
     {"teachers", "store", "losses"},
-    {"reader", "algebra"},
+    {"reader", "algebra", "interchange"},
     {"training"},
     {"dump", "distill"},
     {"demo"},
@@ -66,6 +66,7 @@ def modules_after(statement: str) -> set[str]:
         "import logitcache",
         "import logitcache.targets, logitcache.codec, logitcache.store, logitcache.selection, logitcache.algebra",
         "import logitcache; logitcache.open_cache, logitcache.verify, logitcache.SparseTargets",
+        "import logitcache.interchange",
         "import logitcache.cli.main",
     ],
 )

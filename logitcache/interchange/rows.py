@@ -1,0 +1,81 @@
+"""Blocks without their padding, and what every export target's writer does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from logitcache.store import Blocks
+from logitcache.targets import SparseTargets
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+@dataclass(frozen=True)
+class RealRows:
+    """The R real positions of B blocks, in order.
+
+    Args:
+        starts: int64 [B + 1]; block b's positions are [starts[b], starts[b + 1]).
+        block, position: int64 [R], number of the block and place in it.
+        tokens: int64 [R].
+        labels: int64 [R], the next token; -100 where there is none.
+        targets: SparseTargets of R rows.
+    """
+
+    starts: NDArray[np.int64]
+    block: NDArray[np.int64]
+    position: NDArray[np.int64]
+    tokens: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    targets: SparseTargets
+
+    @classmethod
+    def of(cls, blocks: Blocks) -> RealRows:
+        """Leave out the positions after a block's end; their rows are empty."""
+        valid, targets = blocks.valid, blocks.targets
+        kept = valid.reshape(-1)
+        block, position = np.nonzero(valid)
+        return cls(
+            starts=np.concatenate([[0], np.cumsum(valid.sum(axis=1))]),
+            block=block + blocks.first_block,
+            position=position,
+            tokens=blocks.tokens[valid],
+            labels=blocks.labels()[valid],
+            targets=SparseTargets(
+                np.concatenate([[0], np.cumsum(targets.row_lengths[kept])]),
+                targets.ids,
+                targets.weights,
+                targets.tail_mass[kept],
+                targets.label_logprob[kept],
+                targets.entropy[kept],
+                targets.threshold[kept],
+                targets.unbiased,
+            ),
+        )
+
+    def __len__(self) -> int:
+        return self.tokens.size
+
+
+class Writer(Protocol):
+    """Turns rows into Arrow tables of one schema."""
+
+    def schema(self) -> pa.Schema:
+        """The columns."""
+
+    def table(self, rows: RealRows) -> pa.Table:
+        """The rows of some blocks."""
+
+    def columns(self) -> dict[str, str]:
+        """What each column holds, in a few words."""
+
+    def side_files(self) -> dict[str, str]:
+        """Further text files: name -> content."""
+
+    def notes(self) -> str:
+        """A sentence or two for the folder's README."""
