@@ -179,8 +179,8 @@ class Cache:
         rows = geometry.tokens_in(ref.first_block, ref.first_block + ref.num_blocks)
         # The codec computes with signed numbers; the container stores, and checks, numbers below 2^63.
         planes = {name: plane.astype(np.int64) for name, plane in self.read_planes(ref).items()}
+        ranks = self.frequency_ranks()
         try:
-            ranks = self.frequency_ranks()
             tokens = ranks.decode(planes.pop("tokens"))
             if tokens.size != rows:
                 raise DamagedCacheError(f"it holds {tokens.size} tokens, not {rows}")
@@ -208,7 +208,7 @@ class Cache:
     def frequency_ranks(self) -> FrequencyRanks:
         """The cache's id table. Raises DamagedCacheError."""
         if self._ranks is None:
-            self._ranks = frequency_ranks(self.read_codebook(), self.vocab_size)
+            self._ranks = frequency_ranks(self._layout.codebook, self.read_codebook(), self.vocab_size)
         return self._ranks
 
     def _container(self, number: int) -> Container:

@@ -87,7 +87,7 @@ class CacheWriter:
     def ranks(self) -> FrequencyRanks | None:
         """The cache's frequency table, or None when it is not written yet."""
         if self._ranks is None and (planes := self.read_codebook()) is not None:
-            self._ranks = frequency_ranks(planes, self.identity.vocab_size)
+            self._ranks = frequency_ranks(self.layout.codebook, planes, self.identity.vocab_size)
         return self._ranks
 
     def publish_ranks(self, pilot_ids: NDArray[np.int64]) -> FrequencyRanks:
@@ -242,11 +242,14 @@ def read_codebook(layout: Layout, plan_fingerprint: str) -> dict[str, Plane]:
         container.close()
 
 
-def frequency_ranks(planes: Mapping[str, Plane], vocab_size: int) -> FrequencyRanks:
-    """The frequency table among a codebook's planes. Raises DamagedCacheError."""
+def frequency_ranks(path: Path, planes: Mapping[str, Plane], vocab_size: int) -> FrequencyRanks:
+    """The frequency table among the planes of the codebook at `path`. Raises DamagedCacheError."""
     if "ids" not in planes:
-        raise DamagedCacheError("the codebook holds no table 'ids'; restore the right file")
-    return FrequencyRanks(vocab_size, planes["ids"].astype(np.int64))
+        raise DamagedCacheError(f"{path} holds no table 'ids'; restore the right file")
+    try:
+        return FrequencyRanks(vocab_size, planes["ids"].astype(np.int64))
+    except DamagedCacheError as error:
+        raise DamagedCacheError(f"{path} is damaged: {error}; restore the right file") from error
 
 
 def check_attributes(container: Container, **expected: Any) -> None:

@@ -102,7 +102,7 @@ def test_flipped_bits_without_the_files_hash(path: Path) -> None:
     """Even below the SHA-256, no flipped bit survives as other data or other attributes."""
     original, chunks = path.read_bytes(), chunks_of()
     caught = 0
-    for bit in random_bits(np.random.default_rng(1), path, 250):
+    for bit in random_bits(np.random.default_rng(1), path, 150):
         flip_bit(path, bit)
         try:
             container = open_container(path)
@@ -112,7 +112,7 @@ def test_flipped_bits_without_the_files_hash(path: Path) -> None:
         except CacheError:
             caught += 1
         path.write_bytes(original)
-    assert caught > 100, "the rest are bits that mean nothing, such as dates in the zip's directory"
+    assert caught > 60, "the rest are bits that mean nothing, such as dates in the zip's directory"
 
 
 @pytest.mark.parametrize("size", [0, 1, 21, 22, 500, -1, -22])

@@ -120,7 +120,16 @@ def test_a_codebook_without_its_table(tmp_path: Path) -> None:
     for container in CONTAINERS:
         writer = CacheWriter.open(tmp_path / container, identity(container=container))
         writer.publish_codebook({"other": np.arange(3)})
-        with pytest.raises(DamagedCacheError, match=r"the codebook holds no table 'ids'; restore the right file$"):
+        with pytest.raises(DamagedCacheError, match=r"frequency\..* holds no table 'ids'; restore the right file$"):
+            writer.ranks()
+
+
+@pytest.mark.parametrize("ids", [[1, 1], [400], [1 << 40]], ids=str)
+def test_a_codebook_with_a_wrong_table(tmp_path: Path, ids: list[int]) -> None:
+    for container in CONTAINERS:
+        writer = CacheWriter.open(tmp_path / container, identity(container=container))
+        writer.publish_codebook({"ids": np.array(ids)})
+        with pytest.raises(DamagedCacheError, match=r"is damaged: the frequency table is not a list of distinct ids"):
             writer.ranks()
 
 
