@@ -17,7 +17,7 @@ from logitcache.errors import CacheError, DamagedCacheError, TargetsError
 from logitcache.store.container import Container, Plane, open_container
 from logitcache.store.files import sha256_of_file
 from logitcache.store.layout import Layout, local_root
-from logitcache.store.schema import Manifest, Plan, Shard, load_document
+from logitcache.store.schema import Manifest, Plan, Shard, load_document, most_integers
 from logitcache.store.writer import assemble_manifest, check_attributes, frequency_ranks, read_codebook
 from logitcache.targets import SparseTargets
 
@@ -248,11 +248,6 @@ class Cache:
                 f"{shard.num_tokens:,} tokens and {shard.num_entries:,} entries cannot have; restore the right file",
                 shard=shard.file,
             )
-
-
-def most_integers(num_tokens: int, num_entries: int) -> int:
-    """What all planes of a shard may hold together; a reader refuses more before it allocates them."""
-    return 16 * num_tokens + 8 * num_entries + (1 << 16)
 
 
 def open_cache(location: str | Path, *, partial: bool = False) -> Cache:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from logitcache.codec import FrequencyRanks, Planes, codec_from_dict
-from logitcache.errors import CacheError, DamagedCacheError, FormatVersionError, PlanMismatchError
+from logitcache.errors import CacheError, DamagedCacheError, FormatVersionError, PlanMismatchError, TargetsError
 from logitcache.store.container import Container, Plane, open_container, write_container
 from logitcache.store.files import (
     checked_json,
@@ -27,7 +27,17 @@ from logitcache.store.files import (
 )
 from logitcache.store.layout import Layout, unit_name, writing
 from logitcache.store.lock import hold_shared
-from logitcache.store.schema import FORMAT_VERSION, Commit, Identity, Manifest, Origin, Plan, Shard, load_document
+from logitcache.store.schema import (
+    FORMAT_VERSION,
+    Commit,
+    Identity,
+    Manifest,
+    Origin,
+    Plan,
+    Shard,
+    load_document,
+    most_integers,
+)
 from logitcache.targets import SparseTargets
 
 MAX_CODEBOOK_INTEGERS = 1 << 26
@@ -108,6 +118,7 @@ class CacheWriter:
 
     def publish_codebook(self, planes: Mapping[str, Plane]) -> dict[str, Plane]:
         """Write the tables the codec needs, unless another worker did, and return those there."""
+        _check_integers("codebook", [planes], MAX_CODEBOOK_INTEGERS)
         attributes = self._attributes("codebook")
         with writing(self.layout.root):
             temporary = write_temporary(
@@ -147,6 +158,8 @@ class CacheWriter:
         first, stop = self.geometry.unit_range(unit)
         num_tokens = self.geometry.tokens_in(first, stop)
         name = unit_name(unit)
+        entries = sum(int(chunk["ids"].size) for chunk in chunks) if num_entries is None else num_entries
+        _check_integers("shard", chunks, most_integers(num_tokens, entries))
         attributes = self._attributes("shard", unit=name, first_block=first, num_tokens=num_tokens)
         with writing(self.layout.root, needed_bytes=sum(plane.size for chunk in chunks for plane in chunk.values())):
             failpoint("commit.before_write")
@@ -170,7 +183,7 @@ class CacheWriter:
                 first_block=first,
                 num_blocks=stop - first,
                 num_tokens=num_tokens,
-                num_entries=sum(int(chunk["ids"].size) for chunk in chunks) if num_entries is None else num_entries,
+                num_entries=entries,
                 counters=dict(counters or {}),
             )
             data = checked_json(record.model_dump(mode="json"))
@@ -216,6 +229,13 @@ class CacheWriter:
 
     def _attributes(self, role: str, **more: Any) -> dict[str, Any]:
         return {"format_version": FORMAT_VERSION, "role": role, "plan": self.plan.fingerprint, **more}
+
+
+def _check_integers(what: str, chunks: Sequence[Mapping[str, Plane]], limit: int) -> None:
+    """Raise TargetsError where a reader would refuse the size of what is about to be written."""
+    found = sum(plane.size for chunk in chunks for plane in chunk.values())
+    if found > limit:
+        raise TargetsError(f"a {what}'s planes hold {found:,} integers, over the format's {limit:,}")
 
 
 def check_folder(layout: Layout) -> None:

@@ -82,6 +82,10 @@ NOT_STORED = {
         {"ids": np.broadcast_to(np.zeros(1, "uint16"), MAX_PLANE_INTEGERS + 1)},
         r"^plane 'ids' of a chunk has 67,108,865 numbers, over the format's 67,108,864; use a shorter --block-length$",
     ),
+    "too many": (
+        {f"p{number}": np.zeros(1, "uint16") for number in range(65)},
+        r"^a chunk has 65 planes, over the form",
+    ),
     "a path for a name": ({"../ids": np.array([3])}, r"^plane '../ids' needs a name of letters, digits"),
 }
 
