@@ -390,8 +390,8 @@ CHANGES: dict[str, tuple[str, dict[str, Any], Callable[[Path], None] | None, set
         None,
         {"corpus.max_tokens", "corpus.num_tokens", "corpus.sha256", "corpus.documents", "geometry.num_tokens"},
     ),
-    "corpus": ("top-k:7", {}, swap_lines, {"corpus.files", "corpus.sha256"}),
-    "teacher": ("top-k:7", {}, other_teacher, {"teacher.files", "teacher.sha256"}),
+    "corpus": ("top-k:7", {}, swap_lines, {"corpus.files.1.sha256", "corpus.sha256"}),
+    "teacher": ("top-k:7", {}, other_teacher, {"teacher.files.1.sha256", "teacher.sha256"}),
 }
 
 

@@ -18,8 +18,8 @@ from logitcache.errors import CacheError, DamagedCacheError, TargetsError
 from logitcache.store.container import Container, Plane, open_container
 from logitcache.store.files import sha256_of_file
 from logitcache.store.layout import Layout, local_root
-from logitcache.store.schema import Geometry, Manifest, Plan, Shard, load_document
-from logitcache.store.writer import assemble_manifest, check_attributes, read_codebook
+from logitcache.store.schema import Geometry, Manifest, Plan, Shard, load_document, most_integers
+from logitcache.store.writer import assemble_manifest, check_attributes, parse_codebook, read_codebook
 from logitcache.targets import SparseTargets
 
 
@@ -198,8 +198,8 @@ class Cache:
             name: plane.astype(np.int64) if plane.dtype == np.uint64 else plane
             for name, plane in self.read_planes(ref).items()
         }
+        codebook = self.codebook()
         with self._damage_in(ref):
-            codebook = self.codebook()
             tokens = codebook.ranks.decode(planes.pop("tokens"))
             if tokens.size != rows:
                 raise DamagedCacheError(f"it holds {tokens.size} tokens, not {rows}")
@@ -232,7 +232,7 @@ class Cache:
     def codebook(self) -> Codebook:
         """The codec's tables. Raises DamagedCacheError."""
         if self._codebook is None:
-            self._codebook = Codebook.from_planes(self.read_codebook(), self.vocab_size)
+            self._codebook = parse_codebook(self._layout.codebook, self.read_codebook(), self.vocab_size)
         return self._codebook
 
     def _container(self, number: int) -> Container:
@@ -272,11 +272,6 @@ class Cache:
                 f"{shard.num_tokens:,} tokens and {shard.num_entries:,} entries cannot have; restore the right file",
                 shard=shard.file,
             )
-
-
-def most_integers(num_tokens: int, num_entries: int) -> int:
-    """What all planes of a shard may hold together; a reader refuses more before it allocates them."""
-    return 16 * num_tokens + 8 * num_entries + (1 << 16)
 
 
 def open_cache(location: str | Path, *, partial: bool = False) -> Cache:

@@ -143,8 +143,10 @@ def dtypes_of(chunks: Sequence[Mapping[str, Plane]]) -> dict[str, np.dtype[Any]]
     """The narrowest allowed type of every plane.
 
     Raises:
-        TargetsError: a plane holds a negative number or one over 2^63 - 1, or is too long for the format.
+        TargetsError: a plane holds a negative number or one over 2^63 - 1, or there is more than the format allows.
     """
+    if len(chunks[0]) > MAX_PLANES:
+        raise TargetsError(f"a chunk has {len(chunks[0])} planes, over the format's {MAX_PLANES}")
     return {name: _dtype_of(name, [chunk[name] for chunk in chunks]) for name in chunks[0]}
 
 

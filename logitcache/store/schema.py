@@ -278,6 +278,11 @@ class Manifest(Document):
         return digest([plan.fingerprint, codebook_sha256, [shard.sha256 for shard in shards]])
 
 
+def most_integers(num_tokens: int, num_entries: int) -> int:
+    """What all planes of a shard may hold together; a reader refuses more before it allocates them."""
+    return 16 * num_tokens + 8 * num_entries + (1 << 16)
+
+
 Model = TypeVar("Model", bound=Document)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from logitcache.codec import Codebook, CodedRows, Planes, RowCodec
-from logitcache.errors import CacheError, DamagedCacheError, FormatVersionError, PlanMismatchError
+from logitcache.errors import CacheError, DamagedCacheError, FormatVersionError, PlanMismatchError, TargetsError
 from logitcache.selection import chunk_uniforms
 from logitcache.store.container import Container, Plane, open_container, write_container
 from logitcache.store.files import (
@@ -28,7 +28,17 @@ from logitcache.store.files import (
 )
 from logitcache.store.layout import Layout, unit_name, writing
 from logitcache.store.lock import hold_shared
-from logitcache.store.schema import FORMAT_VERSION, Commit, Identity, Manifest, Origin, Plan, Shard, load_document
+from logitcache.store.schema import (
+    FORMAT_VERSION,
+    Commit,
+    Identity,
+    Manifest,
+    Origin,
+    Plan,
+    Shard,
+    load_document,
+    most_integers,
+)
 from logitcache.targets import SparseTargets
 
 MAX_CODEBOOK_INTEGERS = 1 << 26
@@ -88,7 +98,7 @@ class CacheWriter:
     def codebook(self) -> Codebook | None:
         """The cache's tables, or None when they are not written yet. Raises DamagedCacheError."""
         if self._codebook is None and (planes := self.read_codebook()) is not None:
-            self._codebook = Codebook.from_planes(planes, self.identity.vocab_size)
+            self._codebook = parse_codebook(self.layout.codebook, planes, self.identity.vocab_size)
         return self._codebook
 
     def publish_pilot(self, tokens: NDArray[np.int64], targets: SparseTargets) -> Codebook:
@@ -112,6 +122,7 @@ class CacheWriter:
 
     def publish_codebook(self, planes: Mapping[str, Plane]) -> dict[str, Plane]:
         """Write the tables the codec needs, unless another worker did, and return those there."""
+        _check_integers("codebook", [planes], MAX_CODEBOOK_INTEGERS)
         attributes = self._attributes("codebook")
         with writing(self.layout.root):
             temporary = write_temporary(
@@ -162,6 +173,8 @@ class CacheWriter:
         first, stop = self.geometry.unit_range(unit)
         num_tokens = self.geometry.tokens_in(first, stop)
         name = unit_name(unit)
+        entries = sum(int(chunk["ids"].size) for chunk in chunks) if num_entries is None else num_entries
+        _check_integers("shard", chunks, most_integers(num_tokens, entries))
         attributes = self._attributes("shard", unit=name, first_block=first, num_tokens=num_tokens)
         with writing(self.layout.root, needed_bytes=sum(plane.size for chunk in chunks for plane in chunk.values())):
             failpoint("commit.before_write")
@@ -185,7 +198,7 @@ class CacheWriter:
                 first_block=first,
                 num_blocks=stop - first,
                 num_tokens=num_tokens,
-                num_entries=sum(int(chunk["ids"].size) for chunk in chunks) if num_entries is None else num_entries,
+                num_entries=entries,
                 counters=dict(counters or {}),
             )
             data = checked_json(record.model_dump(mode="json"))
@@ -233,6 +246,13 @@ class CacheWriter:
         return {"format_version": FORMAT_VERSION, "role": role, "plan": self.plan.fingerprint, **more}
 
 
+def _check_integers(what: str, chunks: Sequence[Mapping[str, Plane]], limit: int) -> None:
+    """Raise TargetsError where a reader would refuse the size of what is about to be written."""
+    found = sum(plane.size for chunk in chunks for plane in chunk.values())
+    if found > limit:
+        raise TargetsError(f"a {what}'s planes hold {found:,} integers, over the format's {limit:,}")
+
+
 def check_folder(layout: Layout) -> None:
     """Raise CacheError when the folder cannot become, or is not, a cache."""
     root = layout.root
@@ -255,6 +275,14 @@ def read_codebook(layout: Layout, plan_fingerprint: str) -> dict[str, Plane]:
         return container.read_chunk(0)
     finally:
         container.close()
+
+
+def parse_codebook(path: Path, planes: Mapping[str, Plane], vocab_size: int) -> Codebook:
+    """The tables among the planes of the codebook at `path`. Raises DamagedCacheError."""
+    try:
+        return Codebook.from_planes(dict(planes), vocab_size)
+    except DamagedCacheError as error:
+        raise DamagedCacheError(f"{path} is damaged: {error}; restore the right file") from error
 
 
 def check_attributes(container: Container, **expected: Any) -> None:

@@ -82,6 +82,10 @@ NOT_STORED = {
         {"ids": np.broadcast_to(np.zeros(1, "uint16"), MAX_PLANE_INTEGERS + 1)},
         r"^plane 'ids' of a chunk has 67,108,865 numbers, over the format's 67,108,864; use a shorter --block-length$",
     ),
+    "too many": (
+        {f"p{number}": np.zeros(1, "uint16") for number in range(65)},
+        r"^a chunk has 65 planes, over the form",
+    ),
     "a path for a name": ({"../ids": np.array([3])}, r"^plane '../ids' needs a name of letters, digits"),
 }
 
@@ -102,7 +106,7 @@ def test_flipped_bits_without_the_files_hash(path: Path) -> None:
     """Even below the SHA-256, no flipped bit survives as other data or other attributes."""
     original, chunks = path.read_bytes(), chunks_of()
     caught = 0
-    for bit in random_bits(np.random.default_rng(1), path, 250):
+    for bit in random_bits(np.random.default_rng(1), path, 150):
         flip_bit(path, bit)
         try:
             container = open_container(path)
@@ -112,7 +116,7 @@ def test_flipped_bits_without_the_files_hash(path: Path) -> None:
         except CacheError:
             caught += 1
         path.write_bytes(original)
-    assert caught > 100, "the rest are bits that mean nothing, such as dates in the zip's directory"
+    assert caught > 60, "the rest are bits that mean nothing, such as dates in the zip's directory"
 
 
 @pytest.mark.parametrize("size", [0, 1, 21, 22, 500, -1, -22])

@@ -9,13 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import pytest
 import zarr
+from numcodecs.pcodec import PCodec
 from zarr.codecs import BytesCodec
 from zarr.storage import ZipStore
 
 from logitcache.errors import DamagedCacheError
+from logitcache.store import container_zarr
 from logitcache.store.container import open_container, write_container
 from tests.store.containers import check, chunks_of
 
@@ -89,6 +92,13 @@ CHANGES: dict[str, Callable[[dict[str, bytes]], Any]] = {
     "fewer chunks": edit("zarr.json", "attributes", "sizes", "ids", value=[40, 7, 0]),
     "other codec": edit("ids/zarr.json", "codecs", value=[{"name": "bytes", "configuration": {"endian": "little"}}]),
     "no checksum": edit("ids/zarr.json", "codecs", value=[{"name": "numcodecs.pcodec", "configuration": {"level": 8}}]),
+    "pickled": edit("ids/zarr.json", "codecs", value=[{"name": "numcodecs.pickle"}, {"name": "crc32c"}]),
+    "transformed": edit("ids/zarr.json", "storage_transformers", value=[{"name": "x"}]),
+    "filled with ones": edit("ids/zarr.json", "fill_value", value=1),
+    "Zarr v2": lambda members: members.update({".zgroup": b'{"zarr_format": 2}'}),
+    "duplicate keys": lambda members: members.update(
+        {"zarr.json": members["zarr.json"][:-1] + b', "node_type": "group"}'}
+    ),
     "other type": edit("ids/zarr.json", "data_type", value="float32"),
     "large metadata": edit("zarr.json", "attributes", "role", value="x" * (1 << 20)),
 }
@@ -146,3 +156,40 @@ def test_another_zarr(tmp_path: Path) -> None:
         group.create_array("ids", data=np.arange(3, dtype="uint16")[None], serializer=BytesCodec())
     with pytest.raises(DamagedCacheError, match=r"is damaged or not a shard of this format"):
         open_container(plain)
+
+
+def crc_of(stream: bytes) -> bytes:
+    return stream + google_crc32c.value(stream).to_bytes(4, "little")
+
+
+@pytest.mark.parametrize("count", [0, 1, 89, 91, 1 << 22])
+def test_streams_of_another_length(path: Path, count: int) -> None:
+    """A stream may claim, and hold, more or less than the array is wide."""
+    stream = PCodec(level=8).encode(np.zeros(count, dtype=np.uint32))
+    rezip(path, lambda members: members.update({"ids/c/2/0": crc_of(bytes(stream))}))
+    with pytest.raises(DamagedCacheError, match=r"array 'ids', chunk 2 (does not hold 90 numbers|cannot be decoded)"):
+        open_container(path).read("ids", 2)
+
+
+@pytest.mark.parametrize("stream", [b"", b"\1", b"pco!", b"pco!" + b"\xff" * 40])
+def test_streams_that_are_none(path: Path, stream: bytes) -> None:
+    for member in (crc_of(stream), stream):
+        rezip(path, lambda members, member=member: members.update({"ids/c/2/0": member}))  # type: ignore[misc]
+        with pytest.raises(DamagedCacheError, match=r"array 'ids', chunk 2 "):
+            open_container(path).read("ids", 2)
+
+
+def test_a_member_elsewhere_than_the_directory_says(path: Path) -> None:
+    """Two readers of such a zip would see different files."""
+    data = path.read_bytes()
+    for change in (b"PK\3\5", b"idz/c/2/0"):
+        place = data.index(b"ids/c/2/0") - (30 if change.startswith(b"PK") else 0)
+        path.write_bytes(data[:place] + change + data[place + len(change) :])
+        with pytest.raises(DamagedCacheError, match=r"member ids/c/2/0 is not where the directory says"):
+            open_container(path).read("ids", 2)
+
+
+def test_a_directory_without_measure(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(container_zarr, "MAX_DIRECTORY_BYTES", 600)
+    with pytest.raises(DamagedCacheError, match=r"is damaged or not a shard of this format: BadZipFile"):
+        open_container(path)

@@ -13,6 +13,7 @@ from logitcache.store import Manifest, load_document, open_cache, verify
 from logitcache.store.files import checked_json, read_checked_json
 from logitcache.store.layout import Layout
 from tests.store.caches import Made, identity, make_cache, rewrite
+from tests.store.mutations import repair_fingerprint
 
 
 @pytest.fixture
@@ -91,6 +92,7 @@ def test_file_names_that_are_paths(made: Made, name: Any) -> None:
         ("num_tokens", 1 << 70),
         ("num_tokens", 103.0),
         ("block_length", 1),
+        ("block_length", (1 << 24) + 1),
         ("block_length", "5"),
         ("chunk_blocks", -3),
         ("unit_blocks", None),
@@ -103,6 +105,42 @@ def test_geometries_out_of_range(made: Made, field: str, value: Any) -> None:
     rewrite(manifest, identity={**stored, "geometry": {**stored["geometry"], field: value}})
     with pytest.raises(DamagedCacheError, match=rf"is not a valid manifest.json: identity.geometry.{field}: "):
         open_cache(made.root)
+
+
+# Tokens of a cache of one shard in chunks of one block of two tokens, what its line claims, and the answer.
+HUGE: dict[str, tuple[int, dict[str, int], str]] = {
+    "chunks": (1 << 40, {}, "unit 000000 claims more chunks than its bytes can hold"),
+    "chunks and bytes": (1 << 40, {"num_bytes": 1 << 60}, "it claims more than 4,194,304 chunks"),
+    "entries": (40, {"num_entries": 65_535 * 40 + 1}, "unit 000000 claims more entries than its rows can have"),
+}
+
+
+@pytest.mark.parametrize("case", HUGE)
+def test_huge_claims_are_refused_before_anything_is_listed(made: Made, case: str) -> None:
+    """In a manifest that is right to the last checksum."""
+    num_tokens, claims, message = HUGE[case]
+    path = Layout(made.root).manifest
+    manifest = load_document(path, Manifest)
+    geometry = {"num_tokens": num_tokens, "block_length": 2, "chunk_blocks": 1, "unit_blocks": num_tokens // 2}
+    shard = {**manifest.shards[0].model_dump(), "num_tokens": num_tokens, "num_blocks": num_tokens // 2, **claims}
+    rewrite(path, identity={**manifest.identity.model_dump(), "geometry": geometry}, shards=[shard])
+    repair_fingerprint(path)
+    with pytest.raises(DamagedCacheError, match=rf"manifest.json contradicts itself: {message}; restore the file$"):
+        open_cache(made.root)
+
+
+def test_a_plan_of_a_trillion_units(made: Made) -> None:
+    """Its commits are looked for where they are, not counted through."""
+    layout = Layout(made.root)
+    layout.manifest.unlink()
+    stored = json.loads(layout.plan.read_text())["identity"]
+    huge = {"num_tokens": 1 << 45, "block_length": 5, "chunk_blocks": 1, "unit_blocks": 1}
+    rewrite(layout.plan, identity={**stored, "geometry": huge})
+    with pytest.raises(DamagedCacheError, match=r"000000.json belongs to another cache or unit"):
+        open_cache(made.root, partial=True)
+    for path in layout.commits.iterdir():
+        path.unlink()
+    assert open_cache(made.root, partial=True).chunks == []
 
 
 SHAPES = {

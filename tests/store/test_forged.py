@@ -120,7 +120,17 @@ def test_a_codebook_without_its_table(tmp_path: Path) -> None:
     for container in CONTAINERS:
         writer = CacheWriter.open(tmp_path / container, identity(container=container))
         writer.publish_codebook({"other": np.arange(3)})
-        with pytest.raises(DamagedCacheError, match=r"^the codebook lacks 'candidates'$"):
+        with pytest.raises(DamagedCacheError, match=r"tables\..* is damaged: the codebook lacks 'candidates'; restore"):
+            writer.codebook()
+
+
+@pytest.mark.parametrize("ids", [[1, 1], [400], [1 << 40]], ids=str)
+def test_a_codebook_with_a_wrong_table(tmp_path: Path, ids: list[int]) -> None:
+    none = np.zeros(0, dtype=np.int64)
+    for container in CONTAINERS:
+        writer = CacheWriter.open(tmp_path / container, identity(container=container))
+        writer.publish_codebook({"ids": np.array(ids), "context_sizes": none, "candidates": none})
+        with pytest.raises(DamagedCacheError, match=r"is damaged: the frequency table is not a list of distinct ids"):
             writer.codebook()
 
 

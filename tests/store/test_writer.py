@@ -18,6 +18,7 @@ from logitcache.errors import CacheError, PlanMismatchError, TargetsError
 from logitcache.store import CacheWriter, TokenFile, open_cache, verify
 from logitcache.store.files import publish, write_temporary
 from logitcache.store.layout import ContainerKind, Layout
+from logitcache.store.schema import most_integers
 from tests.faults import run_to_end
 from tests.store.caches import CONTAINERS, GEOMETRY, commit, content, files_of, identity, make_cache
 
@@ -92,6 +93,28 @@ def test_ids_outside_the_vocabulary(tmp_path: Path) -> None:
     rows = targets.slice(0, 15)
     with pytest.raises(TargetsError, match=r"^token id 400 is outside the vocabulary of 400 ids$"):
         writer.encode(0, np.append(tokens[:14], 400), rows)
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_what_no_reader_would_take_is_not_written(tmp_path: Path, container: ContainerKind) -> None:
+    """At its limit a shard is written and read; one integer over it is refused before there is a file."""
+    made = make_cache(tmp_path / "made", container=container)
+    cache = open_cache(made.root)
+    chunks = [cache.read_planes(ref) for ref in cache.chunks if ref.shard == 0]
+    used = sum(plane.size for chunk in chunks for plane in chunk.values())
+    room = most_integers(40, cache.manifest.shards[0].num_entries) - used
+    writer = CacheWriter.open(tmp_path / "cache", identity(container=container))
+    writer.publish_codebook(cache.read_codebook())
+
+    def padded(extra: int) -> list[dict[str, Any]]:
+        return [{**chunk, "more": np.zeros(extra if chunk is chunks[0] else 0, int)} for chunk in chunks]
+
+    with pytest.raises(TargetsError, match=r"^a shard's planes hold [\d,]+ integers, over the format's [\d,]+$"):
+        writer.commit_unit(0, padded(room + 1))
+    assert not writer.layout.shards.exists()
+    writer.commit_unit(0, padded(room))
+    read = open_cache(tmp_path / "cache", partial=True)
+    assert read.read_planes(read.chunks[0])["more"].size == room
 
 
 # ---------------------------------------------------------------------------------------------- races
