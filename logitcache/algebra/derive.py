@@ -145,6 +145,8 @@ def operation_for(old: Selection, new: Selection, where: str) -> Operation:
         if new.size <= old.size:
             return "thin"
         why = "it needs more draws than are stored"
+    elif new.method == "varopt":
+        why = "varopt rows are only made by a dump"
     elif old.unbiased and new.method in exact:
         why = "draws do not tell which ids are the most probable"
     raise UsageError(f"{new} cannot be derived from {where}, which holds {old}: {why}; dump with --select {new}")

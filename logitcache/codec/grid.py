@@ -54,7 +54,8 @@ class ProbabilityGrid:
 
     def value(self, levels: Levels) -> Floats:
         """float64: the probabilities of levels."""
-        above = (levels - self._border).astype(np.float64)
+        # Levels as they are stored have no sign: a difference of theirs would wrap.
+        above = levels.astype(np.float64) - self._border
         root, fine = self._root, self.fineness
         upper = (root + np.maximum(above, 0) / (self.root_steps * fine)) ** 2
         lower = root * root * np.exp(np.minimum(above, 0) / (LOG_STEPS_PER_NAT * fine))

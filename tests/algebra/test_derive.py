@@ -221,6 +221,12 @@ REFUSED = [
     ("top-p:1.0:50", "top-k:10", "a row of top-p may hold fewer ids"),
     ("sample:20", "sample:21", "it needs more draws than are stored"),
     ("sample:20", "top-k:5", "draws do not tell which ids are the most probable"),
+    ("top-k:12", "sample:20:0.8", "what is stored does not determine it"),
+    ("sample:20:0.8", "sample:10:0.8", "what is stored does not determine it"),
+    ("varopt:12", "sample:4", "what is stored does not determine it"),
+    ("varopt:12", "top-k:4", "draws do not tell which ids are the most probable"),
+    ("top-k:12", "varopt:8", "varopt rows are only made by a dump"),
+    ("varopt:12", "varopt:8", "varopt rows are only made by a dump"),
     ("sample:20", "top-p:0.5:5", "draws do not tell which ids are the most probable"),
 ]
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from logitcache.algebra import BlockRanges, merge_caches, subset_cache
+from logitcache.algebra import BlockRanges, Derivation, derive_cache, merge_caches, subset_cache
 from logitcache.algebra.ranges import spell
+from logitcache.codec import RowCodec
 from logitcache.errors import CacheError, PlanMismatchError, UsageError
-from logitcache.store import open_cache
-from tests.algebra.caches import PROSE, check_blocks, reopened, two_corpora
+from logitcache.selection import Selection, chunk_uniforms
+from logitcache.store import CacheWriter, StoredSelection, convert, open_cache
+from tests.algebra.caches import PROSE, check_blocks, everything, real_rows, reopened, two_corpora
 from tests.caches import random_cache
-from tests.store.caches import files_of
+from tests.codec.rows import assert_equal, varopt_rows, weight_rows
+from tests.store.caches import commit, files_of, identity
 
 
 @pytest.mark.parametrize(
@@ -59,6 +63,44 @@ def test_a_long_list_is_recorded_by_its_hash(tmp_path: Path, monkeypatch: pytest
     assert arguments.keys() == {"num_blocks", "blocks_sha256"}
     with pytest.raises(PlanMismatchError, match=r"ancestry\.0\.arguments\.blocks_sha256"):
         subset_cache(source.root, tmp_path / "new", BlockRanges.parse("0,2,4,8"))
+
+
+def test_of_an_arrow_cache(tmp_path: Path) -> None:
+    """The new cache has the container of the old one, and the rows of both are equal."""
+    source = random_cache(tmp_path / "source", "logprob", 4, PROSE)
+    convert(source.root, tmp_path / "arrow", "arrow")
+    subset_cache(tmp_path / "arrow", tmp_path / "new", BlockRanges.parse("20,3:9"))
+    cache = reopened(tmp_path / "new")
+    assert cache.manifest.identity.container == "arrow"
+    assert [step.operation for step in cache.manifest.identity.ancestry] == ["convert", "subset"]
+    check_blocks(cache, [(source, number) for number in (20, *range(3, 9))])
+    merge_caches([tmp_path / "new", source.root], tmp_path / "both")
+    assert reopened(tmp_path / "both").manifest.identity.container == "arrow"
+
+
+@pytest.mark.parametrize(("selection", "make"), [("varopt:9", varopt_rows), ("sample:9:0.8", weight_rows)])
+def test_of_weights_that_are_rounded_at_random(tmp_path: Path, selection: str, make: Any) -> None:
+    """A cache gives back what its codec makes of the rows, and what is made of the cache moves it unchanged."""
+    chosen = Selection.parse(selection)
+    codec = RowCodec.for_selection(chosen.method, chosen.size, chosen.exponent, "small").to_dict()
+    changes = {"selection": StoredSelection(**chosen.to_dict()), "codec": codec}
+    writer = CacheWriter.open(tmp_path / "source", identity("counts", 3, PROSE).model_copy(update=changes))
+    rng = np.random.default_rng(3)
+    targets, tokens = make(rng, PROSE.num_tokens, 400, 9), rng.integers(0, 400, PROSE.num_tokens)
+    for unit in writer.pending_units():
+        commit(writer, unit, tokens, targets)
+    writer.finalize()
+    source = open_cache(tmp_path / "source")
+    for ref in source.chunks:
+        rows = targets.slice(5 * ref.first_block, min(5 * (ref.first_block + ref.num_blocks), PROSE.num_tokens))
+        coded = writer.codec.code(rows, chunk_uniforms(3, ref.first_block))
+        assert_equal(real_rows(source.read_chunk(ref)), writer.codec.targets(coded))
+    subset_cache(source.root, tmp_path / "part", BlockRanges.parse("20,0:9"))
+    check_blocks(reopened(tmp_path / "part"), [(source, number) for number in (20, *range(9))])
+    derive_cache(source.root, tmp_path / "fast", Derivation(codec="fast", drop=("entropy",)))
+    np.testing.assert_array_equal(
+        everything(reopened(tmp_path / "fast")).targets.weights, everything(source).targets.weights
+    )
 
 
 def test_refusals(tmp_path: Path) -> None:
