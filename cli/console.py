@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 import click
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 from logitcache.errors import LogitcacheError
 
@@ -40,6 +40,16 @@ def debug_option(command: Callable[..., Any]) -> Callable[..., Any]:
 def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add `--json` to a command that prints facts."""
     return click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output instead.")(command)
+
+
+def print_wide(renderable: RenderableType, width: int) -> None:
+    """Print something that needs `width` columns: a narrower terminal folds its lines, nothing is cut."""
+    narrow = out.width
+    out.width = max(width, narrow)
+    try:
+        out.print(renderable, crop=False, soft_wrap=True)
+    finally:
+        out.width = narrow
 
 
 def print_json(value: Any) -> None:

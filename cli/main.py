@@ -6,6 +6,7 @@ import click
 
 from logitcache import __version__
 
+from .bench import bench
 from .console import run
 from .convert import convert
 from .demo import demo
@@ -31,7 +32,7 @@ def cli() -> None:
     """
 
 
-for command in (dump, train, inspect, verify, derive, merge, subset, convert, export, import_, gc, demo):
+for command in (dump, train, inspect, verify, derive, merge, subset, convert, export, import_, gc, bench, demo):
     cli.add_command(command)
 
 

@@ -18,7 +18,7 @@ RANKS = [
     {"reader", "algebra", "interchange"},
     {"training"},
     {"dump", "distill"},
-    {"demo"},
+    {"demo", "bench"},
     {"cli"},
 ]
 RANK = {name: number for number, names in enumerate(RANKS) for name in names}

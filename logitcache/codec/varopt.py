@@ -134,16 +134,14 @@ class _Parts:
         """Raises TargetsError when a row is not of this form."""
         rows, count = targets.row_index(), len(targets)
         weights, threshold = targets.weights.astype(np.float64), targets.threshold.astype(np.float64)[rows]
-        head = weights > threshold
-        tail = np.abs(weights - threshold) <= SAME * threshold
+        # A head weight may lie below the threshold, where it was rounded at random before.
+        head = np.abs(weights - threshold) > SAME * threshold
         total = _per_row(rows, weights, count)
         bad = (targets.row_lengths > 0) & ~(np.abs(total - 1) <= SUM_TOLERANCE)
-        bad[rows[~head & ~tail | (weights <= 0)]] = True
+        bad[rows[weights <= 0]] = True
         if bad.any():
-            raise TargetsError(
-                f"row {int(np.argmax(bad))} is no varopt row: entries weigh the threshold or more, and sum to 1"
-            )
-        order = np.lexsort((-weights, rows))[targets.offsets[:-1][targets.row_lengths > 0]]
+            raise TargetsError(f"row {int(np.argmax(bad))} is no varopt row: its weights are positive and sum to 1")
+        order = np.lexsort((np.where(head, -weights, 0), rows))[targets.offsets[:-1][targets.row_lengths > 0]]
         largest = order[head[order]]
         others = head.copy()
         others[largest] = False

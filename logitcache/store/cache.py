@@ -118,6 +118,20 @@ class Cache:
             path.stat().st_size for path in files if path.exists()
         )
 
+    @property
+    def codebook_bytes(self) -> int:
+        """Bytes of the file of the codec's tables."""
+        return self._layout.codebook.stat().st_size
+
+    def stored_bytes(self) -> dict[str, int]:
+        """Bytes that the compressed chunks of each plane take in all shards. Raises DamagedCacheError."""
+        total: dict[str, int] = {}
+        for number in range(len(self.manifest.shards)):
+            container = self._container(number)
+            for name in container.sizes:
+                total[name] = total.get(name, 0) + container.stored_bytes(name)
+        return total
+
     def __repr__(self) -> str:
         return f"Cache({str(self.root)!r}, {self.num_tokens:,} tokens in {self.num_blocks:,} blocks)"
 

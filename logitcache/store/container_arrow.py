@@ -117,9 +117,11 @@ class ArrowContainer(Container):
             raise self._damaged("it is no Arrow file")
         return self._bytes(end - count, count)
 
-    def _read(self, name: str, chunk: int, size: int) -> Plane:
-        import google_crc32c
+    def stored_bytes(self, name: str) -> int:
+        return sum(length for chunk in range(self.num_chunks) for _, length in self._buffers(name, chunk))
 
+    def _buffers(self, name: str, chunk: int) -> list[tuple[int, ...]]:
+        """Offset and length of a plane's buffers in its record batch."""
         block = self._blocks[chunk]
         if block.metadata_bytes > MAX_METADATA_BYTES:
             raise self._damaged_plane(name, chunk, "has too much metadata")
@@ -129,7 +131,13 @@ class ArrowContainer(Container):
         batch = record_batch(message[8:], block.body_bytes)
         self._check_nodes(batch, chunk)
         first = BUFFERS_PER_PLANE * self._order[name]
-        _, offsets, _, values = batch.buffers[first : first + BUFFERS_PER_PLANE]
+        return batch.buffers[first : first + BUFFERS_PER_PLANE]
+
+    def _read(self, name: str, chunk: int, size: int) -> Plane:
+        import google_crc32c
+
+        block = self._blocks[chunk]
+        _, offsets, _, values = self._buffers(name, chunk)
         if self._buffer(block, offsets, 16) != np.array([0, size], dtype="<i8").tobytes():
             raise self._damaged_plane(name, chunk, "holds data beyond its end")
         data = self._buffer(block, values, size * self._dtypes[name].itemsize)

@@ -102,6 +102,10 @@ class Container(ABC):
         self._file.close()
 
     @abstractmethod
+    def stored_bytes(self, name: str) -> int:
+        """Bytes that the compressed chunks of a plane take."""
+
+    @abstractmethod
     def _open(self) -> tuple[dict[str, Any], Sizes]:
         """Check the file's structure; return attributes and sizes as they stand there."""
 

@@ -104,6 +104,9 @@ class ZarrContainer(Container):
             raise self._damaged("its members are not those its metadata names")
         return attributes, sizes
 
+    def stored_bytes(self, name: str) -> int:
+        return sum(self._members[f"{name}/c/{chunk}/0"].file_size for chunk in range(self.num_chunks))
+
     def _read(self, name: str, chunk: int, size: int) -> Plane:
         import google_crc32c
         from pcodec import standalone
