@@ -30,7 +30,7 @@ from tests.teachers.alignment import Expected
 from tests.tiny import save_tiny
 
 LENGTH = 13
-SPECS = ("top-k:7", "top-p:0.6:40", "sample:11")
+SPECS = ("top-k:7", "top-p:0.6:40", "sample:11", "sample:11:0.7", "varopt:9")
 FAILPOINTS = (
     "plan.written",
     "codebook.written",
@@ -44,6 +44,8 @@ FAILPOINTS = (
 )
 # A stored log-probability is off by half a step of 1/8 nat, its row's sum by as much, and the tail's logit by less.
 WEIGHT_TOLERANCE = 3 / 16 + 1e-3
+# Rounded at random to either neighbour; a varopt row's largest weight takes up what that does to all others.
+ROUNDED_TOLERANCE = 0.7
 SCALAR_TOLERANCE = 1 / 64
 WORDS = [
     "The cache",
@@ -129,7 +131,9 @@ def check_against_the_teacher(given: DumpOptions, report: DumpReport) -> None:
         assert real.sum() == blocks.num_tokens
         np.testing.assert_array_equal(read.tokens.ravel()[real], blocks.tokens.ravel()[real])
         stored = read.targets.slice(0, blocks.num_tokens)
-        expected.check(stored, output.selection, given.seed, WEIGHT_TOLERANCE, SCALAR_TOLERANCE)
+        rounded = output.selection.method == "varopt" or output.selection.exponent is not None
+        tolerance = ROUNDED_TOLERANCE if rounded else WEIGHT_TOLERANCE
+        expected.check(stored, output.selection, given.seed, tolerance, SCALAR_TOLERANCE)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "cohere", "granite", "gpt2"])
