@@ -17,6 +17,7 @@ RANKS = [
     {"teachers", "store", "losses"},
     {"reader", "algebra", "interchange"},
     {"training"},
+    {"dump_options"},
     {"dump", "distill"},
     {"demo", "bench"},
     {"cli"},

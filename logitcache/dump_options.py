@@ -1,0 +1,96 @@
+"""Everything `logitcache dump` can be told, and what it reports while it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from logitcache.codec import LayoutName
+from logitcache.corpus import PackingPolicy
+from logitcache.errors import UsageError
+from logitcache.selection import Selection
+from logitcache.store import ContainerKind
+
+
+@dataclass(frozen=True)
+class Output:
+    """One cache to write."""
+
+    selection: Selection
+    root: Path
+
+
+@dataclass(frozen=True)
+class DumpOptions:
+    """Everything `logitcache dump` can be told.
+
+    Args:
+        teacher: folder or hub id of an AutoModelForCausalLM.
+        corpus: files, folders or glob patterns.
+        outputs: the caches to write; all from the same forward passes.
+        gguf_file: name of a GGUF file in the teacher's folder.
+        dtype: "auto" (as stored), "float32", "bfloat16" or "float16".
+        device: "auto", "cpu" or "cuda".
+        block_length: tokens in a block.
+        max_tokens: stop the corpus after so many tokens.
+        batch_tokens: tokens in one forward pass.
+        unit_tokens: tokens committed at once; by default about 1/32 of the corpus, 16,384 to 4 million.
+        seed: of sampled selections, 0 to 2^62 - 1.
+        text_field: of JSONL objects and Parquet columns.
+        bos, eos: packing policy, "auto" or as in `PackingPolicy`.
+        container: kind of file the shards are, "zarr" or "arrow".
+        trust_remote_code: let a teacher run Python code of its own.
+        codec: "small" stores the fewest bytes, "fast" is decoded several times as fast.
+    """
+
+    teacher: str
+    corpus: tuple[str, ...]
+    outputs: tuple[Output, ...]
+    gguf_file: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    block_length: int = 1024
+    max_tokens: int | None = None
+    batch_tokens: int = 4096
+    unit_tokens: int | None = None
+    seed: int = 0
+    text_field: str = "text"
+    bos: str = "auto"
+    eos: str = "auto"
+    container: ContainerKind = "zarr"
+    trust_remote_code: bool = False
+    codec: LayoutName = "small"
+
+    def __post_init__(self) -> None:
+        # Raises for a block length that makes no sense, before anything is loaded.
+        PackingPolicy(self.block_length)
+        roots = [output.root.resolve() for output in self.outputs]
+        if not roots or len(set(roots)) != len(roots):
+            raise UsageError("every cache needs a folder of its own; give each selection another --out")
+        for name in ("max_tokens", "batch_tokens", "unit_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name.replace('_', '-')} is {value}; it must be at least 1")
+        if not 0 <= self.seed < 1 << 62:
+            raise UsageError(f"seed is {self.seed}; it must lie between 0 and 2^62 - 1")
+
+
+class Progress(Protocol):
+    """What a dump reports while it runs; the command line draws it."""
+
+    def stage(self, what: str) -> None:
+        """A new stage began, for example loading the teacher."""
+
+    def advance(self, done: int, total: int, computed: int, num_bytes: int) -> None:
+        """`done` of `total` tokens are finished, `computed` of them in this run; the outputs hold `num_bytes`."""
+
+
+class Silent:
+    """Reports nothing."""
+
+    def stage(self, what: str) -> None:
+        pass
+
+    def advance(self, done: int, total: int, computed: int, num_bytes: int) -> None:
+        pass
