@@ -23,6 +23,7 @@ from logitcache.codec import (
     WeightValues,
 )
 from logitcache.errors import DamagedCacheError, FormatVersionError, TargetsError
+from logitcache.store.container_file import dtypes_of
 from logitcache.targets import SparseTargets
 from tests.codec.rows import assert_equal, count_rows, generators, probability_rows, varopt_rows, weight_rows
 
@@ -71,7 +72,13 @@ def round_trip(codec: RowCodec, targets: SparseTargets, vocab_size: int, seed: i
     tables = book(tokens, targets, vocab_size)
     planes = codec.encode(tokens, targets, tables, np.random.default_rng(seed).random)
     assert all(plane.min(initial=0) >= 0 for plane in planes.values())
-    return codec.decode(tokens, planes, tables)
+    return codec.decode(tokens, as_stored(planes), tables)
+
+
+def as_stored(planes: Planes) -> Planes:
+    """In the types that `Cache` hands to a codec: the container's narrow unsigned ones, int64 for its widest."""
+    narrow = {name: np.int64 if dtype.itemsize == 8 else dtype for name, dtype in dtypes_of([planes]).items()}
+    return {name: plane.astype(narrow[name]) for name, plane in planes.items()}
 
 
 def check_ids_and_side_columns(stored: SparseTargets, original: SparseTargets) -> None:
