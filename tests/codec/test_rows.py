@@ -342,6 +342,8 @@ def test_planes_of_wrong_size(kind: str, layout: LayoutName) -> None:
                 codec.decode(TOKENS, {**planes, name: other}, RANKS)
         with pytest.raises(DamagedCacheError, match=rf"^there is no plane '{name}'$"):
             codec.decode(TOKENS, {key: value for key, value in planes.items() if key != name}, RANKS)
+    with pytest.raises(DamagedCacheError, match=r"^plane 'more' is none of this codec$"):
+        codec.decode(TOKENS, {**planes, "more": TOKENS}, RANKS)
     for tokens in (TOKENS[:5], np.append(TOKENS, 1), TOKENS[:0]):
         with pytest.raises(DamagedCacheError):
             codec.decode(tokens, planes, RANKS)
@@ -449,7 +451,8 @@ def test_codecs_round_trip_through_json() -> None:
         {"layout": "small", "values": "counts", "draws": "9"},
         {"layout": "small", "values": "counts", "draws": True},
         {"layout": "small", "values": "counts", "draws": 1 << 20},
-        {"layout": "small", "values": "probabilities", "root_steps": 0},
+        {"layout": "small", "values": "probabilities"},
+        {"layout": "small", "values": "probabilities", "root_steps": 15},
         {"layout": "small", "values": "probabilities", "root_steps": 16, "more": 1},
     ],
 )
