@@ -69,8 +69,8 @@ class Cache:
         selection = manifest.identity.selection
         if not self.codec.stores(selection.method, selection.size, selection.exponent):
             raise FormatVersionError(
-                f"{root} stores selection {selection.method}:{selection.size} with codec {manifest.identity.codec}, which "
-                "is unknown to this version; upgrade logitcache"
+                f"{root} stores selection {selection.method}:{selection.size} with codec "
+                f"{manifest.identity.codec}, which is unknown to this version; upgrade logitcache"
             )
         self._layout = Layout(root, manifest.identity.container)
         self._kept_chunks = kept_chunks
