@@ -53,8 +53,8 @@ class ProbabilityGrid:
         return np.where(p >= root * root, upper, lower) + self._border
 
     def value(self, levels: Levels) -> Floats:
-        """float64: the probabilities of levels."""
-        # Levels as they are stored have no sign: a difference of theirs would wrap.
+        """float64: the probabilities of levels, integers of any type."""
+        # Levels arrive in the unsigned type they are stored in, where the difference would wrap around.
         above = levels.astype(np.float64) - self._border
         root, fine = self._root, self.fineness
         upper = (root + np.maximum(above, 0) / (self.root_steps * fine)) ** 2

@@ -24,7 +24,8 @@ from logitcache.targets import SparseTargets, from_codec
 LayoutName = Literal["fast", "small"]
 _SIDE = ("label_logprob", "entropy")
 _KINDS: dict[str, Any] = {kind.name: kind for kind in (CountValues, ProbabilityValues, WeightValues, HeadTailValues)}
-MAX_PARAMETER = 65_535
+# Below 16 steps the grid of probabilities would be all logarithmic.
+PARAMETERS = {"draws": range(1, 65_536), "root_steps": range(16, 65_536)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +87,11 @@ class RowCodec:
         if method == "sample":
             return cls(layout, CountValues(size) if exponent is None else WeightValues())
         return cls(layout, HeadTailValues() if method == "varopt" else ProbabilityValues())
+
+    def stores(self, method: str, size: int, exponent: float | None) -> bool:
+        """Whether FORMAT.md gives a selection this coding of values; arguments as in `for_selection`."""
+        usual = RowCodec.for_selection(method, size, exponent, self.layout).values
+        return self.values == usual if isinstance(usual, CountValues) else type(self.values) is type(usual)
 
     @property
     def needs_contexts(self) -> bool:
@@ -203,7 +209,9 @@ class RowCodec:
             values = _KINDS[fields["values"]](**parameters)
             if fields["layout"] not in LAYOUTS:
                 raise KeyError(fields["layout"])
-            if not all(type(value) is int and 1 <= value <= MAX_PARAMETER for value in parameters.values()):
+            if asdict(values) != parameters:
+                raise TypeError("a parameter is absent")
+            if not all(type(value) is int and value in PARAMETERS[name] for name, value in parameters.items()):
                 raise TypeError("a parameter is out of range")
         except (KeyError, TypeError) as error:
             raise FormatVersionError(f"codec {fields} is unknown to this version; upgrade logitcache") from error
@@ -211,10 +219,13 @@ class RowCodec:
 
 
 def _check_planes(planes: Planes, names: Sequence[str], of_rows: Sequence[str], num_rows: int) -> None:
-    """Raise DamagedCacheError unless `names` are there and those `of_rows` hold a number for each row."""
+    """Raise DamagedCacheError unless just `names` are there and those `of_rows` hold a number for each row."""
     absent = [name for name in names if name not in planes]
     if absent:
         raise DamagedCacheError(f"there is no plane {absent[0]!r}")
+    strange = sorted(set(planes) - set(names))
+    if strange:
+        raise DamagedCacheError(f"plane {strange[0]!r} is none of this codec")
     for name in of_rows:
         if planes[name].size != num_rows:
             raise DamagedCacheError(f"plane {name!r} has {planes[name].size} numbers for {num_rows} rows")

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from logitcache.codec import Codebook, CodedRows, RowCodec
-from logitcache.errors import CacheError, DamagedCacheError, TargetsError
+from logitcache.errors import CacheError, DamagedCacheError, FormatVersionError, TargetsError
 from logitcache.store.container import Container, Plane, open_container
 from logitcache.store.files import sha256_of_file
 from logitcache.store.layout import Layout, local_root
@@ -66,6 +66,12 @@ class Cache:
     def __init__(self, root: Path, manifest: Manifest, kept_chunks: int = 4) -> None:
         self.root, self.manifest = root, manifest
         self.codec = RowCodec.from_dict(manifest.identity.codec)
+        selection = manifest.identity.selection
+        if not self.codec.stores(selection.method, selection.size, selection.exponent):
+            raise FormatVersionError(
+                f"{root} stores selection {selection.method}:{selection.size} with codec "
+                f"{manifest.identity.codec}, which is unknown to this version; upgrade logitcache"
+            )
         self._layout = Layout(root, manifest.identity.container)
         self._kept_chunks = kept_chunks
         self._codebook: Codebook | None = None

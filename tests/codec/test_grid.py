@@ -47,3 +47,11 @@ def test_rounding_at_random_keeps_the_expected_value() -> None:
         values = grid.value(grid.rounded(np.full(20_000, probability), rng.random(20_000)))
         assert len(np.unique(values)) == 2
         assert abs(values.mean() - probability) < 4 * values.std() / np.sqrt(20_000)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32, np.uint64])
+def test_levels_in_the_type_they_are_stored_in(dtype: type) -> None:
+    """Levels below the border must not wrap around in an unsigned type."""
+    levels = np.arange(0, 3000, 7)
+    for grid in (ProbabilityGrid(64), ProbabilityGrid(64, 16), ProbabilityGrid(64, 16**5)):
+        np.testing.assert_array_equal(grid.value(levels.astype(dtype)), grid.value(levels))

@@ -23,6 +23,7 @@ from logitcache.codec import (
     WeightValues,
 )
 from logitcache.errors import DamagedCacheError, FormatVersionError, TargetsError
+from logitcache.store.container_file import dtypes_of
 from logitcache.targets import SparseTargets
 from tests.codec.rows import assert_equal, count_rows, generators, probability_rows, varopt_rows, weight_rows
 
@@ -71,7 +72,13 @@ def round_trip(codec: RowCodec, targets: SparseTargets, vocab_size: int, seed: i
     tables = book(tokens, targets, vocab_size)
     planes = codec.encode(tokens, targets, tables, np.random.default_rng(seed).random)
     assert all(plane.min(initial=0) >= 0 for plane in planes.values())
-    return codec.decode(tokens, planes, tables)
+    return codec.decode(tokens, as_stored(planes), tables)
+
+
+def as_stored(planes: Planes) -> Planes:
+    """In the types that `Cache` hands to a codec: the container's narrow unsigned ones, int64 for its widest."""
+    narrow = {name: np.int64 if dtype.itemsize == 8 else dtype for name, dtype in dtypes_of([planes]).items()}
+    return {name: plane.astype(narrow[name]) for name, plane in planes.items()}
 
 
 def check_ids_and_side_columns(stored: SparseTargets, original: SparseTargets) -> None:
@@ -347,6 +354,8 @@ def test_planes_of_wrong_size(kind: str, layout: LayoutName) -> None:
                 codec.decode(TOKENS, {**planes, name: other}, RANKS)
         with pytest.raises(DamagedCacheError, match=rf"^there is no plane '{name}'$"):
             codec.decode(TOKENS, {key: value for key, value in planes.items() if key != name}, RANKS)
+    with pytest.raises(DamagedCacheError, match=r"^plane 'more' is none of this codec$"):
+        codec.decode(TOKENS, {**planes, "more": TOKENS}, RANKS)
     for tokens in (TOKENS[:5], np.append(TOKENS, 1), TOKENS[:0]):
         with pytest.raises(DamagedCacheError):
             codec.decode(tokens, planes, RANKS)
@@ -454,7 +463,8 @@ def test_codecs_round_trip_through_json() -> None:
         {"layout": "small", "values": "counts", "draws": "9"},
         {"layout": "small", "values": "counts", "draws": True},
         {"layout": "small", "values": "counts", "draws": 1 << 20},
-        {"layout": "small", "values": "probabilities", "root_steps": 0},
+        {"layout": "small", "values": "probabilities"},
+        {"layout": "small", "values": "probabilities", "root_steps": 15},
         {"layout": "small", "values": "probabilities", "root_steps": 16, "more": 1},
     ],
 )

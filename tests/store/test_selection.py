@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from logitcache.codec import RowCodec
+from logitcache.errors import FormatVersionError
 from logitcache.selection import Selection
 from logitcache.store import Cache, StoredSelection, open_cache
 from tests.store.caches import make_cache
@@ -43,6 +45,17 @@ def test_exponents_that_are_refused(exponent: object) -> None:
 def test_what_a_cache_says_of_its_rows(text: str, unbiased: bool, head: bool, tmp_path: Path) -> None:
     made = open_cache(make_cache(tmp_path / "cache", "counts").root)
     selection = StoredSelection(**Selection.parse(text).to_dict())
-    identity = made.manifest.identity.model_copy(update={"selection": selection})
+    codec = RowCodec.for_selection(selection.method, selection.size, selection.exponent, "small").to_dict()
+    identity = made.manifest.identity.model_copy(update={"selection": selection, "codec": codec})
     cache = Cache(made.root, made.manifest.model_copy(update={"identity": identity}))
     assert (cache.unbiased, cache.has_exact_head) == (unbiased, head)
+
+
+@pytest.mark.parametrize("text", ["top-k:9", "sample:8", "sample:9:0.8", "varopt:9"])
+def test_a_selection_with_another_ones_codec_is_refused(text: str, tmp_path: Path) -> None:
+    """Rows of `sample:9` must not pass for exact probabilities or for draws of another number."""
+    made = open_cache(make_cache(tmp_path / "cache", "counts", units=range(1)).root, partial=True)
+    selection = StoredSelection(**Selection.parse(text).to_dict())
+    identity = made.manifest.identity.model_copy(update={"selection": selection})
+    with pytest.raises(FormatVersionError, match=rf"stores selection {text[:6]}.* unknown to this version; upgrade"):
+        Cache(made.root, made.manifest.model_copy(update={"identity": identity}))
