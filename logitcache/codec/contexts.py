@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from logitcache.codec.frequency import DENSE_VOCABULARY, FrequencyRanks
+from logitcache.codec.pairs import PairIndex
 from logitcache.errors import DamagedCacheError
 
 # A pair seen once in the pilot is too uncertain to pay for its place in the table.
@@ -50,8 +51,7 @@ class ContextTable:
             rows: int64 [nnz], the row of each entry.
             ids: int64 [nnz].
         """
-        pairs = np.stack([tokens_N[rows], ids]).astype(np.uint64)
-        keys, counts = np.unique(pairs[0] << np.uint64(32) | pairs[1], return_counts=True)
+        keys, counts = np.unique(_pair(tokens_N[rows], ids), return_counts=True)
         keys, counts = keys[counts >= MIN_COUNT], counts[counts >= MIN_COUNT]
         context, candidate = (keys >> np.uint64(32)).astype(np.int64), (keys & np.uint64(0xFFFFFFFF)).astype(np.int64)
         order = np.lexsort((ranks.encode(candidate), -counts, context))
@@ -79,21 +79,26 @@ class ContextTable:
         ids = ranks.decode(candidates)[_ranges(starts[order], lengths[order])]
         return cls(ranks, tokens[order], np.append(0, np.cumsum(lengths[order])), ids)
 
-    def encode(self, tokens: Ints, following: Ints, ids: Ints) -> Ints:
-        """Keys of ids: int64 [nnz].
+    def encode(self, tokens_N: Ints, following_N: Ints, rows: Ints, ids: Ints) -> Ints:
+        """Keys of ids: int64 [nnz], for the entries of N rows.
 
         Args:
-            tokens: int64 [nnz], the current token of each entry's row.
-            following: int64 [nnz], the token after it; -1 where there is none.
+            tokens_N: int64 [N], the current token of each row.
+            following_N: int64 [N], the token after it; -1 where there is none.
+            rows: int64 [nnz], the row of each entry.
             ids: int64 [nnz].
         """
-        first, size = self._span(tokens)
-        place = self._place(tokens, ids)
-        keys = np.where(place >= 0, place - first, size + self.ranks.encode(ids)) + 1
-        return np.where(ids == following, 0, keys)
+        first_N, size_N = self._span(tokens_N)
+        keys = self._pairs.find(_pair(tokens_N[rows], ids))
+        elsewhere = np.flatnonzero(keys < 0)
+        keys -= first_N[rows]
+        keys[elsewhere] = size_N[rows[elsewhere]] + self.ranks.encode(ids[elsewhere])
+        keys += 1
+        keys[ids == following_N[rows]] = 0
+        return keys
 
     def decode(self, tokens_N: Ints, following_N: Ints, rows: Ints, keys: Ints) -> Ints:
-        """Ids of keys: the inverse of `encode`, for the entries of N rows.
+        """Ids of keys: the inverse of `encode`.
 
         Args:
             tokens_N: int64 [N], the current token of each row.
@@ -136,23 +141,13 @@ class ContextTable:
         return first, size
 
     @cached_property
-    def _pairs(self) -> tuple[NDArray[np.uint64], Ints]:
-        """All (token, id) pairs as ascending numbers, and the candidate each one is."""
-        context = np.repeat(self.tokens, np.diff(self.starts)).astype(np.uint64)
-        keys = context << np.uint64(32) | self.candidates.astype(np.uint64)
-        order = np.argsort(keys)
-        return keys[order], order
+    def _pairs(self) -> PairIndex:
+        """All (token, id) pairs, in the order of the candidates."""
+        return PairIndex(_pair(np.repeat(self.tokens, np.diff(self.starts)), self.candidates))
 
-    def _place(self, tokens: Ints, ids: Ints) -> Ints:
-        """Which candidate an id is, -1 for none."""
-        keys, order = self._pairs
-        wanted = tokens.astype(np.uint64) << np.uint64(32) | ids.astype(np.uint64)
-        place = np.searchsorted(keys, wanted)
-        found = place < keys.size
-        found[found] = keys[place[found]] == wanted[found]
-        candidate = np.full(ids.size, -1, dtype=np.int64)
-        candidate[found] = order[place[found]]
-        return candidate
+
+def _pair(tokens: Ints, ids: Ints) -> NDArray[np.uint64]:
+    return tokens.astype(np.uint64) << np.uint64(32) | ids.astype(np.uint64)
 
 
 def _ranges(starts: Ints, lengths: Ints) -> Ints:

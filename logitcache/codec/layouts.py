@@ -92,9 +92,9 @@ class SmallLayout:
     needs_contexts = True
 
     def encode(self, tokens: Ints, offsets: Ints, ids: Ints, codebook: Codebook) -> tuple[Ints, Ints | None]:
-        slots, following = Slots(np.diff(offsets)), _following(tokens)
+        slots = Slots(np.diff(offsets))
         rows = np.repeat(np.arange(slots.num_rows), np.diff(offsets))
-        keys = codebook.contexts.encode(tokens[rows], following[rows], ids)
+        keys = codebook.contexts.encode(tokens, _following(tokens), rows, ids)
         packed_NK = np.full((slots.num_rows, slots.longest), LAST)
         packed_NK[slots.filled_NK] = keys.astype(np.uint64) << PLACE_BITS | np.arange(keys.size, dtype=np.uint64)
         packed = np.sort(packed_NK, axis=1).ravel()[slots.cells]

@@ -22,9 +22,11 @@ def test_keys_follow_the_pilot() -> None:
     table = ContextTable.from_pilot(RANKS, TOKENS, ROWS, IDS)
     assert (table.tokens.tolist(), table.candidates.tolist()) == ([4], [1, 5])
     ids = np.array([1, 5, 9, 0, 7])
-    keys = table.encode(np.full(5, 4), np.full(5, 7), ids)
+    keys = table.encode(np.array([4]), np.array([7]), np.zeros(5, dtype=np.int64), ids)
     assert keys.tolist() == [1, 2, 3 + 2, 3 + 3, 0], "candidates, then ranks after them; the next token is 0"
-    assert table.encode(np.full(5, 8), np.full(5, -1), ids).tolist() == [1, 2, 3, 4, 9], "no candidates after 8"
+    assert table.encode(np.array([8]), np.array([-1]), np.zeros(5, dtype=np.int64), ids).tolist() == [1, 2, 3, 4, 9], (
+        "no candidates after 8"
+    )
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -42,7 +44,7 @@ def test_round_trips(seed: int, vocab_size: int, entries: int) -> None:
     following = np.append(tokens[1:], -1)
     wanted = np.append(ids, following[rows[following[rows] >= 0]])
     of_rows = np.append(rows, rows[following[rows] >= 0])
-    keys = again.encode(tokens[of_rows], following[of_rows], wanted)
+    keys = again.encode(tokens, following, of_rows, wanted)
     assert keys.min(initial=0) >= 0
     np.testing.assert_array_equal(again.decode(tokens, following, of_rows, keys), wanted)
 

@@ -407,7 +407,7 @@ def test_an_id_twice_in_a_row_is_damage() -> None:
     one_row = {name: plane[:1] for name, plane in planes.items()}
     one_row |= {"lengths": np.array([2]), "levels": np.array([0, 1])}
     last = np.array([9])
-    candidates = RANKS.contexts.encode(np.array([2, 2]), np.array([-1, -1]), np.array([7, 7]))
+    candidates = RANKS.contexts.encode(np.array([2]), np.array([-1]), np.array([0]), np.array([7]))
     assert candidates[0] == 1, "the pilot saw 7 twice after token 2"
     with pytest.raises(DamagedCacheError, match=r"^an entry stands for the next token where there is none$"):
         codec.decode(last, {**one_row, "ids": np.array([0, 0])}, RANKS)
