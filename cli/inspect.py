@@ -107,8 +107,14 @@ def show_position(cache: Cache, position: int, decoder: _Decoder, rows: int, as_
     order = (-row.weights).argsort(kind="stable")[:rows]
     label = int(blocks.labels()[0, place])
     kind = "weight (unbiased)" if row.unbiased else "probability"
+    threshold = float(row.threshold[0])
     listed: list[dict[str, Any]] = [
-        {"id": int(row.ids[entry]), "token": decoder.token(int(row.ids[entry])), "weight": float(row.weights[entry])}
+        {
+            "id": int(row.ids[entry]),
+            "token": decoder.token(int(row.ids[entry])),
+            "weight": float(row.weights[entry]),
+            "exact": float(row.weights[entry]) > threshold,
+        }
         for entry in order
     ]
     context = decoder.text(blocks.tokens[0, max(0, place - CONTEXT_TOKENS + 1) : place + 1].tolist())
@@ -137,8 +143,12 @@ def show_position(cache: Cache, position: int, decoder: _Decoder, rows: int, as_
     for entry in listed:
         style = "green" if entry["id"] == label else ""
         bar = "█" * round(30 * entry["weight"])
-        table.add_row(str(entry["id"]), Text(entry["token"]), f"{entry['weight']:.4f}", Text(bar), style=style)
+        # Of a varopt row some weights are probabilities and the others samples.
+        mark = "=" if entry["exact"] and row.unbiased else ""
+        table.add_row(str(entry["id"]), Text(entry["token"]), f"{mark}{entry['weight']:.4f}", Text(bar), style=style)
     out.print(table)
+    if row.unbiased and cache.has_exact_head:
+        out.print(Text("= the teacher's own probability; the others are sampled, all with one weight", style="dim"))
     _print_row_facts(facts, len(listed))
 
 

@@ -121,6 +121,20 @@ def test_inspect_position(logitcache: Main, dumped: Dumped, position: int) -> No
     assert ("there is no next token" in shown.out) == (label < 0)
 
 
+def test_inspect_says_which_weights_are_exact(logitcache: Main, dumped: Dumped, tmp_path: Path) -> None:
+    root = tmp_path / "cache"
+    line = ("dump", "--teacher", dumped.teacher, "--corpus", dumped.corpus, "--block-length", 32, "--max-tokens", 64)
+    assert logitcache(*line, "--select", "varopt:9", "--out", root).status == 0
+    row = open_cache(root).read_blocks(0, 1).targets.slice(5, 6)
+    facts = json.loads(logitcache("inspect", root, "--position", 5, "--json").out)
+    exact = {entry["id"] for entry in facts["teacher"] if entry["exact"]}
+    assert exact == set(row.ids[row.weights > row.threshold[0]].tolist())
+    assert 0 < len(exact) < 9
+    shown = logitcache("inspect", root, "--position", 5).out
+    assert shown.count(" =0.") == len(exact)
+    assert "the others are sampled" in shown
+
+
 def test_inspect_block(logitcache: Main, dumped: Dumped) -> None:
     cache = open_cache(dumped.sample)
     last = cache.num_blocks - 1
