@@ -95,19 +95,26 @@ def _commit(writer: CacheWriter, unit: int, tokens: NDArray[np.int64], targets: 
 
 def content(cache: Cache) -> dict[str, list[Any]]:
     """Everything a cache stores, token by token: plain values, floats that are no JSON numbers as text."""
-    stored: dict[str, list[Any]] = {"blocks": [], "tokens": [], "ids": [], "weights": []}
+    stored: dict[str, list[Any]] = {"blocks": [], "tokens": []}
     for ref in cache.chunks:
         blocks = cache.read_chunk(ref)
         rows = np.flatnonzero(blocks.valid)
         targets = blocks.targets.take(rows)
-        cuts = targets.offsets[1:-1]
         stored["blocks"] += (ref.first_block + rows // cache.block_length).tolist()
         stored["tokens"] += blocks.tokens.ravel()[rows].tolist()
-        stored["ids"] += [row.tolist() for row in np.split(targets.ids, cuts)]
-        stored["weights"] += [_plain(row) for row in np.split(targets.weights, cuts)]
-        for name in ("tail_mass", "threshold", "label_logprob", "entropy"):
-            stored.setdefault(name, []).extend(_plain(getattr(targets, name)))
+        for name, values in columns_of(targets).items():
+            stored.setdefault(name, []).extend(values)
     return stored
+
+
+def columns_of(targets: SparseTargets) -> dict[str, list[Any]]:
+    """Rows as plain values."""
+    cuts = targets.offsets[1:-1]
+    return {
+        "ids": [row.tolist() for row in np.split(targets.ids, cuts)],
+        "weights": [_plain(row) for row in np.split(targets.weights, cuts)],
+        **{name: _plain(getattr(targets, name)) for name in ("tail_mass", "threshold", "label_logprob", "entropy")},
+    }
 
 
 def _plain(values: NDArray[np.float32]) -> list[float | str]:
