@@ -95,10 +95,9 @@ def run_dump(
     teacher.check_block_length(options.block_length)
     progress.stage("tokenising the corpus")
     corpus = Corpus.prepare(options, files, teacher.tokenizer)
-    geometry = _geometry(options, corpus.num_tokens)
     source = Path(options.teacher)
     origin = Origin(teacher=str(source.resolve() if source.is_dir() else source), gguf_file=options.gguf_file)
-    planned = [(output.root, _identity(options, output, teacher, corpus, geometry)) for output in options.outputs]
+    planned = [(output.root, _identity(options, output, teacher, corpus)) for output in options.outputs]
     try:
         # First those that exist: a mismatch must be found before a new folder is begun.
         for root, identity in planned:
@@ -192,15 +191,19 @@ def _facts_of_finished(options: DumpOptions, inputs: dict[str, Any]) -> dict[str
     return facts
 
 
-def _geometry(options: DumpOptions, num_tokens: int) -> Geometry:
-    """Chunks of about 65,536 tokens, fewer where rows are long; units of about 1/32 of the corpus."""
+def _geometry(options: DumpOptions, selection: Selection, num_tokens: int) -> Geometry:
+    """Chunks of at most 65,536 tokens, fewer where rows are long; units of about 1/32 of the corpus.
+
+    Units do not depend on the selection, and a smaller chunk divides a larger one: caches that are dumped together are
+    those that would have been dumped apart.
+    """
     length = options.block_length
-    widest = max(output.selection.size for output in options.outputs)
-    chunk_blocks = max(1, min(CHUNK_TOKENS, CHUNK_ENTRIES // widest) // length)
+    longest = _power_of_two(CHUNK_TOKENS // length)
     wanted = options.unit_tokens or min(max(num_tokens // 32, LEAST_UNIT_TOKENS), MOST_UNIT_TOKENS)
     unit_blocks = max(1, wanted // length)
-    if unit_blocks >= chunk_blocks:
-        unit_blocks -= unit_blocks % chunk_blocks
+    if unit_blocks >= longest:
+        unit_blocks -= unit_blocks % longest
+    chunk_blocks = min(longest, _power_of_two(CHUNK_ENTRIES // selection.size // length))
     return Geometry(
         num_tokens=num_tokens,
         block_length=length,
@@ -209,9 +212,12 @@ def _geometry(options: DumpOptions, num_tokens: int) -> Geometry:
     )
 
 
-def _identity(
-    options: DumpOptions, output: Output, teacher: TransformersTeacher, corpus: Corpus, geometry: Geometry
-) -> Identity:
+def _power_of_two(number: int) -> int:
+    """The largest one that is not above `number`, at least 1."""
+    return 1 << max(number, 1).bit_length() - 1
+
+
+def _identity(options: DumpOptions, output: Output, teacher: TransformersTeacher, corpus: Corpus) -> Identity:
     selection = output.selection
     codec = RowCodec.for_selection(selection.method, selection.size, selection.exponent, options.codec)
     return Identity(
@@ -222,7 +228,7 @@ def _identity(
         selection=StoredSelection(**selection.to_dict()),
         seed=options.seed,
         codec=codec.to_dict(),
-        geometry=geometry,
+        geometry=_geometry(options, selection, corpus.num_tokens),
         container=options.container,
     )
 
@@ -262,22 +268,38 @@ def _capture_unit(
     """Compute one unit and commit it to every output that lacks it."""
     geometry = wanting[0][0].geometry
     first, stop = geometry.unit_range(unit)
+    selections = [selection for _, selection in wanting]
     chunks: list[list[Planes]] = [[] for _ in wanting]
-    for begin in range(first, stop, geometry.chunk_blocks):
-        end = min(begin + geometry.chunk_blocks, stop)
+    # Every output's chunks divide the longest ones.
+    step = max(writer.geometry.chunk_blocks for writer, _ in wanting)
+    for begin in range(first, stop, step):
+        end = min(begin + step, stop)
         tokens = corpus.read(begin, end)
-        rows = _capture_chunk(options, teacher, tokens, begin, geometry, [selection for _, selection in wanting], meter)
+        rows = _capture_blocks(options, teacher, tokens, begin, geometry, selections, meter)
         real = tokens.reshape(-1)[: geometry.tokens_in(begin, end)]
         for (writer, _), targets, planes in zip(wanting, rows, chunks, strict=True):
-            if writer.codebook() is None:
-                # The cache's first chunk is the pilot that the tables are counted from.
-                writer.publish_pilot(real, targets)
-            planes.append(writer.encode(begin, real, targets))
+            planes += _encode(writer, begin, end, real, targets)
     for (writer, _), planes in zip(wanting, chunks, strict=True):
         meter.committed(writer.commit_unit(unit, planes))
 
 
-def _capture_chunk(
+def _encode(
+    writer: CacheWriter, first: int, stop: int, tokens: NDArray[np.int64], targets: SparseTargets
+) -> list[Planes]:
+    """Planes of the chunks that blocks [first, stop) make in one output."""
+    geometry, planes = writer.geometry, []
+    for begin in range(first, stop, geometry.chunk_blocks):
+        low = geometry.tokens_in(first, begin)
+        high = geometry.tokens_in(first, min(begin + geometry.chunk_blocks, stop))
+        rows = targets.slice(low, high)
+        if writer.codebook() is None:
+            # The cache's first chunk is the pilot that the tables are counted from.
+            writer.publish_pilot(tokens[low:high], rows)
+        planes.append(writer.encode(begin, tokens[low:high], rows))
+    return planes
+
+
+def _capture_blocks(
     options: DumpOptions,
     teacher: TransformersTeacher,
     tokens: NDArray[np.int64],
