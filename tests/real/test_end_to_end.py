@@ -60,7 +60,7 @@ def test_cache_is_whole_and_right(cache: Path) -> None:
         truth = log_probs[row].topk(16)
         assert sorted(truth.indices.tolist()) == kept.ids.tolist()
         stored = np.log(kept.weights) - log_probs[row, kept.ids].numpy()
-        assert np.abs(stored).max() < 1 / 16
+        assert np.abs(stored).max() < 3 / 32
         assert abs(float(kept.weights.sum()) - float(truth.values.exp().sum())) < 0.02
         if labels[row] >= 0:
             assert abs(blocks.targets.label_logprob[row] - float(log_probs[row, labels[row]])) < 1 / 64
