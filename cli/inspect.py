@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +74,7 @@ def show_facts(cache: Cache, as_json: bool) -> None:
         "vocabulary": cache.vocab_size,
         "select": size,
         "unbiased": cache.unbiased,
+        **_left_out(cache),
         "tokens": tokens,
         "blocks": cache.num_blocks,
         "block length": cache.block_length,
@@ -94,6 +96,18 @@ def show_facts(cache: Cache, as_json: bool) -> None:
     for number, step in enumerate(identity.ancestry):
         table.add_row(Text("" if number else "made by", style="dim"), Text(ancestry_line(step)))
     out.print(table)
+
+
+def _left_out(cache: Cache) -> dict[str, Any]:
+    """Draws from a top-k never hit its tail: they are unbiased for the stored ids only."""
+    for step in cache.manifest.identity.ancestry:
+        if "mean_tail_mass" in step.arguments:
+            return {"tail mass left out": step.arguments["mean_tail_mass"]}
+    return {}
+
+
+def _nats(value: float) -> str:
+    return "not stored" if math.isnan(value) else f"{value:.3f} nats"
 
 
 def show_position(cache: Cache, position: int, decoder: _Decoder, rows: int, as_json: bool) -> None:
@@ -159,8 +173,8 @@ def _print_row_facts(facts: dict[str, Any], listed: int) -> None:
     if facts["next_id"] is None:
         out.print("there is no next token here: the block or the corpus ends")
     else:
-        out.print(Text(f"next token in the text: {facts['next_token']} (teacher log-probability {label:.3f} nats)"))
-    out.print(f"entropy {facts['entropy']:.3f} nats, tail mass {facts['tail_mass']:.4f}")
+        out.print(Text(f"next token in the text: {facts['next_token']} (teacher log-probability {_nats(label)})"))
+    out.print(f"entropy {_nats(facts['entropy'])}, tail mass {facts['tail_mass']:.4f}")
 
 
 def show_block(cache: Cache, block: int, decoder: _Decoder, as_json: bool) -> None:
@@ -188,7 +202,7 @@ def show_block(cache: Cache, block: int, decoder: _Decoder, as_json: bool) -> No
     out.print(Text(f"block {block}, {facts['tokens']} tokens", style="bold"))
     out.print(Text(str(facts["text"])))
     out.print(
-        f"teacher's cross entropy {facts['cross_entropy']:.3f} nats, entropy {facts['entropy']:.3f} nats, "
+        f"teacher's cross entropy {_nats(facts['cross_entropy'])}, entropy {_nats(facts['entropy'])}, "
         f"tail mass {facts['tail_mass']:.4f}, {facts['entries_per_token']:.1f} ids per token"
     )
 

@@ -107,6 +107,11 @@ def run_dump(
     except PlanMismatchError:
         corpus.discard_new()
         raise
+    lost = [writer.forget_missing_shards() for writer in writers]
+    if any(lost):
+        # What a finished cache needed no tokens for is to be computed again.
+        progress.stage("shards are missing: computing them again")
+        return run_dump(options, progress, teacher)
     return _capture_all(options, teacher, corpus, writers, progress)
 
 

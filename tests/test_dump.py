@@ -328,6 +328,19 @@ def no_tokenising(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(dump_module, "pack_to_file", refuse)
 
 
+def test_missing_shards_are_computed_again(place: Path, whole: Path, tmp_path: Path) -> None:
+    """Of a finished cache: the same line mends it, byte for byte, and computes only what is gone."""
+    shutil.copytree(whole, tmp_path / "cache")
+    before = files_of(tmp_path / "cache")
+    shards = open_cache(tmp_path / "cache").manifest.shards
+    (tmp_path / "cache" / "shards" / shards[1].file).unlink()
+    assert not verify(tmp_path / "cache").ok
+    report = run_dump(options(place, ("sample:11", tmp_path / "cache")))
+    assert report.computed_tokens == shards[1].num_tokens
+    assert files_of(tmp_path / "cache") == before
+    assert verify(tmp_path / "cache").ok
+
+
 def test_a_finished_cache_costs_nothing(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = options(place, ("top-k:7", tmp_path / "a"), ("sample:11", tmp_path / "b"))
     first = run_dump(given)

@@ -45,6 +45,7 @@ def merge_caches(sources: Sequence[str | Path], root: str | Path, progress: Prog
         return unite(caches, root, progress)
     _refuse_differences(caches)
     _refuse_twice([cache.fingerprint for cache in caches], caches)
+    _refuse_contained(caches)
     picked = Picked.whole(caches)
     return rewrite(root, _merged_identity(caches, picked), caches[0].manifest.origin, picked, progress=progress)
 
@@ -120,3 +121,14 @@ def _refuse_twice(names: Sequence[str], caches: Sequence[Cache]) -> None:
         if name in names[:number]:
             same = caches[names.index(name)].root
             raise UsageError(f"{same} and {caches[number].root} are the same cache; give it once")
+
+
+def _refuse_contained(caches: Sequence[Cache]) -> None:
+    """Raise UsageError when all blocks of one cache are in another already, which was made of it."""
+    for cache in caches:
+        for other in caches:
+            steps = other.manifest.identity.ancestry
+            if all(step.operation != "subset" for step in steps) and any(
+                cache.fingerprint in step.parents for step in steps
+            ):
+                raise UsageError(f"{other.root} was made of {cache.root} and holds its blocks already; leave one out")

@@ -110,21 +110,20 @@ class ProbabilityValues:
         if levels.size:
             least[filled] = np.minimum.reduceat(levels, targets.offsets[:-1][filled])
         tail = columns.encode_tail(targets.tail_mass, targets.row_sums())
-        return levels - np.repeat(least, targets.row_lengths), {"least": least, "tail": tail}
+        return _with_rows(np.subtract, levels, least, targets.offsets), {"least": least, "tail": tail}
 
     def decode(self, codes: NDArray[Any], rows: Planes, offsets: Ints) -> Weights:
-        lengths = np.diff(offsets)
         tail, head = columns.decode_tail(rows["tail"])
         highest = self._value_of_level.size
         if max(int(codes.max(initial=0)), int(rows["least"].max(initial=0))) >= highest:
             raise DamagedCacheError("a stored probability is over 1")
-        levels = codes + np.repeat(rows["least"], lengths)
+        levels = _with_rows(np.add, codes, rows["least"], offsets)
         if int(levels.max(initial=0)) >= highest:
             raise DamagedCacheError("a stored probability is over 1")
         weights = self._value_of_level[levels]
         sums = _sums(weights, offsets)
         scale = np.divide(head, sums, out=np.zeros_like(sums), where=sums > 0)
-        weights *= np.repeat(scale, lengths)
+        weights = _with_rows(np.multiply, weights, scale, offsets)
         return Weights(weights.astype(np.float32), tail.astype(np.float32))
 
     @property
@@ -173,11 +172,30 @@ def _refuse_zeros(targets: SparseTargets) -> None:
 
 def _sums(values: NDArray[Any], offsets: Ints) -> NDArray[Any]:
     """Sum of each row's values; exact for integers, and to rounding of the row itself for floats."""
-    lengths, dtype = np.diff(offsets), values.dtype if values.dtype.kind == "f" else np.dtype(np.int64)
-    if lengths.size and (lengths == lengths[0]).all() and lengths[0]:
-        return values.reshape(lengths.size, -1).sum(1, dtype=dtype)
-    sums = np.zeros(lengths.size, dtype=dtype)
+    lengths = np.diff(offsets)
+    if values.dtype.kind != "f":
+        running = np.zeros(values.size + 1, dtype=np.int64)
+        np.cumsum(values, out=running[1:])
+        return running[offsets[1:]] - running[offsets[:-1]]
+    if _equal_rows(offsets):
+        return values.reshape(lengths.size, -1).sum(1)
+    sums = np.zeros(lengths.size, dtype=values.dtype)
     filled = lengths > 0
     if filled.any():
-        sums[filled] = np.add.reduceat(values, offsets[:-1][filled], dtype=dtype)
+        sums[filled] = np.add.reduceat(values, offsets[:-1][filled])
     return sums
+
+
+def _with_rows(
+    combine: Callable[[NDArray[Any], NDArray[Any]], NDArray[Any]], values: NDArray[Any], of_rows: Any, offsets: Ints
+) -> NDArray[Any]:
+    """`combine` each entry's value with that of its row; rows of one length need no copy of the latter."""
+    if _equal_rows(offsets):
+        return combine(values.reshape(len(of_rows), -1), of_rows[:, None]).ravel()
+    return combine(values, np.repeat(of_rows, np.diff(offsets)))
+
+
+def _equal_rows(offsets: Ints) -> bool:
+    """Whether all rows have the same number of entries, and some."""
+    lengths = np.diff(offsets)
+    return bool(lengths.size and lengths[0] and (lengths == lengths[0]).all())

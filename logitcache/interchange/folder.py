@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from logitcache.errors import InterchangeError
 from logitcache.store.files import fsync_folder
-from logitcache.store.layout import writing
+from logitcache.store.layout import refuse_inside_cache, writing
 
 if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
 COMPRESSION = "zstd"
+BEGINS_ANEW = "it begins anew"
 
 
 class NewFolder:
@@ -65,12 +66,13 @@ def new_folder(final: Path) -> Iterator[NewFolder]:
     if final.exists() and (not final.is_dir() or any(final.iterdir())):
         what = "is not empty" if final.is_dir() else "is a file"
         raise InterchangeError(f"{final} {what}; choose a new or empty folder for --out")
-    with writing(final):
+    refuse_inside_cache(final)
+    with writing(final, again=BEGINS_ANEW):
         final.parent.mkdir(parents=True, exist_ok=True)
         working = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}.", suffix=".tmp"))
     try:
         working.chmod(0o755)
-        with writing(final):
+        with writing(final, again=BEGINS_ANEW):
             yield NewFolder(working)
             fsync_folder(working)
             working.replace(final)

@@ -113,7 +113,7 @@ def import_distillkit(options: ImportOptions, progress: Progress | None = None) 
     """
     progress = progress or Silent()
     check_folder(Layout(options.out))
-    first = Path(options.paths[0])
+    files, first = parquet_files(options.paths), Path(options.paths[0])
     beside = (first if first.is_dir() else first.parent) / CONFIG_NAME
     layout = choose_layout(options.layout or str(beside), options.vocab_size)
     vocab_size = layout.d if options.vocab_size is None else options.vocab_size
@@ -123,7 +123,7 @@ def import_distillkit(options: ImportOptions, progress: Progress | None = None) 
         )
     tokenizer, origin = _tokenizer(options.tokenizer)
     progress.stage("reading the tokens")
-    found = scan(parquet_files(options.paths), options.block_length)
+    found = scan(files, options.block_length)
     if found.largest[0] >= vocab_size:
         raise InterchangeError(
             f"{found.largest[1]} has the token {found.largest[0]}, but the vocabulary has {vocab_size} ids; give the "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import stat
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -314,7 +315,8 @@ def open_cache(location: str | Path, *, partial: bool = False) -> Cache:
         raise CacheError(f"{layout.root} is not a logitcache cache: it has no manifest.json and no plan.json")
     elif not partial:
         raise CacheError(
-            f"{layout.root} is unfinished; run the same dump again to finish it, or open it with partial=True"
+            f"{layout.root} is unfinished; run the command that began it again to finish it "
+            "(in Python, open_cache(..., partial=True) reads what is there)"
         )
     else:
         plan = load_document(layout.plan, Plan)
@@ -327,16 +329,23 @@ def open_cache(location: str | Path, *, partial: bool = False) -> Cache:
 def check_shard_file(path: Path, shard: Shard) -> None:
     """Raise DamagedCacheError unless the file has the committed size and SHA-256."""
     try:
-        size = path.stat().st_size
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise DamagedCacheError(f"{path} is not a file; remove it and dump again", shard=shard.file)
+        size = status.st_size
         sha256 = sha256_of_file(path) if size == shard.num_bytes else ""
     except FileNotFoundError as error:
         raise DamagedCacheError(f"{path} is missing; restore it or dump again", shard=shard.file) from error
     except OSError as error:
         raise CacheError(f"{path} cannot be read: {error.strerror}") from error
     if size != shard.num_bytes:
-        raise DamagedCacheError(f"{path} has {size} bytes, not {shard.num_bytes}; restore it", shard=shard.file)
+        raise DamagedCacheError(
+            f"{path} has {size} bytes, not {shard.num_bytes}; restore it, or remove it and dump again", shard=shard.file
+        )
     if sha256 != shard.sha256:
-        raise DamagedCacheError(f"{path} is damaged: its SHA-256 differs; restore it or dump again", shard=shard.file)
+        raise DamagedCacheError(
+            f"{path} is damaged: its SHA-256 differs; restore it, or remove it and dump again", shard=shard.file
+        )
 
 
 def _to_blocks(ref: ChunkRef, geometry: Geometry, tokens: NDArray[np.int64], targets: SparseTargets) -> Blocks:

@@ -79,20 +79,36 @@ def local_root(location: str | Path) -> Path:
     return Path(text)
 
 
+def refuse_inside_cache(root: Path) -> None:
+    """Raise CacheError when a new folder would lie inside a cache, whose files are only its own."""
+    for parent in root.absolute().parents:
+        if (parent / "plan.json").is_file() and (parent / "commits").is_dir():
+            raise CacheError(f"{root} lies inside the cache {parent}; choose another folder for --out")
+
+
 @contextmanager
-def writing(root: Path, needed_bytes: int = 0) -> Iterator[None]:
-    """Turn an OSError while writing into a CacheError that says how much space there is and how to go on."""
+def writing(root: Path, needed_bytes: int = 0, again: str = "it resumes") -> Iterator[None]:
+    """Turn an OSError while writing into a CacheError that says how much space there is and how to go on.
+
+    Args:
+        root: what is being written.
+        needed_bytes: about how many bytes it takes; 0 when that is not known.
+        again: what running the same command again does.
+    """
     try:
         yield
     except OSError as error:
-        where = error.filename or root
+        # Copying names the file it reads, which is not the one that cannot be written.
+        named = Path(error.filename) if isinstance(error.filename, str) else root
+        where = named if named.is_relative_to(root) else root
         if error.errno not in OUT_OF_SPACE:
             raise CacheError(
                 f"{where} cannot be written ({error.strerror or error}); mend it and run the same command again, "
-                "it resumes"
+                f"{again}"
             ) from error
-        free = shutil.disk_usage(root).free if root.exists() else 0
+        there = next((folder for folder in (root, *root.parents) if folder.exists()), Path("/"))
+        needed = f"about {needed_bytes:,} bytes are needed, " if needed_bytes else ""
         raise CacheError(
-            f"no space to write {where}: about {needed_bytes:,} bytes are needed, {free:,} are free (or a quota is "
-            "reached); make room and run the same command again, it resumes"
+            f"no space to write {where}: {needed}{shutil.disk_usage(there).free:,} are free (or a quota is reached); "
+            f"make room and run the same command again, {again}"
         ) from error

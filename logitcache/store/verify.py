@@ -53,11 +53,12 @@ def verify(location: str | Path) -> Report:
         return report
     report.unfinished = not cache.manifest.complete
     _check_documents(cache, layout, report)
+    readable = not any(problem.array == "codebook" for problem in report.problems)
     for number, shard in enumerate(cache.manifest.shards):
         report.shards += 1
         report.num_bytes += shard.num_bytes
         found = len(report.problems)
-        _check_shard(cache, number, report)
+        _check_shard(cache, number, report, decode=readable)
         if len(report.problems) == found:
             report.tokens += shard.num_tokens
     return report
@@ -81,8 +82,11 @@ def _check_documents(cache: Cache, layout: Layout, report: Report) -> None:
         report.problems.append(Problem("", "codebook", None, str(error)))
 
 
-def _check_shard(cache: Cache, number: int, report: Report) -> None:
-    """A shard with the right hash is decoded; one with another hash is searched for the chunks that fail."""
+def _check_shard(cache: Cache, number: int, report: Report, decode: bool) -> None:
+    """A shard with the right hash is decoded; one with another hash is searched for the chunks that fail.
+
+    Without its codebook, which is a problem by itself, nothing can be decoded: `decode` is False.
+    """
     shard = cache.manifest.shards[number]
     path = Layout(cache.root).shards / shard.file
     try:
@@ -90,6 +94,8 @@ def _check_shard(cache: Cache, number: int, report: Report) -> None:
     except CacheError as error:
         located = _damaged_chunks(path)
         report.problems += located or [Problem(shard.file, "", None, str(error))]
+        return
+    if not decode:
         return
     entries = 0
     for ref in (ref for ref in cache.chunks if ref.shard == number):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import weakref
@@ -26,7 +27,7 @@ from logitcache.store.files import (
     write_temporary,
     write_temporary_bytes,
 )
-from logitcache.store.layout import Layout, unit_name, writing
+from logitcache.store.layout import Layout, refuse_inside_cache, unit_name, writing
 from logitcache.store.lock import hold_shared
 from logitcache.store.schema import (
     FORMAT_VERSION,
@@ -94,6 +95,22 @@ class CacheWriter:
     def pending_units(self) -> list[int]:
         """Units without a commit record, ascending."""
         return [unit for unit in range(self.geometry.num_units) if not self.layout.commit(unit).exists()]
+
+    def forget_missing_shards(self) -> list[int]:
+        """Take back the commits of units whose shard files are gone, and the manifest that lists them.
+
+        Returns the units, which are then pending again. Files that are there stay, damaged or not.
+        """
+        lost = [int(commit.unit) for commit in self.commits() if not os.path.lexists(self.layout.shards / commit.file)]
+        if lost:
+            with writing(self.layout.root):
+                # First the manifest: without it the cache is an unfinished one at every moment.
+                self.layout.manifest.unlink(missing_ok=True)
+                fsync_folder(self.layout.root)
+                for unit in lost:
+                    self.layout.commit(unit).unlink(missing_ok=True)
+                fsync_folder(self.layout.commits)
+        return lost
 
     def codebook(self) -> Codebook | None:
         """The cache's tables, or None when they are not written yet. Raises DamagedCacheError."""
@@ -256,6 +273,7 @@ def _check_integers(what: str, chunks: Sequence[Mapping[str, Plane]], limit: int
 def check_folder(layout: Layout) -> None:
     """Raise CacheError when the folder cannot become, or is not, a cache."""
     root = layout.root
+    refuse_inside_cache(root)
     if root.exists() and not root.is_dir():
         raise CacheError(f"{root} is a file; choose another folder for --out")
     strangers = {entry.name for entry in root.iterdir()} - {"work"} if root.is_dir() else set()

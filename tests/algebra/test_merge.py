@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from logitcache.algebra import Derivation, derive_cache, merge_caches
+from logitcache.algebra import BlockRanges, Derivation, derive_cache, merge_caches, subset_cache
 from logitcache.errors import CacheError, DamagedCacheError, PlanMismatchError, UsageError
 from logitcache.reader import CacheDataset, ReaderOptions
 from logitcache.selection import Selection
@@ -186,6 +186,26 @@ def test_no_padding_is_trained_on(corpora: list[Cache], tmp_path: Path) -> None:
         assert (batch["targets"]["weights"].sum(1)[counted] > 0).all()
     assert sorted(seen) == sorted(labels_of(prose) + labels_of(code))
     assert len(seen) == 150 - 31
+
+
+def test_blocks_are_not_taken_twice(tmp_path: Path) -> None:
+    """A cache and what was made of it hold the same blocks; chosen blocks of one cache do not."""
+    prose, code = two_corpora(tmp_path)
+    merge_caches([prose.root, code.root], tmp_path / "both")
+    with pytest.raises(UsageError, match=r"both was made of .*prose and holds its blocks already; leave one out$"):
+        merge_caches([tmp_path / "both", prose.root], tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    for name, blocks in (("first", "0:9"), ("second", "9:")):
+        subset_cache(prose.root, tmp_path / name, BlockRanges.parse(blocks))
+    merge_caches([tmp_path / "first", tmp_path / "second"], tmp_path / "again")
+    check_blocks(reopened(tmp_path / "again"), [(prose, number) for number in range(21)])
+
+
+def test_a_cache_inside_a_cache_is_refused(tmp_path: Path) -> None:
+    prose, code = two_corpora(tmp_path)
+    with pytest.raises(CacheError, match=r"lies inside the cache .*prose; choose another folder for --out$"):
+        merge_caches([prose.root, code.root], prose.root / "sub" / "new")
+    assert verify(prose.root).ok
 
 
 def test_what_differs_is_listed(tmp_path: Path) -> None:

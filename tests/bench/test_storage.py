@@ -88,5 +88,5 @@ def test_all_ids_give_the_full_gradient(dumped: Dumped) -> None:
 
 
 def test_wrong_positions() -> None:
-    with pytest.raises(UsageError, match=r"^100 positions are no multiple of the block length, 512$"):
+    with pytest.raises(UsageError, match=r"^100 positions are no multiple of the block length, 512; choose"):
         StorageOptions(teacher="x", corpus=("y",), positions=100)

@@ -123,7 +123,9 @@ def test_damage_is_located(made: Made) -> None:
     cache = open_cache(made.root)
     made.check(cache.read_blocks(0, 8), 0, 8)
     made.check(cache.read_blocks(16, 21), 16, 21)
-    with pytest.raises(DamagedCacheError, match=r"is damaged: its SHA-256 differs; restore it or dump") as caught:
+    with pytest.raises(
+        DamagedCacheError, match=r"is damaged: its SHA-256 differs; restore it, or remove it and dump"
+    ) as caught:
         cache.read_blocks(7, 9)
     assert caught.value.shard == path.name
 
@@ -131,12 +133,25 @@ def test_damage_is_located(made: Made) -> None:
 # ---------------------------------------------------------------------------------------------- whole files
 
 
+def test_a_pipe_in_a_shards_place(made: Made) -> None:
+    """Not even opened: that would wait for ever."""
+    path = shard_paths(made)[1]
+    path.unlink()
+    os.mkfifo(path)
+    assert whats(verify(made.root)) == f"{path} is not a file; remove it and dump again"
+
+
+def test_a_damaged_codebook_is_one_problem(made: Made) -> None:
+    layout_of(made).codebook.unlink()
+    assert [problem.array for problem in verify(made.root).problems] == ["codebook"]
+
+
 @pytest.mark.parametrize("size", [0, 1, 100, -1])
 def test_truncated_shards(made: Made, size: int) -> None:
     path = shard_paths(made)[2]
     path.write_bytes(path.read_bytes()[:size])
     assert [problem.shard for problem in verify(made.root).problems] == [path.name]
-    with pytest.raises(DamagedCacheError, match=rf"{path.name} has \d+ bytes, not \d+; restore it$"):
+    with pytest.raises(DamagedCacheError, match=rf"{path.name} has \d+ bytes, not \d+; restore it, or remove it"):
         open_cache(made.root).read_blocks(20, 21)
 
 
