@@ -22,6 +22,7 @@ MARKERS = {
 def draw_storage(measurements: Sequence[Measurement], path: Path) -> None:
     """Write a PNG: one point for every selection in our smallest form and in each peer's."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, NullFormatter
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
@@ -41,7 +42,7 @@ def draw_storage(measurements: Sequence[Measurement], path: Path) -> None:
         )
         if ours:
             place = (line.entry_bytes, line.gradient.relative_variance**0.5)
-            axes.annotate(line.selection, place, xytext=(-4, 6), textcoords="offset points", ha="right", fontsize=8)
+            axes.annotate(line.selection, place, xytext=(7, 5), textcoords="offset points", fontsize=8)
     for layout, marker in MARKERS.items():
         axes.scatter([], [], marker=marker, color="grey", label="logitcache small" if layout == OURS else layout)
     axes.set(
@@ -51,6 +52,14 @@ def draw_storage(measurements: Sequence[Measurement], path: Path) -> None:
         ylabel="relative error of the LM head's gradient\n(against full distillation, one batch)",
         title="What a stored distribution costs, and what it is worth",
     )
+    for axis, ticks in (
+        (axes.xaxis, (10, 20, 50, 100, 200, 500, 1000)),
+        (axes.yaxis, (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)),
+    ):
+        low, high = axis.get_view_interval()
+        axis.set_major_locator(FixedLocator([tick for tick in ticks if low <= tick <= high]))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
