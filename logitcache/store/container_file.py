@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -56,6 +57,10 @@ class Container(ABC):
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
+            status = path.stat()
+            if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+                # Opening a pipe would wait for ever.
+                raise self._damaged("it is not a file")
             self._file = path.open("rb")
         except FileNotFoundError as error:
             raise DamagedCacheError(f"{path} is missing; restore it", shard=path.name) from error

@@ -160,7 +160,7 @@ def test_a_fork_of_an_open_cache_reads(made: Made) -> None:
 def test_an_unfinished_cache(tmp_path: Path) -> None:
     """It verifies, reads up to its commits, and says what is missing."""
     made = make_cache(tmp_path / "cache", units=range(2))
-    with pytest.raises(CacheError, match=r"is unfinished; run the same dump again to finish it, or open it with part"):
+    with pytest.raises(CacheError, match=r"is unfinished; run the command that began it again to finish it"):
         open_cache(made.root)
     cache = open_cache(made.root, partial=True)
     assert (cache.num_tokens, cache.num_blocks) == (80, 21)

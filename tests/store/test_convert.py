@@ -124,7 +124,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CacheError, match=r"is not empty and not a logitcache cache \(it holds 'notes.txt'\)"):
         convert(made.root, tmp_path / "mine", "arrow")
     make_cache(tmp_path / "unfinished", units=range(2))
-    with pytest.raises(CacheError, match=r"is unfinished; run the same dump again to finish it"):
+    with pytest.raises(CacheError, match=r"is unfinished; run the command that began it again to finish it"):
         convert(tmp_path / "unfinished", tmp_path / "new", "arrow")
     other = make_cache(tmp_path / "other", seed=1)
     convert(other.root, tmp_path / "arrow", "arrow")
