@@ -204,7 +204,7 @@ def test_options_in_a_config_file(logitcache: Main, dumped: Dumped, tmp_path: Pa
 @pytest.fixture(scope="module")
 def long_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("long") / "long.txt"
-    path.write_text(corpus_text(1500))
+    path.write_text(corpus_text(6000))
     return path
 
 
