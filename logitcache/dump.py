@@ -26,8 +26,9 @@ from logitcache.corpus import (
     pack_to_file,
     resolve_policy,
 )
-from logitcache.dump_options import DumpOptions, Output, Progress, Silent
+from logitcache.dump_options import DumpOptions, Output
 from logitcache.errors import CorpusError, PlanMismatchError
+from logitcache.progress import Progress, Silent
 from logitcache.selection import Selection
 from logitcache.store import (
     CacheWriter,

@@ -1,10 +1,9 @@
-"""Everything `logitcache dump` can be told, and what it reports while it runs."""
+"""Everything `logitcache dump` can be told."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from logitcache.codec import LayoutName
 from logitcache.corpus import PackingPolicy
@@ -74,23 +73,3 @@ class DumpOptions:
                 raise UsageError(f"{name.replace('_', '-')} is {value}; it must be at least 1")
         if not 0 <= self.seed < 1 << 62:
             raise UsageError(f"seed is {self.seed}; it must lie between 0 and 2^62 - 1")
-
-
-class Progress(Protocol):
-    """What a dump reports while it runs; the command line draws it."""
-
-    def stage(self, what: str) -> None:
-        """A new stage began, for example loading the teacher."""
-
-    def advance(self, done: int, total: int, computed: int, num_bytes: int) -> None:
-        """`done` of `total` tokens are finished, `computed` of them in this run; the outputs hold `num_bytes`."""
-
-
-class Silent:
-    """Reports nothing."""
-
-    def stage(self, what: str) -> None:
-        pass
-
-    def advance(self, done: int, total: int, computed: int, num_bytes: int) -> None:
-        pass

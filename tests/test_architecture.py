@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 RANKS = [
-    {"errors"},
+    {"errors", "progress"},
     {"targets"},
     {"corpus", "models", "selection", "codec", "kernels"},
     {"teachers", "store", "losses"},

@@ -3,8 +3,9 @@
 from logitcache.algebra.derive import Derivation, derive_cache
 from logitcache.algebra.merge import merge_caches
 from logitcache.algebra.ranges import BlockRanges
-from logitcache.algebra.rewrite import Progress, Result
+from logitcache.algebra.rewrite import Result
 from logitcache.algebra.subset import subset_cache
+from logitcache.progress import Progress
 
 __all__ = [
     "BlockRanges",

@@ -13,19 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from logitcache.algebra import rows
-from logitcache.algebra.rewrite import (
-    Change,
-    Picked,
-    Progress,
-    Result,
-    Silent,
-    ancestry_of,
-    refuse_same_folder,
-    rewrite,
-)
+from logitcache.algebra.rewrite import Change, Picked, Result, ancestry_of, refuse_same_folder, rewrite
 from logitcache.codec import LayoutName, RowCodec
 from logitcache.codec.values import ValueCodec
 from logitcache.errors import CacheError, UsageError
+from logitcache.progress import Progress, Silent
 from logitcache.selection import Selection, block_uniforms
 from logitcache.store import Cache, Geometry, StoredSelection, open_cache
 from logitcache.targets import SparseTargets

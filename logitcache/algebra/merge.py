@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from logitcache.algebra.rewrite import Picked, Progress, Result, Silent, ancestry_of, refuse_same_folder, rewrite
+from logitcache.algebra.rewrite import Picked, Result, ancestry_of, refuse_same_folder, rewrite
 from logitcache.algebra.union import unite
 from logitcache.errors import CacheError, UsageError
+from logitcache.progress import Progress, Silent
 from logitcache.store import Cache, Geometry, Identity, Plan, open_cache
 from logitcache.store.files import digest
 from logitcache.store.writer import diff

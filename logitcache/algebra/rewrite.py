@@ -9,39 +9,20 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from logitcache.codec import CodedRows
 from logitcache.errors import CacheError, TargetsError
+from logitcache.progress import Progress, Silent
 from logitcache.selection import chunk_uniforms
 from logitcache.store import Ancestor, Cache, CacheWriter, ChunkRef, Identity, Manifest, Origin
 from logitcache.targets import SparseTargets
 
 # Changes the R rows of blocks [first, stop) of the new cache.
 Change = Callable[[SparseTargets, int, int], SparseTargets]
-
-
-class Progress(Protocol):
-    """What an operation reports while it runs; the command line draws it."""
-
-    def stage(self, what: str) -> None:
-        """A new stage began."""
-
-    def advance(self, done: int, total: int, computed: int, num_bytes: int) -> None:
-        """`done` of `total` tokens are finished, `computed` of them in this run, which wrote `num_bytes`."""
-
-
-class Silent:
-    """Reports nothing."""
-
-    def stage(self, what: str) -> None:
-        pass
-
-    def advance(self, done: int, total: int, computed: int, num_bytes: int) -> None:
-        pass
 
 
 @dataclass(frozen=True, eq=False)

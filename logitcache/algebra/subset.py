@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from logitcache.algebra.ranges import BlockRanges, spell
-from logitcache.algebra.rewrite import Picked, Progress, Result, ancestry_of, refuse_same_folder, rewrite
+from logitcache.algebra.rewrite import Picked, Result, ancestry_of, refuse_same_folder, rewrite
+from logitcache.progress import Progress
 from logitcache.store import Geometry, open_cache
 from logitcache.store.files import digest
 

@@ -8,7 +8,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from logitcache.algebra.rewrite import Progress, Result
+from logitcache.algebra.rewrite import Result
+from logitcache.progress import Progress
 from logitcache.store import Cache, CacheWriter, Layout, Manifest
 from logitcache.store.cache import check_shard_file
 from logitcache.store.files import (

@@ -18,8 +18,9 @@ from logitcache.algebra import Derivation, derive_cache
 from logitcache.bench.peers import Peer, peers_for
 from logitcache.bench.yardstick import GradientError, Yardstick, mean_divergence
 from logitcache.codec import LayoutName
-from logitcache.dump import DumpOptions, Output, Progress, Silent, run_dump
+from logitcache.dump import DumpOptions, Output, run_dump
 from logitcache.errors import UsageError
+from logitcache.progress import Progress, Silent
 from logitcache.selection import Selection, chunk_uniforms
 from logitcache.store import Cache, ContainerKind, convert, open_cache
 from logitcache.store.container import open_container, write_container

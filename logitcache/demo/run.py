@@ -12,7 +12,7 @@ from logitcache.demo.picture import draw_comparison
 from logitcache.demo.resources import other_domain_text, plays, teacher_folder
 from logitcache.distill import StepProgress, run_training
 from logitcache.dump import DumpOptions, Output, run_dump
-from logitcache.dump import Progress as DumpProgress
+from logitcache.progress import Progress
 from logitcache.selection import Selection
 from logitcache.store import open_cache
 from logitcache.training.options import TrainOptions
@@ -67,7 +67,7 @@ class DemoView(Protocol):
     def say(self, text: str) -> None:
         """One line."""
 
-    def dumping(self, name: str) -> AbstractContextManager[DumpProgress]:
+    def dumping(self, name: str) -> AbstractContextManager[Progress]:
         """Progress of a dump."""
 
     def training(self, name: str) -> AbstractContextManager[StepProgress]:

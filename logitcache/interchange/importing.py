@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from logitcache.interchange.decoding import decode_sequence
 from logitcache.interchange.distillkit import DistillKitLayout
 from logitcache.interchange.layouts import CONFIG_NAME, choose_layout
 from logitcache.interchange.sequences import SequenceRow, Sequences, parquet_files, scan
+from logitcache.progress import Progress, Silent
 from logitcache.store import (
     CacheWriter,
     ContainerKind,
@@ -79,26 +80,6 @@ class ImportReport:
     manifest: Manifest
     left_out: int
     rescaled: int
-
-
-class Progress(Protocol):
-    """What an import reports while it runs."""
-
-    def stage(self, what: str) -> None:
-        """A new stage began."""
-
-    def advance(self, done: int, total: int, computed: int, num_bytes: int) -> None:
-        """`done` of `total` tokens are finished, `computed` of them in this run."""
-
-
-class Silent:
-    """Reports nothing."""
-
-    def stage(self, what: str) -> None:
-        pass
-
-    def advance(self, done: int, total: int, computed: int, num_bytes: int) -> None:
-        pass
 
 
 def import_distillkit(options: ImportOptions, progress: Progress | None = None) -> ImportReport:

@@ -1,0 +1,25 @@
+"""What long operations report while they run; the command line draws it."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Progress(Protocol):
+    """Told by everything that writes a cache."""
+
+    def stage(self, what: str) -> None:
+        """A new stage began, for example loading the teacher."""
+
+    def advance(self, done: int, total: int, computed: int, num_bytes: int) -> None:
+        """`done` of `total` tokens are finished, `computed` of them in this run; `num_bytes` of it are written."""
+
+
+class Silent:
+    """Reports nothing."""
+
+    def stage(self, what: str) -> None:
+        pass
+
+    def advance(self, done: int, total: int, computed: int, num_bytes: int) -> None:
+        pass
