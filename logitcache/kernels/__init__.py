@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 
 from logitcache.errors import ObjectiveError
-from logitcache.kernels import reference, split, statistics
+from logitcache.kernels import chunk, operators, reference, statistics
+from logitcache.kernels.chunk import linear_gather_total
 from logitcache.kernels.head import (
     GatherResult,
     HeadOptions,
@@ -18,6 +19,7 @@ from logitcache.kernels.head import (
     check_ids,
     check_temperature,
 )
+from logitcache.kernels.plan import GatherPlan
 from logitcache.kernels.reference import dense_logits
 
 __all__ = [
@@ -30,10 +32,11 @@ __all__ = [
     "dense_logits",
     "head_statistics",
     "linear_gather",
+    "linear_gather_total",
     "resolve_implementation",
 ]
 
-IMPLEMENTATIONS = ("reference", "split")
+IMPLEMENTATIONS = ("reference", "split", "chunk")
 
 
 def resolve_implementation(impl: str) -> str:
@@ -74,7 +77,8 @@ def linear_gather(
         ids: int64 [N, K], unique within a row; -1, anywhere, is padding. K may be 0.
         temperature: T > 0.
         head: bias, softcap, logit_scale and valid_vocab.
-        impl: 'auto' (split), 'split' (one tile of logits at a time) or 'reference' (dense, autograd).
+        impl: 'auto' (split), 'split' (slices of the vocabulary), 'chunk' (chunks of rows) or 'reference' (dense,
+            autograd).
         slice_width: columns per tile of 'split'; by default as many as keep a tile near 16 MB on CPU, 64 MB elsewhere.
 
     Returns:
@@ -94,7 +98,12 @@ def linear_gather(
     check_ids(hidden, ids, head.columns(weight))
     if chosen == "reference":
         return reference.linear_gather(hidden, weight, ids, temperature, head)
-    return split.linear_gather(hidden, weight, ids, temperature, head, slice_width)
+    plan = GatherPlan.of(hidden, weight, head, temperature, slice_width)
+    if chosen == "chunk":
+        lse_rest_N, lse_rest_T_N, z_NK = chunk.linear_gather(hidden, weight, ids, head, plan)
+    else:
+        lse_rest_N, lse_rest_T_N, z_NK = operators.gather(chosen, hidden, weight, head.bias, ids, plan)
+    return GatherResult(lse_rest_N, lse_rest_N if lse_rest_T_N is None else lse_rest_T_N, z_NK)
 
 
 def head_statistics(

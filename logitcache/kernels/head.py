@@ -42,18 +42,6 @@ class HeadOptions:
         """Number of columns that take part in the softmax."""
         return int(weight_VD.shape[0]) if self.valid_vocab is None else int(self.valid_vocab)
 
-    def cap_(self, logits: torch.Tensor) -> torch.Tensor:
-        """Apply scale and softcap to raw logits in place."""
-        if self.softcap is not None:
-            return logits.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap)
-        return logits if self.logit_scale is None else logits.mul_(self.scale)
-
-    def chain(self, logits: torch.Tensor) -> torch.Tensor | float:
-        """d(logits) / d(raw logits), from the finished logits: scale * (1 - (z / c)^2)."""
-        if self.softcap is None:
-            return self.scale
-        return logits.square().mul_(-self.scale / self.softcap**2).add_(self.scale)
-
 
 class GatherResult(NamedTuple):
     """What the primitive returns; float64 for float64 inputs, float32 otherwise.
@@ -131,7 +119,7 @@ def check_ids(hidden_ND: torch.Tensor, ids_NK: torch.Tensor, columns: int) -> No
         raise ObjectiveError(f"ids is {ids_NK.dtype}; use int64")
     if ids_NK.device != hidden_ND.device:
         raise ObjectiveError(f"ids is on {ids_NK.device}, but hidden is on {hidden_ND.device}; move one of them")
-    if ids_NK.device.type != "cpu" or ids_NK.numel() == 0:
+    if torch.compiler.is_compiling() or ids_NK.device.type != "cpu" or ids_NK.numel() == 0:
         return
     if int(ids_NK.max()) >= columns:
         raise ObjectiveError(f"ids holds {int(ids_NK.max())}, but the head has only {columns} valid columns")

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from logitcache.kernels import GatherResult, HeadOptions, linear_gather
+from logitcache.kernels import GatherResult, HeadOptions, linear_gather, split
+from logitcache.kernels.plan import GatherPlan
 
 HEADS = {
     "plain": HeadOptions(),
@@ -51,6 +52,18 @@ def make_problem(
     weight = torch.randn(v, d, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
     bias = torch.randn(v, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
     return Problem(hidden, weight, bias, random_ids(n, columns or v, k, g))
+
+
+@torch.no_grad()
+def bare_split(problem: Problem, head: HeadOptions, temperature: float = 1.0, slice_width: int | None = None) -> None:
+    """Forward and backward of 'split' outside its operator, whose insides dispatch modes do not see."""
+    head = replace(head, bias=problem.bias)
+    plan = GatherPlan.of(problem.hidden, problem.weight, head, temperature, slice_width)
+    tensors = (*problem.leaves, problem.ids)
+    results = split.forward(*tensors, plan)
+    grads = tuple(None if result is None else torch.ones_like(result) for result in results)
+    wants = tuple(leaf.requires_grad for leaf in problem.leaves)
+    split.backward(grads, *tensors, *results, plan, wants)
 
 
 def mix(result: GatherResult, seed: int = 1) -> torch.Tensor:
