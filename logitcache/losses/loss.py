@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from logitcache.kernels import HeadOptions, check_head, dense_logits, resolve_implementation
-from logitcache.losses.checks import check_label_values, check_labels
+from logitcache.losses.checks import check_label_values, check_labels, check_z_loss
 from logitcache.losses.objective import Objective, check_alpha
 from logitcache.losses.terms import check_reduction, distillation_terms, reduce_rows
 from logitcache.targets import DeviceTargets, SparseTargets
@@ -32,6 +32,8 @@ def distillation_loss(
     valid_vocab: int | None = None,
     ignore_index: int = -100,
     normalizer: float | torch.Tensor | None = None,
+    blend: float | torch.Tensor = 0.5,
+    z_loss: float = 0.0,
 ) -> torch.Tensor:
     """(1 - alpha) * CE + alpha * T^2 * divergence over the rows that count, without an [N, V] tensor.
 
@@ -44,14 +46,20 @@ def distillation_loss(
         objective: by default what suits the targets: forward_kl with 'bucket' for top-k and top-p, 'unbiased' for
             sampled ones.
         alpha: weight of the divergence, in [0, 1]. A Python 0 is exactly Objective.cross_entropy(); a Python 1 leaves
-            the cross entropy out, so that labels only say which rows count (and where tail='label' puts the tail).
-            A tensor, one number or [N], may vary by row.
-        temperature: T of the divergence; the cross entropy is at 1. Only tail='renormalised' allows another T than 1.
+            the cross entropy out, so that labels only say which rows count (and where tail='label' puts the tail, and
+            which token policy_gradient weighs). A tensor, one number or [N], may vary by row.
+        temperature: T of the divergence; the cross entropy is at 1. Only tail='renormalised' and decoupled allow
+            another T than 1.
         impl: 'auto' (split), 'split' or 'reference' (dense; its cross entropy is torch's, bit for bit).
         reduction: 'mean' over the rows that count, 'sum', or 'none': [N], with 0 on rows that do not count.
         bias, softcap, logit_scale, valid_vocab: see HeadOptions.
         ignore_index: the label of rows that do not count.
         normalizer: divides the sum in place of the number of counted rows, for gradient accumulation.
+        blend: share of the unbiased term of tail='blend', in [0, 1]; a tensor, one number or [N], may move without
+            recompiling. No other objective reads it.
+        z_loss: adds z_loss * lse^2 to every counted row, whatever alpha is; lse is the logsumexp of its logits at
+            temperature 1. Keeps logits from drifting (PaLM, arXiv:2204.02311, with 1e-4; of a router's logits in
+            ST-MoE, arXiv:2202.08906).
 
     Returns:
         Nats. float64 for float64 inputs, float32 otherwise. When no row counts: 0, with a graph.
@@ -64,15 +72,27 @@ def distillation_loss(
     head = HeadOptions(bias, softcap, logit_scale, valid_vocab)
     check_reduction(reduction, normalizer)
     check_alpha(alpha)
+    check_z_loss(z_loss)
     fixed = None if isinstance(alpha, torch.Tensor) else alpha
     ce = fixed != 1
     if fixed == 0:
         objective = Objective.cross_entropy()
     pure = isinstance(objective, Objective) and objective.kind == "cross_entropy"
-    if pure and resolve_implementation(impl) == "reference":
+    if pure and z_loss == 0 and resolve_implementation(impl) == "reference":
         return _dense_cross_entropy(hidden, weight, labels, head, ignore_index, reduction, normalizer)
     terms = distillation_terms(
-        hidden, weight, labels, targets, objective, temperature, impl, head=head, ignore_index=ignore_index, with_ce=ce
+        hidden,
+        weight,
+        labels,
+        targets,
+        objective,
+        temperature,
+        impl,
+        head=head,
+        ignore_index=ignore_index,
+        with_ce=ce,
+        blend=blend,
+        z_loss=z_loss,
     )
     return terms.loss(alpha, reduction, normalizer)
 

@@ -12,8 +12,16 @@ import torch
 
 from logitcache.errors import ObjectiveError
 from logitcache.kernels import HeadOptions, accumulation_dtype, check_head
-from logitcache.losses.checks import check_label_values, check_labels, device_targets, has_exact_head
-from logitcache.losses.divergence import DIVERGENCES, gather_terms
+from logitcache.losses.checks import (
+    check_label_logprob,
+    check_label_values,
+    check_labels,
+    check_share,
+    check_z_loss,
+    device_targets,
+    has_exact_head,
+)
+from logitcache.losses.divergence import divergence, gather_terms, read_by
 from logitcache.losses.objective import Objective, check_alpha
 from logitcache.losses.student import gather_student
 from logitcache.targets import DeviceTargets, SparseTargets
@@ -32,6 +40,7 @@ class DistillationTerms:
         counted: bool [N], False where the label is ignore_index.
         temperature: T.
         dtype: type of the loss.
+        z_loss: [N] the coefficient of the z-loss times lse^2, which is added to the mix; None when there is none.
     """
 
     ce: torch.Tensor | None
@@ -39,6 +48,7 @@ class DistillationTerms:
     counted: torch.Tensor
     temperature: float
     dtype: torch.dtype
+    z_loss: torch.Tensor | None = None
 
     def loss(
         self,
@@ -46,13 +56,17 @@ class DistillationTerms:
         reduction: str = "mean",
         normalizer: float | torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """(1 - alpha) * ce + alpha * T^2 * divergence, reduced; see `distillation_loss`."""
+        """(1 - alpha) * ce + alpha * T^2 * divergence + z_loss, reduced; see `distillation_loss`."""
         check_reduction(reduction, normalizer)
         return reduce_rows(self.rows(alpha), self.counted, reduction, normalizer).to(self.dtype)
 
     def rows(self, alpha: float | torch.Tensor = 0.9) -> torch.Tensor:
         """[N] the mixed loss of each row. Of a term with weight exactly 0 (a Python number) nothing enters."""
         check_alpha(alpha)
+        mixed_N = self._mixed(alpha)
+        return mixed_N if self.z_loss is None else mixed_N + self.z_loss
+
+    def _mixed(self, alpha: float | torch.Tensor) -> torch.Tensor:
         if self.divergence is None or (not isinstance(alpha, torch.Tensor) and alpha == 0):
             return self._need(self.ce, "cross entropy")
         divergence_N = self.divergence * self.temperature**2
@@ -111,13 +125,17 @@ def distillation_terms(
     head: HeadOptions | None = None,
     ignore_index: int = -100,
     with_ce: bool = True,
+    blend: float | torch.Tensor = 0.5,
+    z_loss: float = 0.0,
 ) -> DistillationTerms:
     """Cross entropy and divergence of each row from one pass over the head, for training and for logging.
 
     Args:
-        hidden, weight, labels, targets, objective, temperature, impl, ignore_index: as in `distillation_loss`.
+        hidden, weight, labels, targets, objective, temperature, impl, ignore_index, blend, z_loss: as in
+            `distillation_loss`.
         head: bias, softcap, logit_scale and valid_vocab.
-        with_ce: False leaves the cross entropy out; the labels' values are then not read (except by tail='label').
+        with_ce: False leaves the cross entropy out; the labels' values are then not read (except by tail='label' and
+            policy_gradient).
 
     Returns:
         DistillationTerms; `terms.loss(alpha)` is what `distillation_loss` returns.
@@ -131,24 +149,31 @@ def distillation_terms(
     objective = objective or Objective.default_for(bool(getattr(targets, "unbiased", False)))
     if not isinstance(objective, Objective):
         raise ObjectiveError(f"objective is {objective!r}; build one, for example Objective.forward_kl(tail='bucket')")
-    tail, columns = objective.tail, head.columns(weight)
-    stored = None if tail is None else device_targets(targets, hidden, columns)
+    check_share("blend", blend, len(labels))
+    check_z_loss(z_loss)
+    columns = head.columns(weight)
+    stored = device_targets(targets, hidden, columns) if objective.reads_targets else None
     if stored is not None:
         objective.check(stored.unbiased, temperature, has_exact_head=has_exact_head(stored))
-        stored = stored.exact_head() if tail == "bucket" else stored
+        stored = read_by(objective, stored)
     else:
         objective.check(False, temperature)
     counted_N = labels != ignore_index
     label_N = None
-    if with_ce or tail in (None, "label"):
+    if with_ce or objective.reads_labels:
         check_label_values(labels, counted_N, columns)
         label_N = labels.masked_fill(~counted_N, -1)
+    if stored is not None and objective.kind == "policy_gradient":
+        check_label_logprob(stored, counted_N)
     ids_NK = labels.new_empty((len(labels), 0)) if stored is None else stored.ids
     student = gather_student(hidden, weight, ids_NK, label_N, head, impl)
-    ce_N = divergence_N = None
-    if student.log_p_label_N is not None and (with_ce or tail is None):
+    ce_N = divergence_N = z_loss_N = None
+    if student.log_p_label_N is not None and (with_ce or stored is None):
         ce_N = torch.where(counted_N, -student.log_p_label_N, 0.0)
-    if stored is not None and tail is not None:
-        divergence_N = DIVERGENCES[tail](gather_terms(student, stored), temperature)
+    if stored is not None:
+        divergence_N = divergence(gather_terms(student, stored, blend), objective, temperature)
         divergence_N = torch.where(counted_N, divergence_N, 0.0)
-    return DistillationTerms(ce_N, divergence_N, counted_N, temperature, accumulation_dtype(hidden, weight))
+    if z_loss != 0:
+        z_loss_N = torch.where(counted_N, z_loss * student.lse_N.square(), 0.0)
+    dtype = accumulation_dtype(hidden, weight)
+    return DistillationTerms(ce_N, divergence_N, counted_N, temperature, dtype, z_loss_N)
