@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from logitcache.errors import ObjectiveError
-from logitcache.kernels import reference, split, statistics
+from logitcache.kernels import parallel, reference, split, statistics
 from logitcache.kernels.head import (
     GatherResult,
     HeadOptions,
@@ -19,12 +19,14 @@ from logitcache.kernels.head import (
     check_temperature,
 )
 from logitcache.kernels.reference import dense_logits
+from logitcache.kernels.shard import VocabularyShard
 
 __all__ = [
     "IMPLEMENTATIONS",
     "GatherResult",
     "HeadOptions",
     "HeadStatistics",
+    "VocabularyShard",
     "accumulation_dtype",
     "check_head",
     "dense_logits",
@@ -73,7 +75,8 @@ def linear_gather(
         weight: [V, D]; its type may differ from hidden's.
         ids: int64 [N, K], unique within a row; -1, anywhere, is padding. K may be 0.
         temperature: T > 0.
-        head: bias, softcap, logit_scale and valid_vocab.
+        head: bias, softcap, logit_scale, valid_vocab and shard. With a shard, weight and bias are this rank's rows, ids
+            and valid_vocab count over the whole head, and every rank of the group must call (see `parallel.py`).
         impl: 'auto' (split), 'split' (one tile of logits at a time) or 'reference' (dense, autograd).
         slice_width: columns per tile of 'split'; by default as many as keep a tile near 16 MB on CPU, 64 MB elsewhere.
 
@@ -92,6 +95,14 @@ def linear_gather(
     check_temperature(temperature)
     check_head(hidden, weight, head)
     check_ids(hidden, ids, head.columns(weight))
+    if head.shard is not None:
+
+        def local(hidden: torch.Tensor, ids: torch.Tensor, head: HeadOptions) -> GatherResult:
+            return linear_gather(
+                hidden, weight, ids, temperature=temperature, head=head, impl=chosen, slice_width=slice_width
+            )
+
+        return parallel.linear_gather(hidden, weight, ids, temperature, head, local)
     if chosen == "reference":
         return reference.linear_gather(hidden, weight, ids, temperature, head)
     return split.linear_gather(hidden, weight, ids, temperature, head, slice_width)
@@ -118,4 +129,12 @@ def head_statistics(
     head = head or HeadOptions()
     check_head(hidden, weight, head)
     check_ids(hidden, ids, head.columns(weight))
+    if head.shard is not None:
+        return parallel.head_statistics(
+            hidden,
+            weight,
+            ids,
+            head,
+            lambda ids, head: statistics.head_statistics(hidden, weight, ids, head, slice_width),
+        )
     return statistics.head_statistics(hidden, weight, ids, head, slice_width)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from logitcache.kernels import HeadOptions
+from logitcache.kernels import HeadOptions, VocabularyShard
 from logitcache.losses.loss import distillation_loss
 from logitcache.losses.objective import KINDS, TAILS, Objective
 from logitcache.losses.terms import DistillationTerms, distillation_terms
@@ -13,6 +13,7 @@ __all__ = [
     "DistillationTerms",
     "HeadOptions",
     "Objective",
+    "VocabularyShard",
     "distillation_loss",
     "distillation_terms",
 ]

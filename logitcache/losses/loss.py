@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from logitcache.kernels import HeadOptions, check_head, dense_logits, resolve_implementation
+from logitcache.kernels import HeadOptions, VocabularyShard, check_head, dense_logits, resolve_implementation
 from logitcache.losses.checks import check_label_values, check_labels
 from logitcache.losses.objective import Objective, check_alpha
 from logitcache.losses.terms import check_reduction, distillation_terms, reduce_rows
@@ -30,6 +30,7 @@ def distillation_loss(
     softcap: float | None = None,
     logit_scale: float | None = None,
     valid_vocab: int | None = None,
+    shard: VocabularyShard | None = None,
     ignore_index: int = -100,
     normalizer: float | torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -50,6 +51,8 @@ def distillation_loss(
         impl: 'auto' (split), 'split' or 'reference' (dense; its cross entropy is torch's, bit for bit).
         reduction: 'mean' over the rows that count, 'sum', or 'none': [N], with 0 on rows that do not count.
         bias, softcap, logit_scale, valid_vocab: see HeadOptions.
+        shard: of a vocabulary-parallel head: weight and bias are this rank's rows, everything else is the same on every
+            rank of `shard.group`, and so is the loss; backward gives the whole gradient of hidden and that of the rows.
         ignore_index: the label of rows that do not count.
         normalizer: divides the sum in place of the number of counted rows, for gradient accumulation.
 
@@ -61,7 +64,7 @@ def distillation_loss(
         TargetsError: the targets are malformed or made for another vocabulary. On GPUs the values of labels and
             DeviceTargets are not looked at, as that would stall the device: a label past the vocabulary gives inf.
     """
-    head = HeadOptions(bias, softcap, logit_scale, valid_vocab)
+    head = HeadOptions(bias, softcap, logit_scale, valid_vocab, shard)
     check_reduction(reduction, normalizer)
     check_alpha(alpha)
     fixed = None if isinstance(alpha, torch.Tensor) else alpha
@@ -69,7 +72,7 @@ def distillation_loss(
     if fixed == 0:
         objective = Objective.cross_entropy()
     pure = isinstance(objective, Objective) and objective.kind == "cross_entropy"
-    if pure and resolve_implementation(impl) == "reference":
+    if pure and shard is None and resolve_implementation(impl) == "reference":
         return _dense_cross_entropy(hidden, weight, labels, head, ignore_index, reduction, normalizer)
     terms = distillation_terms(
         hidden, weight, labels, targets, objective, temperature, impl, head=head, ignore_index=ignore_index, with_ce=ce

@@ -116,7 +116,7 @@ def distillation_terms(
 
     Args:
         hidden, weight, labels, targets, objective, temperature, impl, ignore_index: as in `distillation_loss`.
-        head: bias, softcap, logit_scale and valid_vocab.
+        head: bias, softcap, logit_scale, valid_vocab and shard.
         with_ce: False leaves the cross entropy out; the labels' values are then not read (except by tail='label').
 
     Returns:
