@@ -290,6 +290,11 @@ class DeviceTargets:
     def __len__(self) -> int:
         return int(self.ids.shape[0])
 
+    def slice(self, start: int, stop: int) -> DeviceTargets:
+        """Rows [start, stop), as views of the same memory."""
+        names = ("ids", "weights", *_COLUMNS)
+        return replace(self, **{name: getattr(self, name)[start:stop] for name in names})
+
     def exact_head(self) -> DeviceTargets:
         """As `SparseTargets.exact_head`, without a look at the values: rows without a threshold get NaN weights."""
         import torch

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from logitcache.errors import ObjectiveError
-from logitcache.kernels import chunk, operators, reference, statistics
+from logitcache.kernels import chunk, operators, parallel, reference, statistics
 from logitcache.kernels.chunk import linear_gather_total
 from logitcache.kernels.head import (
     GatherResult,
@@ -21,28 +21,41 @@ from logitcache.kernels.head import (
 )
 from logitcache.kernels.plan import GatherPlan
 from logitcache.kernels.reference import dense_logits
+from logitcache.kernels.shard import VocabularyShard
 
 __all__ = [
     "IMPLEMENTATIONS",
     "GatherResult",
     "HeadOptions",
     "HeadStatistics",
+    "VocabularyShard",
     "accumulation_dtype",
     "check_head",
+    "choose_implementation",
     "dense_logits",
     "head_statistics",
     "linear_gather",
     "linear_gather_total",
-    "resolve_implementation",
 ]
 
 IMPLEMENTATIONS = ("reference", "split", "chunk")
 
 
-def resolve_implementation(impl: str) -> str:
-    """The implementation that `impl` stands for ('auto' is 'split'); ObjectiveError for a name that does not exist."""
+def choose_implementation(
+    impl: str, hidden: torch.Tensor, weight: torch.Tensor, head: HeadOptions, summed: bool
+) -> str:
+    """The implementation that `impl` stands for here.
+
+    Args:
+        impl: a name, or 'auto' for the fastest: 'chunk' for sums whose gradient is wanted, otherwise 'split'.
+        hidden, weight, head: as in `linear_gather`.
+        summed: whether the caller wants a sum of row losses, whose gradient can be made in the forward pass.
+
+    Raises:
+        ObjectiveError: a name that does not exist.
+    """
     if impl == "auto":
-        return "split"
+        return "chunk" if summed else "split"
     if impl not in IMPLEMENTATIONS:
         raise ObjectiveError(f"impl is {impl!r}; this version has auto, {', '.join(IMPLEMENTATIONS)}")
     return impl
@@ -76,7 +89,8 @@ def linear_gather(
         weight: [V, D]; its type may differ from hidden's.
         ids: int64 [N, K], unique within a row; -1, anywhere, is padding. K may be 0.
         temperature: T > 0.
-        head: bias, softcap, logit_scale and valid_vocab.
+        head: bias, softcap, logit_scale, valid_vocab and shard. With a shard, weight and bias are this rank's rows, ids
+            and valid_vocab count over the whole head, and every rank of the group must call (see `parallel.py`).
         impl: 'auto' (split), 'split' (slices of the vocabulary), 'chunk' (chunks of rows) or 'reference' (dense,
             autograd).
         slice_width: columns per tile of 'split'; by default as many as keep a tile near 16 MB on CPU, 64 MB elsewhere.
@@ -92,10 +106,18 @@ def linear_gather(
             the vocabulary gets z = -inf from 'split'.)
     """
     head = head or HeadOptions()
-    chosen = resolve_implementation(impl)
     check_temperature(temperature)
     check_head(hidden, weight, head)
+    chosen = choose_implementation(impl, hidden, weight, head, summed=False)
     check_ids(hidden, ids, head.columns(weight))
+    if head.shard is not None:
+
+        def local(hidden: torch.Tensor, ids: torch.Tensor, head: HeadOptions) -> GatherResult:
+            return linear_gather(
+                hidden, weight, ids, temperature=temperature, head=head, impl=chosen, slice_width=slice_width
+            )
+
+        return parallel.linear_gather(hidden, weight, ids, temperature, head, local)
     if chosen == "reference":
         return reference.linear_gather(hidden, weight, ids, temperature, head)
     plan = GatherPlan.of(hidden, weight, head, temperature, slice_width)
@@ -127,4 +149,12 @@ def head_statistics(
     head = head or HeadOptions()
     check_head(hidden, weight, head)
     check_ids(hidden, ids, head.columns(weight))
+    if head.shard is not None:
+        return parallel.head_statistics(
+            hidden,
+            weight,
+            ids,
+            head,
+            lambda ids, head: statistics.head_statistics(hidden, weight, ids, head, slice_width),
+        )
     return statistics.head_statistics(hidden, weight, ids, head, slice_width)

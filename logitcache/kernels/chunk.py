@@ -112,6 +112,7 @@ class _ChunkedTotal(torch.autograd.Function):
         ctx.dtypes = (hidden_ND.dtype, weight_VD.dtype, hidden_ND.dtype if bias_V is None else bias_V.dtype)
         columns = [torch.cat(parts) for parts in zip(*totals.columns, strict=True)]
         ctx.mark_non_differentiable(*columns)
+        assert totals.total is not None
         return totals.total, *columns
 
     @staticmethod
@@ -152,7 +153,7 @@ class _Totals:
         self.grad_hidden_ND = torch.empty_like(hidden_ND, dtype=dtype) if wants[0] else None
         self.grad_weight_VD = torch.zeros_like(weight_VD, dtype=dtype) if wants[1] else None
         self.grad_bias_V = torch.zeros_like(bias_V, dtype=dtype) if wants[2] and bias_V is not None else None
-        self.total = torch.zeros((), dtype=dtype, device=hidden_ND.device)
+        self.total: torch.Tensor | None = None
         self.columns: list[tuple[torch.Tensor, ...]] = []
 
     def add(self, start: int, stop: int, ids_nK: torch.Tensor, row_loss: RowLoss) -> None:
@@ -164,7 +165,7 @@ class _Totals:
         part.overwrite_(float("-inf"))
         lse_n, lse_T_n = self._logsumexps(tile_nV)
         total, columns, grads = _differentiate(row_loss, start, stop, lse_n, lse_T_n, z_nK)
-        self.total += total
+        self.total = total if self.total is None else self.total + total
         self.columns.append(columns)
         if self._softmax_is_kept:
             tile_nV.mul_((grads[0] * self.plan.logit_scale)[:, None])

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from logitcache.kernels import HeadOptions
-from logitcache.losses.loss import distillation_loss
+from logitcache.kernels import HeadOptions, VocabularyShard
+from logitcache.losses.loss import DistillationOutput, distillation_loss, distillation_output, distillation_terms
 from logitcache.losses.objective import KINDS, TAILS, Objective
-from logitcache.losses.terms import DistillationTerms, distillation_terms
+from logitcache.losses.options import LossOptions
+from logitcache.losses.terms import DistillationTerms
 
 __all__ = [
     "KINDS",
     "TAILS",
+    "DistillationOutput",
     "DistillationTerms",
     "HeadOptions",
+    "LossOptions",
     "Objective",
+    "VocabularyShard",
     "distillation_loss",
+    "distillation_output",
     "distillation_terms",
 ]
