@@ -74,8 +74,15 @@ def linear_gather_total(
     plan = GatherPlan.of(hidden, weight, head, temperature)
     plan = replace(plan, slice_width=plan.columns)
     size = rows_per_chunk or chunk_rows(int(hidden.shape[0]), plan.columns, hidden.device.type)
-    total, *columns = _ChunkedTotal.apply(hidden, weight, head.bias, ids, plan, row_loss, size)
-    return total, tuple(columns)
+    tensors = (hidden, weight, head.bias)
+    wants = tuple(tensor is not None and tensor.requires_grad for tensor in tensors)
+    detached = [None if tensor is None else tensor.detach() for tensor in tensors]
+    with torch.no_grad(), torch.autocast(device_type=hidden.device.type, enabled=False):
+        totals = _Totals(*detached, plan, wants, size)
+        for start, stop in ranges(int(hidden.shape[0]), size):
+            totals.add(start, stop, ids[start:stop], row_loss)
+        columns = tuple(torch.cat(parts) for parts in zip(*totals.columns, strict=True))
+    return _WithGradients.apply(*tensors, totals.total, *totals.gradients), columns
 
 
 def linear_gather(
@@ -92,32 +99,25 @@ def linear_gather(
     return torch.cat(lse), None if plan.temperature == 1 else torch.cat(lse_T), torch.cat(z)
 
 
-class _ChunkedTotal(torch.autograd.Function):
+class _WithGradients(torch.autograd.Function):
+    """A total that was computed without a graph, together with its gradients."""
+
     @staticmethod
     def forward(
         ctx: Any,
         hidden_ND: torch.Tensor,
         weight_VD: torch.Tensor,
         bias_V: torch.Tensor | None,
-        ids_NK: torch.Tensor,
-        plan: GatherPlan,
-        row_loss: RowLoss,
-        size: int,
-    ) -> tuple[torch.Tensor, ...]:
-        with torch.autocast(device_type=hidden_ND.device.type, enabled=False):
-            totals = _Totals(hidden_ND, weight_VD, bias_V, plan, ctx.needs_input_grad[:3], size)
-            for start, stop in ranges(int(hidden_ND.shape[0]), size):
-                totals.add(start, stop, ids_NK[start:stop], row_loss)
-        ctx.gradients = totals.gradients
+        total: torch.Tensor,
+        *gradients: torch.Tensor | None,
+    ) -> torch.Tensor:
+        ctx.gradients = gradients
         ctx.dtypes = (hidden_ND.dtype, weight_VD.dtype, hidden_ND.dtype if bias_V is None else bias_V.dtype)
-        columns = [torch.cat(parts) for parts in zip(*totals.columns, strict=True)]
-        ctx.mark_non_differentiable(*columns)
-        assert totals.total is not None
-        return totals.total, *columns
+        return total.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_total: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad_total: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if ctx.gradients is None:
             raise ObjectiveError(
                 "impl='chunk' hands its gradients out once; use impl='split' to run backward through one loss twice"
