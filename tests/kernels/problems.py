@@ -58,6 +58,6 @@ def mix(result: GatherResult, seed: int = 1) -> torch.Tensor:
     g = torch.Generator().manual_seed(seed)
     total = result.z.new_zeros(())
     for value in result:
-        weights = torch.randn(value.shape, generator=g, dtype=torch.float64).to(value.dtype)
+        weights = torch.randn(value.shape, generator=g, dtype=torch.float64).to(value)
         total = total + (torch.where(torch.isfinite(value), value, 0.0) * weights).sum()
     return total
