@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from logitcache.errors import ObjectiveError
-from logitcache.kernels import chunk, operators, parallel, reference, statistics
+from logitcache.kernels import chunk, operators, parallel, reference, statistics, triton_gather
 from logitcache.kernels.chunk import linear_gather_total
 from logitcache.kernels.head import (
     GatherResult,
@@ -38,27 +38,34 @@ __all__ = [
     "linear_gather_total",
 ]
 
-IMPLEMENTATIONS = ("reference", "split", "chunk")
+IMPLEMENTATIONS = ("reference", "split", "chunk", "triton")
+# On GPUs a fourth product costs less than chunk's passes over whole logits, up to about this width of hidden states.
+WIDEST_RECOMPUTED = 1650
 
 
-def choose_implementation(
-    impl: str, hidden: torch.Tensor, weight: torch.Tensor, head: HeadOptions, summed: bool
-) -> str:
+def choose_implementation(impl: str, hidden: torch.Tensor, weight: torch.Tensor, summed: bool) -> str:
     """The implementation that `impl` stands for here.
 
     Args:
-        impl: a name, or 'auto' for the fastest: 'chunk' for sums whose gradient is wanted, otherwise 'split'.
-        hidden, weight, head: as in `linear_gather`.
+        impl: a name, or 'auto' for the fastest. On CPU: 'chunk' for sums, otherwise 'split'. Where Triton runs
+            compiled: 'chunk' for sums over hidden states wider than 1,650, otherwise 'triton'.
+        hidden, weight: as in `linear_gather`.
         summed: whether the caller wants a sum of row losses, whose gradient can be made in the forward pass.
 
     Raises:
-        ObjectiveError: a name that does not exist.
+        ObjectiveError: a name that does not exist, or an implementation that cannot run here.
     """
-    if impl == "auto":
-        return "chunk" if summed else "split"
-    if impl not in IMPLEMENTATIONS:
+    if impl not in ("auto", *IMPLEMENTATIONS):
         raise ObjectiveError(f"impl is {impl!r}; this version has auto, {', '.join(IMPLEMENTATIONS)}")
-    return impl
+    dtype = accumulation_dtype(hidden, weight)
+    if impl == "triton" and (reason := triton_gather.unavailable(hidden.device, dtype)):
+        raise ObjectiveError(reason)
+    if impl != "auto":
+        return impl
+    compiled = hidden.device.type == "cuda" and triton_gather.unavailable(hidden.device, dtype) is None
+    if summed and (not compiled or hidden.shape[1] > WIDEST_RECOMPUTED):
+        return "chunk"
+    return "triton" if compiled else "split"
 
 
 def linear_gather(
@@ -91,8 +98,8 @@ def linear_gather(
         temperature: T > 0.
         head: bias, softcap, logit_scale, valid_vocab and shard. With a shard, weight and bias are this rank's rows, ids
             and valid_vocab count over the whole head, and every rank of the group must call (see `parallel.py`).
-        impl: 'auto' (split), 'split' (slices of the vocabulary), 'chunk' (chunks of rows) or 'reference' (dense,
-            autograd).
+        impl: 'auto', 'split' (slices of the vocabulary), 'chunk' (chunks of rows), 'triton' (CUDA) or 'reference'
+            (dense, autograd); see `choose_implementation`.
         slice_width: columns per tile of 'split'; by default as many as keep a tile near 16 MB on CPU, 64 MB elsewhere.
 
     Returns:
@@ -108,7 +115,7 @@ def linear_gather(
     head = head or HeadOptions()
     check_temperature(temperature)
     check_head(hidden, weight, head)
-    chosen = choose_implementation(impl, hidden, weight, head, summed=False)
+    chosen = choose_implementation(impl, hidden, weight, summed=False)
     check_ids(hidden, ids, head.columns(weight))
     if head.shard is not None:
 

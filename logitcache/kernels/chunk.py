@@ -20,8 +20,9 @@ from logitcache.errors import ObjectiveError
 from logitcache.kernels import operators
 from logitcache.kernels.head import GatherResult, HeadOptions, accumulation_dtype
 from logitcache.kernels.plan import GatherPlan
+from logitcache.kernels.products import add_product_
 from logitcache.kernels.slices import Slicer, matmul_into, softmax_
-from logitcache.kernels.split import add_product_, powers_gradient_, softmax_terms, sparse_gradient
+from logitcache.kernels.split import powers_gradient_, softmax_terms, sparse_gradient
 
 # Bytes of one chunk of logits. On CPU products stop gaining well before that; accelerators want many rows, because each
 # chunk reads the whole weight and adds to its whole gradient.
@@ -76,9 +77,9 @@ def linear_gather_total(
     size = rows_per_chunk or chunk_rows(int(hidden.shape[0]), plan.columns, hidden.device.type)
     tensors = (hidden, weight, head.bias)
     wants = tuple(tensor is not None and tensor.requires_grad for tensor in tensors)
-    detached = [None if tensor is None else tensor.detach() for tensor in tensors]
+    bias = None if head.bias is None else head.bias.detach()
     with torch.no_grad(), torch.autocast(device_type=hidden.device.type, enabled=False):
-        totals = _Totals(*detached, plan, wants, size)
+        totals = _Totals(hidden.detach(), weight.detach(), bias, plan, wants, size)
         for start, stop in ranges(int(hidden.shape[0]), size):
             totals.add(start, stop, ids[start:stop], row_loss)
         columns = tuple(torch.cat(parts) for parts in zip(*totals.columns, strict=True))

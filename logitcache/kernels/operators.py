@@ -13,9 +13,8 @@ from dataclasses import astuple
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
 
-from logitcache.kernels import split
+from logitcache.kernels import split, triton_gather
 from logitcache.kernels.head import accumulation_dtype
 from logitcache.kernels.plan import GatherPlan
 
@@ -79,25 +78,14 @@ def _define(name: str, forward: Callable[..., Any], backward: Callable[..., Any]
         return (*wanted, None, *(None for _ in ctx.plan))
 
     gather.register_autograd(formula, setup_context=setup)
-    _count_products(f"{name}_gather")
     return gather
 
 
-def _count_products(name: str) -> None:
-    """Let PyTorch's FlopCounterMode see the products inside the operators."""
-    operators = torch.ops.logitcache
-
-    @register_flop_formula(getattr(operators, name))
-    def _(hidden: Any, weight: Any, *rest: Any, **_: Any) -> int:
-        return 2 * int(hidden[0] * hidden[1] * rest[5])
-
-    @register_flop_formula(getattr(operators, f"{name}_backward"))
-    def _(*arguments: Any, **_: Any) -> int:
-        hidden, columns, wants = arguments[3], arguments[13], arguments[16:18]
-        return 2 * int(hidden[0] * hidden[1] * columns) * (1 + sum(wants))
-
-
-_GATHER = {"split": _define("split", split.forward, split.backward)}
+_GATHER = {
+    "split": _define("split", split.forward, split.backward),
+    # Imports triton when it first runs.
+    "triton": _define("triton", triton_gather.forward, triton_gather.backward),
+}
 
 
 def gather(

@@ -8,6 +8,9 @@ import torch
 
 from logitcache.kernels.head import HeadOptions, accumulation_dtype
 
+# Of hidden, weight and bias, or of lse_rest, lse_rest_T and z: None where there is none, or nobody wants it.
+Gradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+
 
 @dataclass(frozen=True)
 class GatherPlan:

@@ -12,10 +12,9 @@ from __future__ import annotations
 import torch
 
 from logitcache.kernels.head import accumulation_dtype
-from logitcache.kernels.plan import GatherPlan
-from logitcache.kernels.slices import Slice, Slicer, matmul_into, softmax_
-
-Grads = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+from logitcache.kernels.plan import GatherPlan, Gradients
+from logitcache.kernels.products import add_product_, write_product_
+from logitcache.kernels.slices import Slice, Slicer, softmax_
 
 
 def forward(
@@ -42,7 +41,7 @@ def forward(
 
 
 def backward(
-    grads: Grads,
+    grads: Gradients,
     hidden_ND: torch.Tensor,
     weight_VD: torch.Tensor,
     bias_V: torch.Tensor | None,
@@ -52,7 +51,7 @@ def backward(
     z_NK: torch.Tensor,
     plan: GatherPlan,
     wants: tuple[bool, bool, bool],
-) -> Grads:
+) -> Gradients:
     """Gradients of hidden, weight and bias, each None where `wants` says no, from those of forward's results.
 
     Args:
@@ -83,7 +82,7 @@ class SoftmaxTerm:
 
 
 def softmax_terms(
-    grads: Grads, lse_N: torch.Tensor, lse_T_N: torch.Tensor | None, plan: GatherPlan
+    grads: Gradients, lse_N: torch.Tensor, lse_T_N: torch.Tensor | None, plan: GatherPlan
 ) -> list[SoftmaxTerm]:
     """The terms whose gradient is not None."""
     terms = [] if grads[0] is None else [SoftmaxTerm(grads[0], lse_N, 1.0)]
@@ -145,29 +144,10 @@ class GradientTotals:
         if self.hidden_ND is not None:
             add_product_(self.hidden_ND, operand_NW, part.weight_WD)
         if self.weight_VD is not None:
-            _write_product_(
-                self.weight_VD[part.start : part.stop], operand_NW.T, self.slicer.hidden_ND, self.accumulate
-            )
+            out_WD = self.weight_VD[part.start : part.stop]
+            write_product_(out_WD, operand_NW.T, self.slicer.hidden_ND, self.accumulate)
 
-    def finished(self) -> Grads:
+    def finished(self) -> Gradients:
         """The gradients, in the types of their tensors."""
         hidden_ND = None if self.hidden_ND is None else self.hidden_ND.to(self.hidden_dtype)
         return hidden_ND, self.weight_VD, self.bias_V
-
-
-def add_product_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """total += a @ b, accumulated in total's type."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    else:
-        total.add_(torch.mm(a, b, out_dtype=total.dtype))
-
-
-def _write_product_(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, accumulate: torch.dtype) -> None:
-    """out = a @ b, accumulated in `accumulate` and rounded once to out's type."""
-    if out.dtype in (a.dtype, accumulate):
-        matmul_into(a, b, out)
-    elif a.dtype == accumulate:
-        out.copy_(a @ b)
-    else:
-        out.copy_(torch.mm(a, b, out_dtype=accumulate))

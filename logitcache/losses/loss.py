@@ -73,8 +73,8 @@ def distillation_loss(
             which token policy_gradient weighs). A tensor, one number or [N], may vary by row.
         temperature: T of the divergence; the cross entropy is at 1. Only tail='renormalised' and decoupled allow
             another T than 1.
-        impl: 'auto' (the fastest one here), 'chunk' (fastest on CPU), 'split' (least memory) or 'reference' (dense;
-            its cross entropy is torch's, bit for bit). See docs/kernels.md.
+        impl: 'auto' (the fastest one here), 'chunk' (fastest on CPU), 'split' (least memory), 'triton' (CUDA) or
+            'reference' (dense; its cross entropy is torch's, bit for bit). See docs/kernels.md.
         reduction: 'mean' over the rows that count, 'sum', or 'none': [N], with 0 on rows that do not count.
         bias, softcap, logit_scale, valid_vocab: see HeadOptions.
         shard: of a vocabulary-parallel head: weight and bias are this rank's rows, everything else is the same on every
@@ -135,7 +135,7 @@ def distillation_output(
         options.z_loss,
     )
     summed = options.reduction != "none" and head.shard is None and not _wants_gradient(options.alpha, options.blend)
-    impl = choose_implementation(options.impl, hidden, weight, head, summed)
+    impl = choose_implementation(options.impl, hidden, weight, summed)
     if impl == "chunk" and summed and _wants_gradient(hidden, weight, head.bias):
         return _chunked(hidden, weight, rows, options, head)
     terms = rows.terms(linear_gather(hidden, weight, rows.ids_to_gather, head=head, impl=impl))
@@ -216,5 +216,5 @@ def distillation_terms(
     rows = prepare_rows(
         hidden, weight, labels, targets, objective, temperature, head, ignore_index, with_ce, blend, z_loss
     )
-    impl = choose_implementation(impl, hidden, weight, head, summed=False)
+    impl = choose_implementation(impl, hidden, weight, summed=False)
     return rows.terms(linear_gather(hidden, weight, rows.ids_to_gather, head=head, impl=impl))

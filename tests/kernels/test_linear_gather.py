@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from logitcache.kernels import IMPLEMENTATIONS, HeadOptions, dense_logits, head_statistics, linear_gather
+from logitcache.kernels import HeadOptions, dense_logits, head_statistics, linear_gather
+from tests.kernels.problems import EXACT as IMPLEMENTATIONS
 from tests.kernels.problems import HEADS, Problem, make_problem, mix
 
 CASES = [("reference", None), ("chunk", None), *(("split", width) for width in (None, 1, 4, 5, 22, 23))]

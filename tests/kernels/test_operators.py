@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from logitcache.kernels import IMPLEMENTATIONS, HeadOptions, linear_gather
+from logitcache.kernels import HeadOptions, linear_gather
 from logitcache.kernels.plan import GatherPlan
+from tests.kernels.problems import EXACT as IMPLEMENTATIONS
 from tests.kernels.problems import HEADS, make_problem, mix
 
 COMPILED = [impl for impl in IMPLEMENTATIONS if impl != "reference"]

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from logitcache.kernels import IMPLEMENTATIONS, HeadOptions, VocabularyShard, head_statistics, linear_gather
+from logitcache.kernels import HeadOptions, VocabularyShard, head_statistics, linear_gather
 from logitcache.losses import Objective, distillation_loss
 from tests.kernels import problems as heads
+from tests.kernels.problems import EXACT as IMPLEMENTATIONS
 from tests.losses import problems as losses
 
 # Rows of each rank. The last one of "padding" holds nothing but padding of a head with 16 or 17 valid columns.

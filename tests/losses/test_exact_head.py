@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from logitcache.errors import ObjectiveError, TargetsError
-from logitcache.kernels import IMPLEMENTATIONS
 from logitcache.losses import Objective, distillation_loss
 from logitcache.losses.dense import dense_loss
 from logitcache.selection import Selection
 from logitcache.selection.distribution import Distribution
 from logitcache.selection.select import select
 from logitcache.targets import DeviceTargets, SparseTargets
+from tests.kernels.problems import EXACT as IMPLEMENTATIONS
 from tests.losses.problems import (
     HEADS,
     OF_HEADS,

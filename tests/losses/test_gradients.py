@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from logitcache.kernels import IMPLEMENTATIONS, slices
+from logitcache.kernels import slices
 from logitcache.losses import Objective
+from tests.kernels.problems import EXACT as IMPLEMENTATIONS
 from tests.losses.problems import HEADS, OBJECTIVES, N, Problem, name_of
 
 WIDTHS = [1, 5, 1024]

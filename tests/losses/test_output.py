@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from logitcache.kernels import IMPLEMENTATIONS, HeadOptions, chunk
+from logitcache.kernels import HeadOptions, chunk
 from logitcache.losses import LossOptions, Objective, distillation_output, distillation_terms
+from tests.kernels.problems import EXACT as IMPLEMENTATIONS
 from tests.losses.problems import HEADS, OBJECTIVES, N, Problem
 
 BUCKET = Objective.forward_kl("bucket")

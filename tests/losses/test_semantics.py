@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 import logitcache
-from logitcache.kernels import IMPLEMENTATIONS
 from logitcache.losses import HeadOptions, Objective, distillation_loss, distillation_terms
 from logitcache.targets import SparseTargets
+from tests.kernels.problems import EXACT as IMPLEMENTATIONS
 from tests.losses.problems import OBJECTIVES, D, N, Problem, V
 
 BUCKET = Objective.forward_kl("bucket")
