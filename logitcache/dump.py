@@ -48,10 +48,6 @@ from logitcache.teachers.capture import capture_blocks
 
 __all__ = ["DumpOptions", "DumpReport", "Output", "Progress", "Silent", "run_dump"]
 
-CHUNK_TOKENS = 1 << 16
-CHUNK_ENTRIES = 1 << 20
-LEAST_UNIT_TOKENS, MOST_UNIT_TOKENS = 1 << 14, 1 << 22
-
 
 @dataclass
 class DumpReport:
@@ -197,32 +193,6 @@ def _facts_of_finished(options: DumpOptions, inputs: dict[str, Any]) -> dict[str
     return facts
 
 
-def _geometry(options: DumpOptions, selection: Selection, num_tokens: int) -> Geometry:
-    """Chunks of at most 65,536 tokens, fewer where rows are long; units of about 1/32 of the corpus.
-
-    Units do not depend on the selection, and a smaller chunk divides a larger one: caches that are dumped together are
-    those that would have been dumped apart.
-    """
-    length = options.block_length
-    longest = _power_of_two(CHUNK_TOKENS // length)
-    wanted = options.unit_tokens or min(max(num_tokens // 32, LEAST_UNIT_TOKENS), MOST_UNIT_TOKENS)
-    unit_blocks = max(1, wanted // length)
-    if unit_blocks >= longest:
-        unit_blocks -= unit_blocks % longest
-    chunk_blocks = min(longest, _power_of_two(CHUNK_ENTRIES // selection.size // length))
-    return Geometry(
-        num_tokens=num_tokens,
-        block_length=length,
-        chunk_blocks=min(chunk_blocks, unit_blocks),
-        unit_blocks=unit_blocks,
-    )
-
-
-def _power_of_two(number: int) -> int:
-    """The largest one that is not above `number`, at least 1."""
-    return 1 << max(number, 1).bit_length() - 1
-
-
 def _identity(options: DumpOptions, output: Output, teacher: TransformersTeacher, corpus: Corpus) -> Identity:
     selection = output.selection
     codec = RowCodec.for_selection(selection.method, selection.size, selection.exponent, options.codec)
@@ -234,7 +204,7 @@ def _identity(options: DumpOptions, output: Output, teacher: TransformersTeacher
         selection=StoredSelection(**selection.to_dict()),
         seed=options.seed,
         codec=codec.to_dict(),
-        geometry=_geometry(options, selection, corpus.num_tokens),
+        geometry=Geometry.planned(corpus.num_tokens, options.block_length, selection.size, options.unit_tokens),
         container=options.container,
     )
 

@@ -23,7 +23,7 @@ from logitcache.corpus import expand_paths, iter_documents, pack, resolve_policy
 from logitcache.dump import DumpOptions, DumpReport, Output, Silent, run_dump
 from logitcache.errors import CacheError, CorpusError, ModelError, PlanMismatchError, UsageError
 from logitcache.selection import Selection
-from logitcache.store import open_cache, verify
+from logitcache.store import open_cache, schema, verify
 from tests.faults import forkserver, run_killed, run_to_end, start
 from tests.store.caches import files_of
 from tests.teachers.alignment import Expected
@@ -139,7 +139,7 @@ def check_against_the_teacher(given: DumpOptions, report: DumpReport) -> None:
 @pytest.mark.parametrize("family", ["llama", "gemma2", "cohere", "granite", "gpt2"])
 def test_rows_are_the_teachers(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several documents, an odd block length, a padded last block, batches that divide nothing, three selections."""
-    monkeypatch.setattr(dump_module, "CHUNK_TOKENS", 4 * LENGTH)
+    monkeypatch.setattr(schema, "CHUNK_TOKENS", 4 * LENGTH)
     save_tiny(tmp_path / "teacher", family)
     write_corpus(tmp_path / "corpus")
     given = options(tmp_path, *((spec, tmp_path / spec.replace(":", "-")) for spec in SPECS))

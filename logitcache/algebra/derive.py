@@ -20,11 +20,11 @@ from logitcache.errors import CacheError, UsageError
 from logitcache.progress import Progress, Silent
 from logitcache.selection import Selection, block_uniforms
 from logitcache.store import Cache, Geometry, StoredSelection, open_cache
+from logitcache.store.schema import CHUNK_TOKENS
 from logitcache.targets import SparseTargets
 
 COLUMNS = ("entropy", "label_logprob")
 MAX_TAIL_MASS = 0.01
-CHUNK_TOKENS = 1 << 16
 # Uniform numbers held at once: 64 MiB.
 MOST_UNIFORMS = 1 << 23
 

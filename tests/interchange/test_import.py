@@ -21,12 +21,11 @@ from logitcache.interchange import (
     ImportReport,
     export_cache,
     import_distillkit,
-    importing,
     read_layout,
 )
 from logitcache.interchange.decoding import decode_sequence, probabilities
 from logitcache.interchange.sequences import parquet_files, scan
-from logitcache.store import Cache, ContainerKind, open_cache, verify
+from logitcache.store import Cache, ContainerKind, open_cache, schema, verify
 from logitcache.targets import SparseTargets
 from tests.caches import Dumped
 from tests.faults import flip_bit
@@ -213,7 +212,7 @@ class Breaks:
 
 def test_resumes(tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several files and row groups; what is committed is not converted again, and the end is the same."""
-    monkeypatch.setattr(importing, "LEAST_UNIT_TOKENS", 20)
+    monkeypatch.setattr(schema, "LEAST_UNIT_TOKENS", 20)
     source = tmp_path / "in"
     for number in range(3):
         write_capture(source, [sequence(8 * number + row, 5) for row in range(8)], f"data_{number}.parquet")
