@@ -116,10 +116,17 @@ class Corpus:
     """The token blocks of a dump, kept in a file in the first output's scratch folder until the dump is complete.
 
     Resuming reuses that file; a finished dump run again needs no tokens and makes none.
+
+    Attributes:
+        record: what the plan says of the corpus.
+        tokenizer: identity of the tokenizer that makes the tokens.
     """
 
-    def __init__(self, record: dict[str, Any], stored: TokenFile, block_length: int, new: bool) -> None:
-        self.record, self._stored, self._block_length, self._new = record, stored, block_length, new
+    def __init__(
+        self, record: dict[str, Any], tokenizer: dict[str, Any], stored: TokenFile, block_length: int, new: bool
+    ) -> None:
+        self.record, self.tokenizer = record, tokenizer
+        self._stored, self._block_length, self._new = stored, block_length, new
 
     @classmethod
     def prepare(cls, options: DumpOptions, files: Sequence[CorpusFile], tokenizer: Any) -> Corpus:
@@ -131,12 +138,13 @@ class Corpus:
             "text_field": options.text_field,
             "max_tokens": options.max_tokens,
         }
-        key = {**inputs, "tokenizer": models.tokenizer_identity(tokenizer)["sha256"]}
+        identity = models.tokenizer_identity(tokenizer)
+        key = {**inputs, "tokenizer": identity["sha256"]}
         layout = Layout(options.outputs[0].root)
         stored = TokenFile(layout.work)
         found = _facts_of_finished(options, inputs) or stored.find(key)
         facts = found or cls._tokenise(options, files, tokenizer, policy, stored, key)
-        return cls({**inputs, **facts}, stored, options.block_length, new=found is None)
+        return cls({**inputs, **facts}, identity, stored, options.block_length, new=found is None)
 
     @staticmethod
     def _tokenise(
@@ -198,7 +206,7 @@ def _identity(options: DumpOptions, output: Output, teacher: TransformersTeacher
     codec = RowCodec.for_selection(selection.method, selection.size, selection.exponent, options.codec)
     return Identity(
         teacher=teacher.identity(),
-        tokenizer=models.tokenizer_identity(teacher.tokenizer),
+        tokenizer=corpus.tokenizer,
         vocab_size=teacher.vocab_size,
         corpus=corpus.record,
         selection=StoredSelection(**selection.to_dict()),
