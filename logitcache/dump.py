@@ -275,11 +275,7 @@ def _encode(
     for begin in range(first, stop, geometry.chunk_blocks):
         low = geometry.tokens_in(first, begin)
         high = geometry.tokens_in(first, min(begin + geometry.chunk_blocks, stop))
-        rows = targets.slice(low, high)
-        if writer.codebook() is None:
-            # The cache's first chunk is the pilot that the tables are counted from.
-            writer.publish_pilot(tokens[low:high], rows)
-        planes.append(writer.encode(begin, tokens[low:high], rows))
+        planes.append(writer.encode(begin, tokens[low:high], targets.slice(low, high)))
     return planes
 
 

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from logitcache.codec import CodedRows
 from logitcache.errors import CacheError, TargetsError
 from logitcache.progress import Progress, Silent
-from logitcache.selection import chunk_uniforms
 from logitcache.store import Ancestor, Cache, CacheWriter, ChunkRef, Identity, Manifest, Origin
 from logitcache.targets import SparseTargets
 
@@ -189,7 +188,7 @@ class _Maker:
         if self._change is not None:
             try:
                 targets = self._change(self._source.codec.targets(coded), first, stop)
-                coded = self._writer.codec.code(targets, chunk_uniforms(self._writer.identity.seed, first))
+                coded = self._writer.code(first, targets)
             except TargetsError as error:
                 where = f"blocks [{first}, {stop}) of {self._writer.layout.root}"
                 raise CacheError(f"{where} cannot be made: {error}") from error

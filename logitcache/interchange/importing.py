@@ -135,9 +135,6 @@ def _write_units(writer: CacheWriter, layout: DistillKitLayout, found: Sequences
         for begin in range(first, stop, geometry.chunk_blocks):
             count = min(geometry.chunk_blocks, stop - begin)
             tokens, targets, over = _decode_chunk(itertools.islice(rows, count), layout, writer.identity.vocab_size)
-            if writer.codebook() is None:
-                # The cache's first chunk is the pilot that the tables are counted from.
-                writer.publish_pilot(tokens, targets)
             chunks.append(writer.encode(begin, tokens, targets))
             scaled, computed = scaled + over, computed + tokens.size
             progress.advance(done + computed, geometry.num_tokens, computed, num_bytes)

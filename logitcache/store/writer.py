@@ -124,10 +124,9 @@ class CacheWriter:
         `tokens` int64 [N] are those at the positions of the pilot's N rows.
         """
         tables = Codebook.from_pilot(tokens, targets, self.identity.vocab_size, self.codec.needs_contexts)
-        self.publish_codebook(tables.to_planes())
-        codebook = self.codebook()
-        assert codebook is not None
-        return codebook
+        stored = self.publish_codebook(tables.to_planes())
+        self._codebook = parse_codebook(self.layout.codebook, stored, self.identity.vocab_size)
+        return self._codebook
 
     def read_codebook(self) -> dict[str, Plane] | None:
         """The tables' planes, or None when they are not written yet. Raises DamagedCacheError."""
@@ -155,15 +154,23 @@ class CacheWriter:
         return stored
 
     def encode(self, first_block: int, tokens: NDArray[np.int64], targets: SparseTargets) -> Planes:
-        """Planes of one chunk. Raises TargetsError.
+        """Planes of one chunk. The cache's first chunk is the pilot that its tables are counted from.
 
         Args:
             first_block: number of the chunk's first block; with the seed it settles how values are rounded.
             tokens: int64 [N], the chunk's real tokens.
             targets: their N rows.
+
+        Raises:
+            TargetsError: a value cannot be stored; the message names the row.
         """
-        coded = self.codec.code(targets, chunk_uniforms(self.identity.seed, first_block))
-        return self.pack(tokens, coded)
+        if self.codebook() is None:
+            self.publish_pilot(tokens, targets)
+        return self.pack(tokens, self.code(first_block, targets))
+
+    def code(self, first_block: int, targets: SparseTargets) -> CodedRows:
+        """The rows from `first_block` on as integers, rounded as `encode` rounds them. Raises TargetsError."""
+        return self.codec.code(targets, chunk_uniforms(self.identity.seed, first_block))
 
     def pack(self, tokens: NDArray[np.int64], coded: CodedRows) -> Planes:
         """Planes of one chunk whose rows are coded already, perhaps in another cache: nothing is rounded again."""
