@@ -11,8 +11,8 @@ from logitcache.algebra.union import unite
 from logitcache.errors import CacheError, UsageError
 from logitcache.progress import Progress, Silent
 from logitcache.store import Cache, Geometry, Identity, Plan, open_cache
+from logitcache.store.differences import diff
 from logitcache.store.files import digest
-from logitcache.store.writer import diff
 
 # The same weights under another name or in another version of the engine are the same teacher.
 NOT_TEACHER = ("name", "revision", "torch", "transformers")

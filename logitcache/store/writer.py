@@ -17,6 +17,7 @@ from logitcache.codec import Codebook, CodedRows, Planes, RowCodec
 from logitcache.errors import CacheError, DamagedCacheError, FormatVersionError, PlanMismatchError, TargetsError
 from logitcache.selection import chunk_uniforms
 from logitcache.store.container import Container, Plane, open_container, write_container
+from logitcache.store.differences import diff
 from logitcache.store.files import (
     checked_json,
     failpoint,
@@ -209,29 +210,39 @@ class CacheWriter:
             )
             failpoint("commit.after_write")
             sha256, num_bytes = sha256_of_file(temporary), temporary.stat().st_size
-            shard = self.layout.shard(unit, sha256)
+        record = Commit(
+            plan=self.plan.fingerprint,
+            codebook_sha256=self._codebook_sha256,
+            unit=name,
+            file=self.layout.shard(unit, sha256).name,
+            sha256=sha256,
+            num_bytes=num_bytes,
+            first_block=first,
+            num_blocks=stop - first,
+            num_tokens=num_tokens,
+            num_entries=entries,
+            counters=dict(counters or {}),
+        )
+        return num_bytes if self.commit_file(temporary, record) else 0
+
+    def commit_file(self, temporary: Path, record: Commit) -> bool:
+        """Give a finished temporary file in `shards/` its name, then write the record that commits it.
+
+        Returns False when another worker was first.
+        """
+        shard = self.layout.shards / record.file
+        with writing(self.layout.root):
             replace(temporary, shard)
+            # Renaming one hard link of a file onto another leaves both.
+            temporary.unlink(missing_ok=True)
             failpoint("commit.after_rename")
-            record = Commit(
-                plan=self.plan.fingerprint,
-                codebook_sha256=self._codebook_sha256,
-                unit=name,
-                file=shard.name,
-                sha256=sha256,
-                num_bytes=num_bytes,
-                first_block=first,
-                num_blocks=stop - first,
-                num_tokens=num_tokens,
-                num_entries=entries,
-                counters=dict(counters or {}),
-            )
             data = checked_json(record.model_dump(mode="json"))
-            pending = write_temporary_bytes(self.layout.commits, name, data)
+            pending = write_temporary_bytes(self.layout.commits, record.unit, data)
             failpoint("commit.before_link")
-            won = publish(pending, self.layout.commit(unit))
+            won = publish(pending, self.layout.commit(int(record.unit)))
             fsync_folder(self.layout.root)
             failpoint("commit.after_link")
-        return num_bytes if won else 0
+        return won
 
     def commits(self) -> list[Commit]:
         """Every commit record there is, in unit order, checked against the plan."""
@@ -372,21 +383,3 @@ def assemble_manifest(layout: Layout, plan: Plan) -> Manifest:
         counters=counters,
         shards=shards,
     )
-
-
-def diff(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tuple[str, object, object]]:
-    """Fields in which two nested documents differ: (dotted name, old value, new value)."""
-    rows: list[tuple[str, object, object]] = []
-    for key in sorted({*old, *new}):
-        mine, theirs = _numbered(old.get(key)), _numbered(new.get(key))
-        if isinstance(mine, dict) and isinstance(theirs, dict):
-            rows += diff(mine, theirs, f"{prefix}{key}.")
-        elif mine != theirs:
-            rows.append((f"{prefix}{key}", mine, theirs))
-    return rows
-
-
-def _numbered(value: Any) -> Any:
-    """A list of objects as an object, so that a difference inside one of them is named."""
-    objects = isinstance(value, list) and value and all(isinstance(item, dict) for item in value)
-    return {str(number): item for number, item in enumerate(value)} if objects else value
