@@ -18,7 +18,7 @@ from logitcache.codec import CodedRows
 from logitcache.errors import CacheError, TargetsError
 from logitcache.progress import Progress, Silent
 from logitcache.store import Ancestor, Cache, CacheWriter, ChunkRef, Identity, Manifest, Origin
-from logitcache.targets import SparseTargets
+from logitcache.targets import SparseTargets, offsets_of
 
 # Changes the R rows of blocks [first, stop) of the new cache.
 Change = Callable[[SparseTargets, int, int], SparseTargets]
@@ -82,7 +82,7 @@ class Picked:
     def tokens_of_blocks(self) -> list[int]:
         """Real tokens of each block."""
         counts = [np.array(cache.manifest.identity.geometry.block_tokens(0, cache.num_blocks)) for cache in self.caches]
-        starts = np.concatenate([[0], np.cumsum([part.size for part in counts])[:-1]]).astype(np.int64)
+        starts = offsets_of([part.size for part in counts])
         tokens: list[int] = np.concatenate(counts)[starts[self.cache_of] + self.block_of].tolist()
         return tokens
 
