@@ -53,7 +53,7 @@ def verify(location: str | Path) -> Report:
         return report
     report.unfinished = not cache.manifest.complete
     _check_documents(cache, layout, report)
-    readable = not any(problem.array == "codebook" for problem in report.problems)
+    readable = _check_codebook(cache, report)
     for number, shard in enumerate(cache.manifest.shards):
         report.shards += 1
         report.num_bytes += shard.num_bytes
@@ -75,11 +75,17 @@ def _check_documents(cache: Cache, layout: Layout, report: Report) -> None:
             report.problems.append(Problem("", "", None, f"{layout.commits} differs from the manifest's shard list"))
     except CacheError as error:
         report.problems.append(Problem("", "", None, str(error)))
+
+
+def _check_codebook(cache: Cache, report: Report) -> bool:
+    """Whether shards can be decoded."""
     try:
         if cache.manifest.shards:
             cache.codebook()
     except CacheError as error:
         report.problems.append(Problem("", "codebook", None, str(error)))
+        return False
+    return True
 
 
 def _check_shard(cache: Cache, number: int, report: Report, decode: bool) -> None:
