@@ -134,15 +134,14 @@ class Slots:
     def __init__(self, lengths: Ints) -> None:
         self.num_rows, self.longest = lengths.size, int(lengths.max(initial=0))
         self.filled_NK = np.arange(self.longest) < lengths[:, None]
-        order = np.argsort(-lengths, kind="stable")
-        # Rows that have a k-th entry, for each k, without touching the others.
-        self._sizes = self.num_rows - np.searchsorted(lengths[order[::-1]], np.arange(self.longest), side="right")
-        everyone = np.arange(self.num_rows)
-        active, parts = everyone, []
+        # Rows that have a k-th entry, for each k: how many, and which.
+        self._sizes = self.num_rows - np.cumsum(np.bincount(lengths))[: self.longest]
+        active, parts = np.arange(self.num_rows), [np.zeros(0, dtype=np.int64)]
         for slot, size in enumerate(self._sizes):
+            # Where no row ends, none needs to be looked at.
             active = active if size == active.size else active[lengths[active] > slot]
             parts.append(active)
-        self.rows = np.concatenate([*parts, everyone[:0]])
+        self.rows = np.concatenate(parts)
         self.cells = self.rows * self.longest + np.repeat(np.arange(self.longest), self._sizes)
 
     def running_sums(self, plane: Ints) -> Ints:
