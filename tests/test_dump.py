@@ -24,24 +24,13 @@ from logitcache.dump import DumpOptions, DumpReport, Output, Silent, run_dump
 from logitcache.errors import CacheError, CorpusError, ModelError, PlanMismatchError, UsageError
 from logitcache.selection import Selection
 from logitcache.store import open_cache, schema, verify
-from tests.faults import forkserver, run_killed, run_to_end, start
+from tests.faults import FAILPOINTS, forkserver, run_killed, run_to_end, start
 from tests.store.caches import files_of
 from tests.teachers.alignment import Expected
 from tests.tiny import save_tiny
 
 LENGTH = 13
 SPECS = ("top-k:7", "top-p:0.6:40", "sample:11", "sample:11:0.7", "varopt:9")
-FAILPOINTS = (
-    "plan.written",
-    "codebook.written",
-    "commit.before_write",
-    "commit.after_write",
-    "commit.after_rename",
-    "commit.before_link",
-    "commit.after_link",
-    "manifest.before_write",
-    "manifest.written",
-)
 # A stored log-probability is off by half a step of 1/8 nat, its row's sum by as much, and the tail's logit by less.
 WEIGHT_TOLERANCE = 3 / 16 + 1e-3
 # Rounded at random to either neighbour; a varopt row's largest weight takes up what that does to all others.
