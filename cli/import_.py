@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from .console import debug_option, json_option, out, print_json
+from .options import cache_options
 from .progress import DumpView
 
 EXAMPLE = """
@@ -34,16 +35,7 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 @click.option(
     "--block-length", type=int, metavar="N", help="Keep N positions of each sequence, leave out shorter ones."
 )
-@click.option(
-    "--codec",
-    default="small",
-    show_default=True,
-    type=click.Choice(["small", "fast"]),
-    help="small: fewest bytes; fast: fastest to read.",
-)
-@click.option(
-    "--container", default="zarr", show_default=True, type=click.Choice(["zarr", "arrow"]), help="Files of the cache."
-)
+@cache_options
 @json_option
 @debug_option
 def import_(source: str, as_json: bool, **rest: Any) -> None:

@@ -1,0 +1,39 @@
+"""Options that several commands have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+Command = Callable[..., Any]
+
+
+def teacher_options(command: Command) -> Command:
+    """Add `--teacher`, `--gguf-file` and `--corpus`: what a dump reads."""
+    command = click.option(
+        "--corpus", required=True, multiple=True, metavar="PATH", help="File, folder or glob; may be repeated."
+    )(command)
+    command = click.option("--gguf-file", metavar="FILE", help="GGUF file inside the teacher's folder.")(command)
+    return click.option(
+        "--teacher", required=True, metavar="DIR_OR_ID", help="Folder or hub id of a causal language model."
+    )(command)
+
+
+def cache_options(command: Command) -> Command:
+    """Add `--codec` and `--container`: how a new cache is stored."""
+    command = click.option(
+        "--container",
+        default="zarr",
+        show_default=True,
+        type=click.Choice(["zarr", "arrow"]),
+        help="Files of the cache: Zarr v3 zips (smaller) or Arrow IPC (any Arrow reader opens them).",
+    )(command)
+    return click.option(
+        "--codec",
+        default="small",
+        show_default=True,
+        type=click.Choice(["small", "fast"]),
+        help="small: fewest bytes; fast: fastest to read.",
+    )(command)
