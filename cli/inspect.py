@@ -63,8 +63,6 @@ def show_facts(cache: Cache, as_json: bool) -> None:
     num_bytes = cache.num_bytes
     tokens = cache.num_tokens
     entries = sum(shard.num_entries for shard in manifest.shards)
-    selection = identity.selection
-    size = ":".join(str(part) for part in (selection.method, selection.mass, selection.size) if part)
     packing = identity.corpus.get("packing", {})
     facts: dict[str, Any] = {
         "cache": str(cache.root),
@@ -72,9 +70,10 @@ def show_facts(cache: Cache, as_json: bool) -> None:
         "teacher": identity.teacher.get("name"),
         "teacher dtype": identity.teacher.get("dtype"),
         "vocabulary": cache.vocab_size,
-        "select": size,
+        "select": str(cache.selection),
         "unbiased": cache.unbiased,
-        **_left_out(cache),
+        # Draws from a top-k never hit its tail: they are unbiased for the stored ids only.
+        **({} if identity.mean_tail_mass is None else {"tail mass left out": identity.mean_tail_mass}),
         "tokens": tokens,
         "blocks": cache.num_blocks,
         "block length": cache.block_length,
@@ -96,14 +95,6 @@ def show_facts(cache: Cache, as_json: bool) -> None:
     for number, step in enumerate(identity.ancestry):
         table.add_row(Text("" if number else "made by", style="dim"), Text(ancestry_line(step)))
     out.print(table)
-
-
-def _left_out(cache: Cache) -> dict[str, Any]:
-    """Draws from a top-k never hit its tail: they are unbiased for the stored ids only."""
-    for step in cache.manifest.identity.ancestry:
-        if "mean_tail_mass" in step.arguments:
-            return {"tail mass left out": step.arguments["mean_tail_mass"]}
-    return {}
 
 
 def _nats(value: float) -> str:

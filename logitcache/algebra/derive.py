@@ -85,7 +85,7 @@ def derive_cache(
     cache = open_cache(source)
     refuse_same_folder([cache], root)
     identity = cache.manifest.identity
-    old = Selection.from_dict(identity.selection.model_dump())
+    old = cache.selection
     new = derivation.select or old
     operation = operation_for(old, new, str(cache.root))
     layout = derivation.codec or cache.codec.layout

@@ -106,7 +106,7 @@ def _meaning(cache: Cache) -> dict[str, Any]:
         "vocab_size": identity.vocab_size,
         "selection": identity.selection.model_dump(),
         # Draws from stored ids and draws from the teacher are different things under one name.
-        "tail_left_out": any("mean_tail_mass" in step.arguments for step in identity.ancestry),
+        "tail_left_out": identity.mean_tail_mass is not None,
         "block_length": identity.geometry.block_length,
     }
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from logitcache.codec import Codebook, CodedRows, RowCodec
 from logitcache.errors import CacheError, DamagedCacheError, FormatVersionError, TargetsError
+from logitcache.selection import Selection
 from logitcache.store.container import Container, Plane, open_container
 from logitcache.store.files import sha256_of_file
 from logitcache.store.layout import Layout, local_root
@@ -105,6 +106,11 @@ class Cache:
     def fingerprint(self) -> str:
         """Hex SHA-256 of everything that determines the cache's meaning."""
         return self.manifest.fingerprint
+
+    @property
+    def selection(self) -> Selection:
+        """What was kept of each row."""
+        return Selection.from_dict(self.manifest.identity.selection.model_dump())
 
     @property
     def unbiased(self) -> bool:

@@ -214,6 +214,12 @@ class Identity(Document):
     container: ContainerKind = "zarr"
     ancestry: list[Ancestor] = []
 
+    @property
+    def mean_tail_mass(self) -> float | None:
+        """Mass that draws from stored probabilities left out, on average; None where none were made of them."""
+        masses = [step.arguments["mean_tail_mass"] for step in self.ancestry if "mean_tail_mass" in step.arguments]
+        return masses[0] if masses else None
+
 
 class Origin(Document):
     """Where the teacher was when the dump began: a hint for finding its tokenizer again, no part of the identity."""

@@ -38,7 +38,9 @@ def test_derive_says_what_draws_miss(logitcache: Main, dumped: Dumped, tmp_path:
     accepted = logitcache(*line, "--max-tail-mass", "1")
     assert accepted.status == 0
     assert "Mean tail mass, which no draw could hit: 0." in accepted.out
-    assert "mean_tail_mass=0." in logitcache("inspect", tmp_path / "new").out
+    shown = logitcache("inspect", tmp_path / "new")
+    assert "mean_tail_mass=0." in shown.out
+    assert json.loads(logitcache("inspect", tmp_path / "new", "--json").out)["tail mass left out"] > 0.01
 
 
 def test_merge(logitcache: Main, tmp_path: Path) -> None:

@@ -16,8 +16,10 @@ import pytest
 from logitcache.store import open_cache
 from tests.caches import Dumped, corpus_text, student_yaml
 from tests.cli.conftest import Main
+from tests.golden.rows import DRAWS, HEADS_AND_TAILS, LONGEST
 from tests.tiny import tiny_tokenizer
 
+GOLDEN = Path(__file__).parent.parent / "golden" / "v1"
 SCRIPT = [sys.executable, "-m", "logitcache.cli.main"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
@@ -96,6 +98,18 @@ def test_inspect_facts(logitcache: Main, dumped: Dumped) -> None:
     assert facts["ids per token"] == 8
     assert facts["block length"] == 32
     assert facts["complete"] is True
+
+
+@pytest.mark.parametrize(
+    ("name", "spec"),
+    [
+        ("sample-exponent-small-zarr", f"sample:{DRAWS}:0.75"),
+        ("top-p-fast-arrow", f"top-p:0.95:{LONGEST}"),
+        ("varopt-small-arrow", f"varopt:{HEADS_AND_TAILS}"),
+    ],
+)
+def test_selections_are_spelled_as_they_are_given(logitcache: Main, name: str, spec: str) -> None:
+    assert json.loads(logitcache("inspect", GOLDEN / name, "--json").out)["select"] == spec
 
 
 @pytest.mark.parametrize("position", [0, 31, 40, -1])
