@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from .console import debug_option, json_option, out
+from .options import new_cache_option
 from .progress import StageView
 from .results import print_result
 
@@ -31,7 +32,7 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 
 @click.command(epilog=EXAMPLE)
 @click.argument("sources", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="CACHE...")
-@click.option("--out", "root", required=True, type=click.Path(path_type=Path), metavar="CACHE", help="Merged cache.")
+@new_cache_option
 @json_option
 @debug_option
 def merge(sources: tuple[Path, ...], root: Path, as_json: bool) -> None:

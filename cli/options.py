@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -18,6 +19,18 @@ def teacher_options(command: Command) -> Command:
     command = click.option("--gguf-file", metavar="FILE", help="GGUF file inside the teacher's folder.")(command)
     return click.option(
         "--teacher", required=True, metavar="DIR_OR_ID", help="Folder or hub id of a causal language model."
+    )(command)
+
+
+def new_cache_option(command: Command) -> Command:
+    """Add `--out`, as `root`, to a command that makes a cache of others."""
+    return click.option(
+        "--out",
+        "root",
+        required=True,
+        type=click.Path(path_type=Path),
+        metavar="CACHE",
+        help="The new cache; no cache that is read, nor a folder inside one.",
     )(command)
 
 

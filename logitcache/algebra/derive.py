@@ -13,13 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from logitcache.algebra import rows
-from logitcache.algebra.rewrite import Change, Picked, Result, ancestry_of, refuse_same_folder, rewrite
+from logitcache.algebra.rewrite import Change, Picked, Result, ancestry_of, rewrite
 from logitcache.codec import LayoutName, RowCodec
 from logitcache.codec.values import ValueCodec
 from logitcache.errors import CacheError, UsageError
 from logitcache.progress import Progress, Silent
 from logitcache.selection import Selection, block_uniforms
 from logitcache.store import Cache, Geometry, StoredSelection, open_cache
+from logitcache.store.layout import refuse_sources
 from logitcache.store.schema import CHUNK_TOKENS
 from logitcache.targets import SparseTargets
 
@@ -83,7 +84,7 @@ def derive_cache(
     """
     root, progress = Path(root), progress or Silent()
     cache = open_cache(source)
-    refuse_same_folder([cache], root)
+    refuse_sources(root, [cache.root])
     identity = cache.manifest.identity
     old = cache.selection
     new = derivation.select or old

@@ -213,10 +213,3 @@ def ancestry_of(caches: Sequence[Cache], operation: str, arguments: dict[str, An
     for cache in caches:
         steps += [step for step in cache.manifest.identity.ancestry if step not in steps]
     return [*steps, Ancestor(operation=operation, arguments=arguments, parents=[cache.fingerprint for cache in caches])]
-
-
-def refuse_same_folder(sources: Sequence[Cache], root: Path) -> None:
-    """Raise CacheError when the new cache would lie where an old one is."""
-    for cache in sources:
-        if cache.root.resolve() == root.resolve():
-            raise CacheError(f"{root} is the cache to read from; choose another folder for --out")

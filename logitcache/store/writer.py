@@ -68,6 +68,7 @@ class CacheWriter:
 
         Raises:
             PlanMismatchError: the folder holds a cache of another plan; `differences` says how it differs.
+            UsageError: the folder lies inside another cache.
             CacheError: the folder holds something else, or cannot be written.
         """
         layout = Layout(root, identity.container)
@@ -289,7 +290,7 @@ def _check_integers(what: str, chunks: Sequence[Mapping[str, Plane]], limit: int
 
 
 def check_folder(layout: Layout) -> None:
-    """Raise CacheError when the folder cannot become, or is not, a cache."""
+    """Raise CacheError when the folder cannot become, or is not, a cache; UsageError when it lies inside one."""
     root = layout.root
     refuse_inside_cache(root)
     if root.exists() and not root.is_dir():

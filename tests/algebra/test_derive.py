@@ -250,7 +250,7 @@ def test_wrong_arguments(draws: Cache, tmp_path: Path) -> None:
         Derivation(seed=-1)
     with pytest.raises(UsageError, match=r"max-tail-mass is nan; it must lie between 0 and 1"):
         Derivation(max_tail_mass=float("nan"))
-    with pytest.raises(CacheError, match=r"source is the cache to read from; choose another folder for --out"):
+    with pytest.raises(UsageError, match=r"source is the cache to read from; choose another folder for --out"):
         derive(draws.root, draws.root, "sample:4")
     make_cache(tmp_path / "half", units=range(1))
     with pytest.raises(CacheError, match="half is unfinished"):
