@@ -99,8 +99,8 @@ def run_dump(
         # First those that exist: a mismatch must be found before a new folder is begun.
         for root, identity in planned:
             if Layout(root).plan.exists():
-                CacheWriter.open(root, identity, origin)
-        writers = [CacheWriter.open(root, identity, origin) for root, identity in planned]
+                CacheWriter.open(root, identity, origin, options.wording)
+        writers = [CacheWriter.open(root, identity, origin, options.wording) for root, identity in planned]
     except PlanMismatchError:
         corpus.discard_new()
         raise

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from logitcache.codec import CodedRows
 from logitcache.errors import CacheError, TargetsError
 from logitcache.progress import Progress, Silent
-from logitcache.store import Ancestor, Cache, CacheWriter, ChunkRef, Identity, Manifest, Origin
+from logitcache.store import Ancestor, Cache, CacheWriter, ChunkRef, Identity, Manifest, Origin, Wording
 from logitcache.targets import SparseTargets, offsets_of
 
 # Changes the R rows of blocks [first, stop) of the new cache.
@@ -146,7 +146,7 @@ def rewrite(
     """
     started = time.perf_counter()
     progress = progress or Silent()
-    writer = CacheWriter.open(root, identity, origin)
+    writer = CacheWriter.open(root, identity, origin, Wording.of_step(identity))
     make = _Maker(writer, picked, change, drop)
     pending, geometry = writer.pending_units(), writer.geometry
     progress.stage("writing" if pending else "nothing left to write")

@@ -28,10 +28,24 @@ from logitcache.store import (
     Manifest,
     Origin,
     StoredSelection,
+    Wording,
     check_folder,
 )
 from logitcache.store.files import digest
 from logitcache.targets import SparseTargets
+
+WORDING = Wording(
+    options={
+        "codec.layout": "--codec",
+        "container": "--container",
+        "corpus.files": "PATH",
+        "corpus.packing.block_length": "--block-length",
+        "teacher.layout": "--layout",
+        "tokenizer": "--tokenizer",
+        "vocab_size": "--vocab-size",
+    },
+    follows=("corpus", "geometry", "selection", "teacher"),
+)
 
 
 @dataclass(frozen=True)
@@ -109,7 +123,7 @@ def import_distillkit(options: ImportOptions, progress: Progress | None = None) 
     if found.length < 2:
         raise InterchangeError("the first sequence has 1 position, and a cache's blocks need 2; give longer sequences")
     identity = _identity(options, layout, vocab_size, tokenizer, found)
-    writer = CacheWriter.open(options.out, identity, origin)
+    writer = CacheWriter.open(options.out, identity, origin, WORDING)
     progress.stage("converting")
     _write_units(writer, layout, found, progress)
     manifest = writer.finalize()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from logitcache.errors import DamagedCacheError, UsageError
 from logitcache.store.cache import Cache, ChunkRef, open_cache
+from logitcache.store.differences import Wording
 from logitcache.store.layout import ContainerKind, Layout, refuse_sources
 from logitcache.store.schema import Ancestor, Manifest, Plan
 from logitcache.store.writer import CacheWriter, read_commits
@@ -41,8 +42,8 @@ def convert(
     refuse_sources(out, [cache.root])
     counters = _counters(cache)
     step = Ancestor(operation="convert", arguments={"container": container}, parents=[cache.fingerprint])
-    changes = {"container": container, "ancestry": [*identity.ancestry, step]}
-    writer = CacheWriter.open(out, identity.model_copy(update=changes), cache.manifest.origin)
+    converted = identity.model_copy(update={"container": container, "ancestry": [*identity.ancestry, step]})
+    writer = CacheWriter.open(out, converted, cache.manifest.origin, Wording.of_step(converted))
     if writer.read_codebook() is None:
         writer.publish_codebook(cache.read_codebook())
     pending, total = writer.pending_units(), writer.geometry.num_units

@@ -17,7 +17,7 @@ from logitcache.codec import Codebook, CodedRows, Planes, RowCodec
 from logitcache.errors import CacheError, DamagedCacheError, FormatVersionError, PlanMismatchError, TargetsError
 from logitcache.selection import chunk_uniforms
 from logitcache.store.container import Container, Plane, open_container, write_container
-from logitcache.store.differences import diff
+from logitcache.store.differences import Wording, diff_identities
 from logitcache.store.files import (
     checked_json,
     failpoint,
@@ -63,8 +63,10 @@ class CacheWriter:
         weakref.finalize(self, hold_shared(layout.plan).close)
 
     @classmethod
-    def open(cls, root: Path, identity: Identity, origin: Origin | None = None) -> CacheWriter:
-        """Create the cache at `root`, or resume it.
+    def open(
+        cls, root: Path, identity: Identity, origin: Origin | None = None, wording: Wording | None = None
+    ) -> CacheWriter:
+        """Create the cache at `root`, or resume it. `wording` is for the message about another plan.
 
         Raises:
             PlanMismatchError: the folder holds a cache of another plan; `differences` says how it differs.
@@ -80,9 +82,9 @@ class CacheWriter:
                 publish(write_temporary_bytes(root, "plan.json", plan_json), layout.plan)
             failpoint("plan.written")
         plan = load_document(layout.plan, Plan)
-        differences = diff(plan.identity.model_dump(mode="json"), identity.model_dump(mode="json"))
+        differences = diff_identities(plan.identity, identity)
         if differences:
-            lines = "".join(f"\n  {field}: the cache has {old!r}, this run {new!r}" for field, old, new in differences)
+            lines = "".join(f"\n  {line}" for line in (wording or Wording()).lines(plan.identity, identity))
             raise PlanMismatchError(
                 f"{root} was begun with other arguments; repeat those or choose another --out. The difference:{lines}",
                 differences,

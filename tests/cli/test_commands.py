@@ -61,7 +61,7 @@ def test_dump_into_arrow_files(logitcache: Main, dumped: Dumped, tmp_path: Path)
     assert logitcache("verify", tmp_path / "cache").status == 0
     ran = logitcache(*dump_line(dumped, tmp_path / "cache"))
     assert ran.status == 1
-    assert "container: the cache has 'arrow', this run 'zarr'" in ran.err
+    assert "\n  --container: the cache has 'arrow', this run 'zarr'" in ran.err
 
 
 def test_dump_with_other_arguments(logitcache: Main, dumped: Dumped, tmp_path: Path) -> None:
@@ -70,8 +70,8 @@ def test_dump_with_other_arguments(logitcache: Main, dumped: Dumped, tmp_path: P
     ran = logitcache(*dump_line(dumped, tmp_path / "cache", "--seed", "4", "--select", "top-k:5"))
     assert ran.status == 1
     assert "was begun with other arguments" in ran.err
-    assert "seed: the cache has 0, this run 4" in ran.err
-    assert "selection.size: the cache has 4, this run 5" in ran.err
+    assert "\n  --seed: the cache has 0, this run 4" in ran.err
+    assert "\n  --select: the cache has 'top-k:4', this run 'top-k:5'" in ran.err
     assert "Traceback" not in ran.err
 
 

@@ -222,7 +222,7 @@ def test_resumes(tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         import_distillkit(options, Breaks(50))
     with pytest.raises(CacheError, match="unfinished"):
         open_cache(tmp_path / "cache")
-    with pytest.raises(PlanMismatchError, match="vocab_size: the cache has 300, this run 301"):
+    with pytest.raises(PlanMismatchError, match=r"\n  --vocab-size: the cache has 300, this run 301$"):
         run(source, tmp_path / "cache", tokenizer, vocab_size=301)
     counted = Breaks(10**9)
     assert import_distillkit(options, counted).manifest.fingerprint == whole.fingerprint
