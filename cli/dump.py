@@ -8,7 +8,7 @@ from typing import Any
 import click
 from rich.table import Table
 
-from .console import debug_option, json_option, out, print_json
+from .console import counted, debug_option, json_option, out, print_json
 from .options import cache_options, teacher_options
 from .progress import DumpView
 
@@ -93,7 +93,7 @@ def dump(
     else:
         _print_table(facts, report)
         read = report.manifests[0].identity.corpus
-        out.print(f"Corpus: {read['documents']:,} documents in {len(read['files']):,} files")
+        out.print(f"Corpus: {counted(read['documents'], 'document')} in {counted(len(read['files']), 'file')}")
 
 
 def _print_table(facts: list[dict[str, Any]], report: Any) -> None:

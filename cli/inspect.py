@@ -12,7 +12,7 @@ from rich.text import Text
 
 from logitcache.errors import LogitcacheError, UsageError
 
-from .console import debug_option, err, json_option, out, print_json
+from .console import counted, debug_option, err, json_option, out, print_json
 from .results import ancestry_line
 
 if TYPE_CHECKING:
@@ -159,7 +159,8 @@ def show_position(cache: Cache, position: int, decoder: _Decoder, rows: int, as_
 
 def _print_row_facts(facts: dict[str, Any], listed: int) -> None:
     if facts["entries"] > listed:
-        out.print(Text(f"{facts['entries'] - listed} more entries; see them with --rows", style="dim"))
+        more = counted(facts["entries"] - listed, "more entry", "more entries")
+        out.print(Text(f"{more}; see all with --rows", style="dim"))
     label = facts["label_logprob"]
     if facts["next_id"] is None:
         out.print("there is no next token here: the block or the corpus ends")
@@ -190,7 +191,7 @@ def show_block(cache: Cache, block: int, decoder: _Decoder, as_json: bool) -> No
     if as_json:
         print_json(facts)
         return
-    out.print(Text(f"block {block}, {facts['tokens']} tokens", style="bold"))
+    out.print(Text(f"block {block}, {counted(facts['tokens'], 'token')}", style="bold"))
     out.print(Text(str(facts["text"])))
     out.print(
         f"teacher's cross entropy {_nats(facts['cross_entropy'])}, entropy {_nats(facts['entropy'])}, "

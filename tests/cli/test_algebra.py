@@ -47,7 +47,7 @@ def test_merge(logitcache: Main, tmp_path: Path) -> None:
     folders = workers(tmp_path, [[2], [0]])
     shown = logitcache("merge", *folders, "--out", tmp_path / "new")
     assert shown.status == 0
-    assert "1 units are missing" in shown.out
+    assert "1 unit is missing; merge the caches" in shown.out
     facts = json.loads(logitcache("merge", *folders, "--out", tmp_path / "new", "--json").out)
     assert facts["missing_units"] == [1]
     assert facts["complete"] is False
