@@ -57,8 +57,9 @@ def inspect(
 
 
 def show_facts(cache: Cache, as_json: bool) -> None:
-    """The cache as a whole."""
+    """The cache as a whole, as its documents tell it; of shards only that they are there."""
     manifest = cache.manifest
+    shards, missing = len(manifest.shards), cache.missing_shards
     identity = manifest.identity
     num_bytes = cache.num_bytes
     tokens = cache.num_tokens
@@ -83,9 +84,14 @@ def show_facts(cache: Cache, as_json: bool) -> None:
         "container": identity.container,
         "bytes": num_bytes,
         "bytes per token": round(num_bytes / tokens, 2) if tokens else None,
-        "shards": len(manifest.shards),
+        "shards": shards,
+        "shard files": shards - len(missing),
         "fingerprint": cache.fingerprint,
     }
+    if missing:
+        are = "is" if len(missing) == 1 else "are"
+        what = f"warning: {len(missing)} of {counted(shards, 'shard file')} {are} missing, for example {missing[0]}; "
+        err.print(Text(f"{what}restore what is missing, or run the same dump again", style="yellow"), soft_wrap=True)
     if as_json:
         print_json({**facts, "ancestry": [step.model_dump() for step in identity.ancestry]})
         return

@@ -84,6 +84,11 @@ def test_verify(logitcache: Main, dumped: Dumped) -> None:
     assert report["ok"] is True
     assert report["problems"] == []
     assert report["tokens"] == cache.num_tokens
+    assert (
+        report["num_bytes"]
+        == cache.num_bytes
+        == json.loads(logitcache("inspect", dumped.sample, "--json").out)["bytes"]
+    )
 
 
 def test_inspect_facts(logitcache: Main, dumped: Dumped) -> None:
@@ -98,6 +103,24 @@ def test_inspect_facts(logitcache: Main, dumped: Dumped) -> None:
     assert facts["ids per token"] == 8
     assert facts["block length"] == 32
     assert facts["complete"] is True
+    assert facts["shards"] == facts["shard files"] == 7
+    assert shown.err == ""
+
+
+def test_inspect_says_that_shards_are_missing(logitcache: Main, dumped: Dumped, tmp_path: Path) -> None:
+    shutil.copytree(dumped.top_k, tmp_path / "cache")
+    lost = sorted((tmp_path / "cache" / "shards").iterdir())[2:4]
+    for path in lost:
+        path.unlink()
+    shown = logitcache("inspect", tmp_path / "cache")
+    assert shown.status == 0
+    assert shown.err == (
+        f"warning: 2 of 7 shard files are missing, for example {lost[0].name}; restore what is missing, or run the "
+        "same dump again\n"
+    )
+    facts = json.loads(logitcache("inspect", tmp_path / "cache", "--json").out)
+    assert (facts["shards"], facts["shard files"]) == (7, 5)
+    assert facts["bytes"] == sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*") if path.is_file())
 
 
 @pytest.mark.parametrize(
