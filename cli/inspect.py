@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from logitcache.store import Blocks, Cache
 
 CONTEXT_TOKENS = 40
+BAR_WIDTH, LEAST_WIDTH_FOR_BARS = 30, 80
+# `=0.1234`; unbiased weights above 1 take as much.
+WEIGHT_WIDTH = 7
 EXAMPLE = """
 \b
 Example:
@@ -96,6 +99,8 @@ def show_facts(cache: Cache, as_json: bool) -> None:
         print_json({**facts, "ancestry": [step.model_dump() for step in identity.ancestry]})
         return
     table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     for name, value in facts.items():
         table.add_row(Text(name, style="dim"), Text(f"{value:,}" if type(value) in (int, float) else str(value)))
     for number, step in enumerate(identity.ancestry):
@@ -149,11 +154,15 @@ def show_position(cache: Cache, position: int, decoder: _Decoder, rows: int, as_
     out.print(Text(f"position {position} (block {block}, place {place})", style="bold"))
     out.print(Text("… " if place >= CONTEXT_TOKENS else "", style="dim") + Text(context) + Text(" ▮", style="cyan"))
     table = Table(box=None, pad_edge=False)
-    for column, justify in (("id", "right"), ("token", "left"), (kind, "right"), ("", "left")):
-        table.add_column(column, justify="right" if justify == "right" else "left", no_wrap=True)
+    # On a narrow terminal bars are left out and tokens folded; ids and weights stay whole.
+    table.add_column("id", justify="right", min_width=max((len(str(entry["id"])) for entry in listed), default=2))
+    table.add_column("token", overflow="fold")
+    table.add_column(kind, justify="right", min_width=WEIGHT_WIDTH)
+    table.add_column(no_wrap=True)
+    bar_width = BAR_WIDTH if out.width >= LEAST_WIDTH_FOR_BARS else 0
     for entry in listed:
         style = "green" if entry["id"] == label else ""
-        bar = "█" * round(30 * entry["weight"])
+        bar = "█" * round(bar_width * entry["weight"])
         # Of a varopt row some weights are probabilities and the others samples.
         mark = "=" if entry["exact"] and row.unbiased else ""
         table.add_row(str(entry["id"]), Text(entry["token"]), f"{mark}{entry['weight']:.4f}", Text(bar), style=style)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from logitcache.cli.console import out
 from logitcache.store import open_cache
 from tests.caches import Dumped, corpus_text, student_yaml
 from tests.cli.conftest import Main
@@ -84,11 +86,7 @@ def test_verify(logitcache: Main, dumped: Dumped) -> None:
     assert report["ok"] is True
     assert report["problems"] == []
     assert report["tokens"] == cache.num_tokens
-    assert (
-        report["num_bytes"]
-        == cache.num_bytes
-        == json.loads(logitcache("inspect", dumped.sample, "--json").out)["bytes"]
-    )
+    assert report["num_bytes"] == cache.num_bytes
 
 
 def test_inspect_facts(logitcache: Main, dumped: Dumped) -> None:
@@ -156,6 +154,18 @@ def test_inspect_position(logitcache: Main, dumped: Dumped, position: int) -> No
     assert shown.status == 0
     assert "5 more entries" in shown.out
     assert ("there is no next token" in shown.out) == (label < 0)
+
+
+def test_inspect_on_a_narrow_terminal(logitcache: Main, dumped: Dumped, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines are folded; no id, weight or hash is cut."""
+    monkeypatch.setattr(out, "_width", 40)
+    facts = logitcache("inspect", dumped.top_k).out
+    assert open_cache(dumped.top_k).fingerprint in re.sub(r"\s", "", facts)
+    shown = logitcache("inspect", dumped.top_k, "--position", 40).out
+    assert "…" not in facts + shown
+    row = open_cache(dumped.top_k).read_blocks(1, 2).targets.slice(8, 9)
+    for token, weight in zip(row.ids, row.weights, strict=True):
+        assert re.search(rf"^ *{token} .* {weight:.4f} *$", shown, re.MULTILINE)
 
 
 def test_inspect_says_which_weights_are_exact(logitcache: Main, dumped: Dumped, tmp_path: Path) -> None:
