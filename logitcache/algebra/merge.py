@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from logitcache.algebra.rewrite import Picked, Result, ancestry_of, refuse_same_folder, rewrite
+from logitcache.algebra.rewrite import Picked, Result, ancestry_of, rewrite
 from logitcache.algebra.union import unite
 from logitcache.errors import CacheError, UsageError
 from logitcache.progress import Progress, Silent
 from logitcache.store import Cache, Geometry, Identity, Plan, open_cache
+from logitcache.store.differences import diff
 from logitcache.store.files import digest
-from logitcache.store.writer import diff
+from logitcache.store.layout import refuse_sources
 
 # The same weights under another name or in another version of the engine are the same teacher.
 NOT_TEACHER = ("name", "revision", "torch", "transformers")
@@ -39,7 +40,7 @@ def merge_caches(sources: Sequence[str | Path], root: str | Path, progress: Prog
         raise UsageError("there is nothing to merge; give one cache or more")
     root, progress = Path(root), progress or Silent()
     caches = [open_cache(source, partial=True) for source in sources]
-    refuse_same_folder(caches, root)
+    refuse_sources(root, [cache.root for cache in caches])
     _refuse_twice([str(cache.root.resolve()) for cache in caches], caches)
     plans = {Plan(identity=cache.manifest.identity).fingerprint for cache in caches}
     if len(plans) == 1:
@@ -106,7 +107,7 @@ def _meaning(cache: Cache) -> dict[str, Any]:
         "vocab_size": identity.vocab_size,
         "selection": identity.selection.model_dump(),
         # Draws from stored ids and draws from the teacher are different things under one name.
-        "tail_left_out": any("mean_tail_mass" in step.arguments for step in identity.ancestry),
+        "tail_left_out": identity.mean_tail_mass is not None,
         "block_length": identity.geometry.block_length,
     }
 

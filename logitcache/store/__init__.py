@@ -2,6 +2,7 @@
 
 from logitcache.store.cache import Blocks, Cache, ChunkRef, open_cache
 from logitcache.store.convert import convert
+from logitcache.store.differences import Wording
 from logitcache.store.garbage import Leftover, collect_garbage
 from logitcache.store.layout import ContainerKind, Layout
 from logitcache.store.schema import Ancestor, Geometry, Identity, Manifest, Origin, Plan, StoredSelection, load_document
@@ -27,6 +28,7 @@ __all__ = [
     "Report",
     "StoredSelection",
     "TokenFile",
+    "Wording",
     "check_folder",
     "collect_garbage",
     "convert",

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from logitcache.codec import Codebook, CodedRows, RowCodec
 from logitcache.errors import CacheError, DamagedCacheError, FormatVersionError, TargetsError
+from logitcache.selection import Selection
 from logitcache.store.container import Container, Plane, open_container
 from logitcache.store.files import sha256_of_file
 from logitcache.store.layout import Layout, local_root
@@ -107,6 +108,11 @@ class Cache:
         return self.manifest.fingerprint
 
     @property
+    def selection(self) -> Selection:
+        """What was kept of each row."""
+        return Selection.from_dict(self.manifest.identity.selection.model_dump())
+
+    @property
     def unbiased(self) -> bool:
         """Whether the stored weights are unbiased estimates: of `sample` and `varopt` caches."""
         return self.manifest.identity.selection.unbiased
@@ -118,12 +124,15 @@ class Cache:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all files that belong to the cache."""
-        files = [self._layout.manifest, self._layout.plan, self._layout.codebook]
-        files += list(self._layout.commits.glob("*.json"))
-        return sum(shard.num_bytes for shard in self.manifest.shards) + sum(
-            path.stat().st_size for path in files if path.exists()
-        )
+        """Bytes of all files that belong to the cache and are there."""
+        files = [self._layout.manifest, self._layout.plan, self._layout.codebook, *self._layout.commits.glob("*.json")]
+        files += [self._layout.shards / shard.file for shard in self.manifest.shards]
+        return sum(path.stat().st_size for path in files if path.is_file())
+
+    @property
+    def missing_shards(self) -> list[str]:
+        """Names of shards whose files are not there; nothing is read."""
+        return [shard.file for shard in self.manifest.shards if not (self._layout.shards / shard.file).is_file()]
 
     @property
     def codebook_bytes(self) -> int:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import errno
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 from urllib.request import url2pathname
 
-from logitcache.errors import CacheError
+from logitcache.errors import CacheError, UsageError
 
 ContainerKind = Literal["zarr", "arrow"]
 SUFFIXES: dict[ContainerKind, str] = {"zarr": ".zarr.zip", "arrow": ".arrow"}
@@ -80,10 +80,19 @@ def local_root(location: str | Path) -> Path:
 
 
 def refuse_inside_cache(root: Path) -> None:
-    """Raise CacheError when a new folder would lie inside a cache, whose files are only its own."""
-    for parent in root.absolute().parents:
+    """Raise UsageError when a new folder would lie inside a cache, whose files are only its own."""
+    for parent in root.resolve().parents:
         if (parent / "plan.json").is_file() and (parent / "commits").is_dir():
-            raise CacheError(f"{root} lies inside the cache {parent}; choose another folder for --out")
+            raise UsageError(f"{root} lies inside the cache {parent}; choose another folder for --out")
+
+
+def refuse_sources(root: Path, sources: Iterable[Path]) -> None:
+    """Raise UsageError when a new folder would be one of the caches that are read, or lie inside one."""
+    for source in sources:
+        if root.resolve() == source.resolve():
+            raise UsageError(f"{root} is the cache to read from; choose another folder for --out")
+        if source.resolve() in root.resolve().parents:
+            raise UsageError(f"{root} lies inside the cache {source}; choose another folder for --out")
 
 
 @contextmanager

@@ -25,7 +25,15 @@ class Problem:
 
 @dataclass
 class Report:
-    """What `verify` found; `ok` when there is no problem."""
+    """What `verify` found; `ok` when there is no problem.
+
+    Args:
+        problems: all that is wrong.
+        shards: shards that were checked.
+        tokens: tokens of those that are whole.
+        num_bytes: of all files that were checked: shards, tables, commit records, plan and manifest.
+        unfinished: whether units are still to be committed.
+    """
 
     problems: list[Problem] = field(default_factory=list)
     shards: int = 0
@@ -51,12 +59,11 @@ def verify(location: str | Path) -> Report:
     except DamagedCacheError as error:
         report.problems.append(Problem("", "", None, str(error)))
         return report
-    report.unfinished = not cache.manifest.complete
+    report.unfinished, report.num_bytes = not cache.manifest.complete, cache.num_bytes
     _check_documents(cache, layout, report)
-    readable = not any(problem.array == "codebook" for problem in report.problems)
+    readable = _check_codebook(cache, report)
     for number, shard in enumerate(cache.manifest.shards):
         report.shards += 1
-        report.num_bytes += shard.num_bytes
         found = len(report.problems)
         _check_shard(cache, number, report, decode=readable)
         if len(report.problems) == found:
@@ -75,11 +82,17 @@ def _check_documents(cache: Cache, layout: Layout, report: Report) -> None:
             report.problems.append(Problem("", "", None, f"{layout.commits} differs from the manifest's shard list"))
     except CacheError as error:
         report.problems.append(Problem("", "", None, str(error)))
+
+
+def _check_codebook(cache: Cache, report: Report) -> bool:
+    """Whether shards can be decoded."""
     try:
         if cache.manifest.shards:
             cache.codebook()
     except CacheError as error:
         report.problems.append(Problem("", "codebook", None, str(error)))
+        return False
+    return True
 
 
 def _check_shard(cache: Cache, number: int, report: Report, decode: bool) -> None:
