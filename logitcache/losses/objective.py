@@ -196,12 +196,13 @@ class Objective:
             raise ObjectiveError(f"an objective is a mapping with 'kind' and its options, not {values!r}")
         if "kind" not in values:
             raise ObjectiveError(f"objective has no 'kind'; use one of {', '.join(KINDS)}")
-        known = ["kind", *(_FIELDS[values["kind"]] if values["kind"] in KINDS else values)]
+        kind = values["kind"]
+        if kind not in KINDS:
+            return cls(kind)
+        known = ("kind", *_FIELDS[kind])
         unknown = sorted(str(key) for key in set(values) - set(known))
         if unknown:
-            raise ObjectiveError(
-                f"objective has unknown keys {', '.join(unknown)}; {values['kind']} has {', '.join(known)}"
-            )
+            raise ObjectiveError(f"objective has unknown keys {', '.join(unknown)}; {kind} has {', '.join(known)}")
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:

@@ -21,7 +21,7 @@ class DistillationCall:
         targets: the teacher's rows for the B * L positions; None trains on labels alone.
         objective: the divergence; None for what suits the targets.
         temperature: of the divergence.
-        impl: of `distillation_loss`.
+        impl, blend, z_loss: of `distillation_loss`.
     """
 
     labels: torch.Tensor
@@ -29,6 +29,8 @@ class DistillationCall:
     objective: Objective | None = None
     temperature: float = 1.0
     impl: str = "auto"
+    blend: float | torch.Tensor = 0.5
+    z_loss: float = 0.0
 
 
 def attach_distillation(model: Any) -> None:
@@ -66,4 +68,6 @@ def _terms(model: Any, input_ids: torch.Tensor, call: DistillationCall) -> Disti
         call.temperature,
         call.impl,
         head=HeadOptions(bias=head.bias, softcap=head.softcap, logit_scale=head.logit_scale),
+        blend=call.blend,
+        z_loss=call.z_loss,
     )

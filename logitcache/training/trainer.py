@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments
 from logitcache import models
 from logitcache.losses import DistillationTerms, Objective
 from logitcache.targets import DeviceTargets
-from logitcache.training.schedules import AlphaSchedule
+from logitcache.training.schedules import AlphaSchedule, BlendSchedule
 from logitcache.training.student import DistillationCall, attach_distillation
 
 
@@ -30,6 +30,8 @@ class DistillationSettings:
         unbiased: whether the batches' targets are unbiased samples.
         has_exact_head: whether those samples say which of them are exact (varopt); None: look, where that is free.
         impl: of the loss: "auto", "reference" or "split".
+        blend: share of the unbiased term over the run; of tail='blend' only.
+        z_loss: coefficient of lse^2, added whatever alpha is.
     """
 
     objective: Objective
@@ -38,11 +40,13 @@ class DistillationSettings:
     unbiased: bool = False
     impl: str = "auto"
     has_exact_head: bool | None = None
+    blend: BlendSchedule = field(default_factory=BlendSchedule)
+    z_loss: float = 0.0
 
     @property
     def labels_only(self) -> bool:
         """Whether the teacher's rows are not read at all."""
-        return self.objective.kind == "cross_entropy" or (self.alpha.kind == "constant" and self.alpha.peak == 0)
+        return not self.objective.reads_targets or (self.alpha.kind == "constant" and self.alpha.peak == 0)
 
 
 class DistillationTrainer(Trainer):
@@ -56,7 +60,8 @@ class DistillationTrainer(Trainer):
         evaluator: called as evaluator(model) for `evaluate`; returns metrics without the "eval_" prefix.
         Further keywords go to transformers.Trainer.
 
-    Logged besides Trainer's own values: `ce` and `divergence` (nats per counted token), `alpha`, `tokens_per_second`.
+    Logged besides Trainer's own values: `ce` and `divergence` (nats per counted token), `z_loss` where there is one
+    (with its coefficient, per counted token), `alpha`, `blend` where the objective has one, `tokens_per_second`.
     """
 
     def __init__(
@@ -127,13 +132,16 @@ class DistillationTrainer(Trainer):
             targets = DeviceTargets(
                 **inputs["targets"], unbiased=self.settings.unbiased, has_exact_head=self.settings.has_exact_head
             )
-        return DistillationCall(inputs["labels"], targets, objective, self.settings.temperature, self.settings.impl)
+        temperature, impl, z_loss = self.settings.temperature, self.settings.impl, self.settings.z_loss
+        blend = self.settings.blend.at(self.state.global_step, self.state.max_steps)
+        return DistillationCall(inputs["labels"], targets, objective, temperature, impl, blend, z_loss)
 
     def _record(self, terms: DistillationTerms) -> None:
         """Add up what will be logged, on the device and without a synchronisation."""
         with torch.no_grad():
             values = {"tokens": terms.counted.sum(), "ce": None if terms.ce is None else terms.ce.sum()}
             values["divergence"] = None if terms.divergence is None else terms.divergence.sum()
+            values["z_loss"] = None if terms.z_loss is None else terms.z_loss.sum()
             for name, value in values.items():
                 if value is not None:
                     self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
@@ -145,7 +153,10 @@ class DistillationTrainer(Trainer):
             logs |= {name: value / tokens for name, value in totals.items()}
             logs["tokens_per_second"] = tokens / (time.perf_counter() - self._clock)
             self._clock = time.perf_counter()
-            logs["alpha"] = self.settings.alpha.at(max(0, self.state.global_step - 1), self.state.max_steps)
+            done = max(0, self.state.global_step - 1), self.state.max_steps
+            logs["alpha"] = self.settings.alpha.at(*done)
+            if self.settings.objective.tail == "blend" and not self.settings.labels_only:
+                logs["blend"] = self.settings.blend.at(*done)
             self._sums = {}
         super().log(logs, start_time)
 

@@ -245,6 +245,27 @@ def test_options_in_a_config_file(logitcache: Main, dumped: Dumped, tmp_path: Pa
     assert chosen == {"alpha": 0.5, "batch_tokens": 128, "max_steps": 4, "warmup": 0.5, "log_every": 2, "seed": 6}
 
 
+def test_an_objective_on_the_command_line(logitcache: Main, dumped: Dumped, tmp_path: Path) -> None:
+    line = train_line(dumped, tmp_path)
+    chosen = ["--objective", "skew-kl", "--tail", "renormalised", "--beta", "0.2", "--reverse", "--z-loss", "1e-4"]
+    assert logitcache(*line, *chosen, "--temperature", "2").status == 0
+    options = json.loads((tmp_path / "run" / "run.json").read_text())["options"]
+    names = ("objective", "tail", "beta", "reverse", "clip", "blend", "blend_end", "z_loss")
+    assert [options[name] for name in names] == ["skew-kl", "renormalised", 0.2, True, None, None, None, 1e-4]
+    refused = logitcache(*line, *chosen, "--temperature", "2", "--resume", "--beta", "0.3")
+    assert refused.status == 1
+    assert "beta: the run has 0.2, now 0.3" in refused.err
+    for given, status, words in (
+        (("--objective", "tvd", "--clip", "3"), 1, "tvd has no clip, but clip is 3.0; leave it out"),
+        (("--tail", "blend"), 1, "dump a cache with --select varopt:K"),
+        (("--blend", "0.3"), 2, "only tail 'blend' mixes two terms"),
+        (("--blend", "3"), 2, "less than or equal to 1"),
+    ):
+        refused = logitcache(*line, *given, "--set", f"out={tmp_path / 'other'}")
+        assert refused.status == status
+        assert words in refused.sentence
+
+
 # ----------------------------------------------------------------------------------------- real processes
 
 
