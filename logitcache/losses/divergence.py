@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from logitcache.losses import classes, forward
+from logitcache.losses import classes, forward_kl
 from logitcache.losses.gathered import Gathered, gather_terms, read_by
 from logitcache.losses.objective import CLASS_TAILS, Objective
 
@@ -38,18 +38,18 @@ def policy_gradient(g: Gathered, objective: Objective, temperature: float) -> to
 
 
 DIVERGENCES: dict[tuple[str, str | None], Divergence] = {
-    ("forward_kl", "bucket"): forward.bucket,
-    ("forward_kl", "renormalised"): forward.renormalised,
-    ("forward_kl", "teacher_renormalised"): forward.teacher_renormalised,
-    ("forward_kl", "unnormalised"): forward.unnormalised,
-    ("forward_kl", "label"): forward.label,
-    ("forward_kl", "unbiased"): forward.unbiased,
-    ("forward_kl", "blend"): forward.blend,
+    ("forward_kl", "bucket"): forward_kl.bucket,
+    ("forward_kl", "renormalised"): forward_kl.renormalised,
+    ("forward_kl", "teacher_renormalised"): forward_kl.teacher_renormalised,
+    ("forward_kl", "unnormalised"): forward_kl.unnormalised,
+    ("forward_kl", "label"): forward_kl.label,
+    ("forward_kl", "unbiased"): forward_kl.unbiased,
+    ("forward_kl", "blend"): forward_kl.blend,
     **{("reverse_kl", tail): classes.reverse_kl for tail in CLASS_TAILS},
     **{("jsd", tail): classes.jsd for tail in CLASS_TAILS},
     **{("skew_kl", tail): classes.skew_kl for tail in CLASS_TAILS},
     **{("tvd", tail): classes.tvd for tail in CLASS_TAILS},
-    ("decoupled", None): forward.decoupled,
+    ("decoupled", None): forward_kl.decoupled,
     ("mse", None): mse,
     ("policy_gradient", None): policy_gradient,
 }
