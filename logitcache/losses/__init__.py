@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from logitcache.kernels import HeadOptions, VocabularyShard
-from logitcache.losses.loss import DistillationOutput, distillation_loss, distillation_output, distillation_terms
+from logitcache.losses.loss import LossOutput, distillation_loss, distillation_output, distillation_terms
 from logitcache.losses.objective import KINDS, TAILS, Objective
 from logitcache.losses.options import LossOptions
 from logitcache.losses.terms import DistillationTerms
@@ -11,7 +11,7 @@ from logitcache.losses.terms import DistillationTerms
 __all__ = [
     "KINDS",
     "TAILS",
-    "DistillationOutput",
+    "LossOutput",
     "DistillationTerms",
     "HeadOptions",
     "LossOptions",

@@ -27,7 +27,7 @@ from logitcache.losses.terms import DistillationTerms
 from logitcache.targets import DeviceTargets, SparseTargets
 
 
-class DistillationOutput(NamedTuple):
+class LossOutput(NamedTuple):
     """A loss with its graph, and the terms of each row for logging.
 
     `terms` carry a graph where the implementation keeps one: not after impl='chunk', whose gradients are made already.
@@ -108,7 +108,7 @@ def distillation_output(
     targets: SparseTargets | DeviceTargets | None,
     options: LossOptions | None = None,
     head: HeadOptions | None = None,
-) -> DistillationOutput:
+) -> LossOutput:
     """`distillation_loss` with everything but the batch in two frozen values, and with the terms of each row.
 
     Args:
@@ -142,8 +142,8 @@ def distillation_output(
     if impl == "reference" and objective is not None and objective.kind == "cross_entropy" and head.shard is None:
         terms = replace(terms, ce=_dense_cross_entropy(hidden, weight, rows, head, "none"))
         if options.z_loss == 0 and options.reduction == "mean" and options.normalizer is None:
-            return DistillationOutput(_dense_cross_entropy(hidden, weight, rows, head, "mean"), terms)
-    return DistillationOutput(terms.loss(options.alpha, options.reduction, options.normalizer), terms)
+            return LossOutput(_dense_cross_entropy(hidden, weight, rows, head, "mean"), terms)
+    return LossOutput(terms.loss(options.alpha, options.reduction, options.normalizer), terms)
 
 
 def _wants_gradient(*values: object) -> bool:
@@ -152,7 +152,7 @@ def _wants_gradient(*values: object) -> bool:
 
 def _chunked(
     hidden_ND: torch.Tensor, weight_VD: torch.Tensor, rows: LossRows, options: LossOptions, head: HeadOptions
-) -> DistillationOutput:
+) -> LossOutput:
     """The loss as a sum over chunks of rows, whose gradient is made on the way."""
     names: list[str] = []
 
@@ -168,7 +168,7 @@ def _chunked(
         found["ce"], found["divergence"], rows.counted_N, rows.temperature, rows.dtype, found["z_loss"]
     )
     loss = total / denominator(rows.counted_N, options.reduction, options.normalizer)
-    return DistillationOutput(loss.to(rows.dtype), terms)
+    return LossOutput(loss.to(rows.dtype), terms)
 
 
 def _dense_cross_entropy(
