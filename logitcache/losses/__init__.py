@@ -1,19 +1,42 @@
-"""Objectives over cached teacher targets, in closed form over gathered logits."""
+"""Objectives over cached teacher targets, in closed form over gathered logits; and models patched to use them."""
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from logitcache.kernels import HeadOptions, VocabularyShard
+from logitcache.losses.inputs import pack_targets
 from logitcache.losses.loss import distillation_loss
 from logitcache.losses.objective import KINDS, TAILS, Objective
+from logitcache.losses.settings import LossSettings
 from logitcache.losses.terms import DistillationTerms, distillation_terms
+
+if TYPE_CHECKING:
+    from logitcache.losses.patch import DistillationOutput, is_patched, patch_forward, unpatch_forward
 
 __all__ = [
     "KINDS",
     "TAILS",
+    "DistillationOutput",
     "DistillationTerms",
     "HeadOptions",
+    "LossSettings",
     "Objective",
     "VocabularyShard",
     "distillation_loss",
     "distillation_terms",
+    "is_patched",
+    "pack_targets",
+    "patch_forward",
+    "unpatch_forward",
 ]
+
+# These import transformers, which the loss itself does without.
+_OF_MODELS = ("DistillationOutput", "is_patched", "patch_forward", "unpatch_forward")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _OF_MODELS:
+        raise AttributeError(f"module 'logitcache.losses' has no attribute {name!r}")
+    return getattr(importlib.import_module("logitcache.losses.patch"), name)
