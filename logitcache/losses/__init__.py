@@ -13,7 +13,8 @@ from logitcache.losses.settings import LossSettings
 from logitcache.losses.terms import DistillationTerms, distillation_terms
 
 if TYPE_CHECKING:
-    from logitcache.losses.patch import DistillationOutput, is_patched, patch_forward, unpatch_forward
+    from logitcache.losses.forward import DistillationOutput
+    from logitcache.losses.patch import is_patched, patch_forward, unpatch_forward
 
 __all__ = [
     "KINDS",
@@ -33,10 +34,10 @@ __all__ = [
 ]
 
 # These import transformers, which the loss itself does without.
-_OF_MODELS = ("DistillationOutput", "is_patched", "patch_forward", "unpatch_forward")
+_LAZY = {"DistillationOutput": "forward", "is_patched": "patch", "patch_forward": "patch", "unpatch_forward": "patch"}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _OF_MODELS:
+    if name not in _LAZY:
         raise AttributeError(f"module 'logitcache.losses' has no attribute {name!r}")
-    return getattr(importlib.import_module("logitcache.losses.patch"), name)
+    return getattr(importlib.import_module(f"logitcache.losses.{_LAZY[name]}"), name)

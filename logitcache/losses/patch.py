@@ -4,44 +4,21 @@ The mechanism is a subclass of the model's own class with another `forward`. So 
 peft, Trainer) see an ordinary model, the loss is computed inside of the forward pass they wrap, where FSDP has gathered
 the head, and copies, pickles and saved folders of the model stay what they were.
 
-Legend: B sequences of L tokens, N = B * L positions, D width, V rows of the LM head.
+Legend: B sequences of L tokens, V rows of the LM head.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from logitcache import models
-from logitcache.errors import ModelError, ObjectiveError, TargetsError
-from logitcache.kernels import HeadOptions
-from logitcache.losses.inputs import check_alignment, check_flags, next_labels, unpack_targets
+from logitcache.errors import ModelError
+from logitcache.losses.forward import OWN_ARGUMENTS, assemble, head_loss, run_body
 from logitcache.losses.settings import LossSettings
-
-# What a forward pass of ours takes besides that of the model, and what is the loss's rather than the body's.
-_OWN = ("shift_labels", "teacher_targets", "alpha")
-_NOT_THE_BODYS = (*_OWN, "labels", "num_items_in_batch", "logits_to_keep", "return_dict")
-
-
-@dataclass
-class DistillationOutput(CausalLMOutputWithPast):
-    """What a patched model returns for labels: `loss`, no `logits`, and columns to log.
-
-    Args:
-        loss: (1 - alpha) * CE + alpha * T^2 * divergence, nats per counted position or per `num_items_in_batch`.
-        ce: float64 [B, L], cross entropy of each position in nats, 0 where none counts; without a graph.
-        divergence: [B, L] divergence from the teacher without the factor T^2, alike; None without targets.
-        counted: bool [B, L], where there is a label.
-    """
-
-    ce: torch.Tensor | None = None
-    divergence: torch.Tensor | None = None
-    counted: torch.Tensor | None = None
 
 
 def patch_forward(model: Any, settings: LossSettings | None = None, *, check: bool = True, **fields: Any) -> Any:
@@ -121,13 +98,16 @@ def _patched_class(plain: Any) -> Any:
     plain_forward = plain.forward
     signature = inspect.signature(plain_forward)
     positional = list(signature.parameters)[1:]
+    # Outside of compiled graphs: checks read values, and the slices of the vocabulary would be unrolled.
+    eager_head_loss = torch.compiler.disable(head_loss)
 
     @functools.wraps(plain_forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         named = {**dict(zip(positional, args, strict=False)), **kwargs}
         if all(named.get(name) is None for name in ("labels", "shift_labels", "teacher_targets")):
-            return plain_forward(self, *args, **{name: kwargs[name] for name in kwargs if name not in _OWN})
-        return _loss_of(self, named)
+            return plain_forward(self, *args, **{name: kwargs[name] for name in kwargs if name not in OWN_ARGUMENTS})
+        output = run_body(self, named)
+        return assemble(self, named, output, eager_head_loss(self, named, output.last_hidden_state))
 
     forward.__signature__ = _extended(signature)  # type: ignore[attr-defined]
 
@@ -150,7 +130,7 @@ def _extended(signature: inspect.Signature) -> inspect.Signature:
     """With our keywords, so that Trainer keeps such columns of a data set."""
     parameters = list(signature.parameters.values())
     rest = [parameters.pop()] if parameters[-1].kind is inspect.Parameter.VAR_KEYWORD else []
-    own = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in _OWN]
+    own = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in OWN_ARGUMENTS]
     return signature.replace(parameters=[*parameters, *own, *rest])
 
 
@@ -158,116 +138,3 @@ def _restore(plain: Any) -> Any:
     """An empty instance for copy and pickle, which cannot find a class made at run time by its name."""
     patched = _patched_class(plain)
     return patched.__new__(patched)
-
-
-def _loss_of(model: Any, named: dict[str, Any]) -> Any:
-    """The output for a call with labels or targets."""
-    settings: LossSettings = model._logitcache_settings
-    _check_call(model, named)
-    body = {name: value for name, value in named.items() if name not in _NOT_THE_BODYS}
-    body.setdefault("use_cache", False)
-    output = model.base_model(**body, return_dict=True)
-    hidden_BLD = output.last_hidden_state
-    labels, shift_labels = named.get("labels"), named.get("shift_labels")
-    labels_BL = next_labels(labels, shift_labels, settings.ignore_index).to(hidden_BLD.device)
-    if labels_BL.shape != hidden_BLD.shape[:2]:
-        raise ObjectiveError(
-            f"labels have shape {tuple(labels_BL.shape)}, but there are {tuple(hidden_BLD.shape[:2])} positions"
-        )
-    targets = _targets(model, settings, named)
-    if _may_look(model, hidden_BLD):
-        if named.get("input_ids") is not None:
-            check_alignment(named["input_ids"], labels, shift_labels, settings.ignore_index)
-        if targets is not None:
-            check_flags(targets)
-    alpha, items = named.get("alpha"), named.get("num_items_in_batch")
-    call = functools.partial(
-        _fused, settings, labels_BL, targets, settings.alpha if alpha is None else alpha, _positive(items, hidden_BLD)
-    )
-    loss, ce_BL, divergence_BL, counted_BL = models.with_head(model, hidden_BLD, call)
-    result = DistillationOutput(
-        loss=loss,
-        past_key_values=output.get("past_key_values"),
-        hidden_states=output.get("hidden_states"),
-        attentions=output.get("attentions"),
-        ce=ce_BL,
-        divergence=divergence_BL,
-        counted=counted_BL,
-    )
-    as_dict = named.get("return_dict")
-    return result if (model.config.return_dict if as_dict is None else as_dict) else result.to_tuple()
-
-
-def _fused(
-    settings: LossSettings,
-    labels_BL: torch.Tensor,
-    targets: Any,
-    alpha: float | torch.Tensor,
-    items: float | torch.Tensor | None,
-    hidden_BLD: torch.Tensor,
-    head: models.LMHead,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
-    """(loss, ce [B, L], divergence [B, L], counted [B, L]) of the body's hidden states."""
-    options = HeadOptions(bias=head.bias, softcap=head.softcap, logit_scale=head.logit_scale)
-    terms = settings.terms(hidden_BLD.flatten(0, 1), head.weight, labels_BL.flatten(), targets, options)
-    if isinstance(alpha, torch.Tensor) and alpha.ndim:
-        alpha = alpha.flatten()
-    loss = terms.loss(alpha, normalizer=items)
-
-    def column(value: torch.Tensor | None) -> torch.Tensor | None:
-        return None if value is None else value.detach().view_as(labels_BL)
-
-    return loss, column(terms.ce), column(terms.divergence), terms.counted.view_as(labels_BL)
-
-
-def _targets(model: Any, settings: LossSettings, named: dict[str, Any]) -> Any:
-    """The rows to distil from, or None for cross entropy alone."""
-    given, alpha = named.get("teacher_targets"), named.get("alpha")
-    if settings.objective is not None and not settings.reads_targets:
-        return None
-    if settings.alpha == 0 and alpha is None:
-        return None
-    if given is not None:
-        return unpack_targets(given, settings.unbiased, settings.has_exact_head)
-    if settings.objective is not None and model.training:
-        raise TargetsError(
-            "the model was patched to distil, but a batch in training has no teacher_targets; pass them (Trainer drops "
-            "columns it does not know unless remove_unused_columns=False), or patch_forward(model, objective=None)"
-        )
-    return None
-
-
-def _check_call(model: Any, named: dict[str, Any]) -> None:
-    """Refuse what a fused loss would leave out without a word."""
-    if "targets" in named:
-        raise ObjectiveError(
-            "a patched model takes teacher_targets, not targets; make its inputs of a batch of CacheDataset with "
-            "logitcache.reader.model_inputs, as the labels of such a batch are shifted already"
-        )
-    keep = named.get("logits_to_keep")
-    if isinstance(keep, torch.Tensor) or keep:
-        raise ObjectiveError("logits_to_keep makes no sense with labels, which need all positions; leave it out")
-    routed = named.get("output_router_logits")
-    if getattr(model.config.get_text_config(), "output_router_logits", False) if routed is None else routed:
-        raise ModelError(
-            f"{type(model).__name__} adds the load of its experts to its loss (output_router_logits), which the fused "
-            "loss does not; set model.config.output_router_logits = False"
-        )
-
-
-def _may_look(model: Any, hidden: torch.Tensor) -> bool:
-    """Whether to look at values: on CPU always, where it stalls a device once per model, in a compiled model never."""
-    if torch.compiler.is_compiling():
-        return False
-    if hidden.device.type == "cpu":
-        return True
-    looked = vars(model).get("_logitcache_looked", False)
-    model._logitcache_looked = True
-    return not looked
-
-
-def _positive(items: Any, hidden: torch.Tensor) -> float | torch.Tensor | None:
-    """num_items_in_batch, at least 1: a batch may count no token at all, and its loss is then 0, not 0 / 0."""
-    if isinstance(items, torch.Tensor):
-        return items.reshape(-1)[0].to(hidden.device).clamp(min=1)
-    return None if items is None else max(1, items)

@@ -80,9 +80,9 @@ class LossSettings:
             weight_VD,
             labels_N,
             targets,
-            Objective.cross_entropy() if targets is None else self.objective,
-            self.temperature,
-            self.impl,
+            objective=Objective.cross_entropy() if targets is None else self.objective,
+            temperature=self.temperature,
+            impl=self.impl,
             head=replace(head, valid_vocab=self.valid_vocab),
             ignore_index=self.ignore_index,
         )

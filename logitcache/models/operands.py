@@ -55,10 +55,10 @@ def with_head(model: Any, hidden: torch.Tensor, function: Callable[[torch.Tensor
         softcap, scale = head_options(model.config)
         return function(hidden, LMHead(weight, bias, softcap, scale))
 
+    _check_own_forward(model, linear)
     if not isinstance(linear, torch.nn.Module) or not (linear._forward_pre_hooks or linear._forward_hooks):
         return inside(hidden)
     # FSDP2 gathers a head of its own unit, and readies its backward, in hooks around the module's forward.
-    _check_own_forward(model, linear)
     linear.forward = inside
     try:
         return linear(hidden)
@@ -107,7 +107,7 @@ def _is_lora(linear: Any) -> bool:
 
 
 def _check_own_forward(model: Any, linear: Any) -> None:
-    if "forward" in vars(linear):
+    if "forward" in getattr(linear, "__dict__", {}):
         raise ModelError(
             f"the forward of the LM head of {type(model).__name__} was replaced (by tensor parallelism, offloading or "
             "another patch), which a fused loss would pass by; load the model without that"

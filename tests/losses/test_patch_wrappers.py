@@ -21,7 +21,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp1", "fsdp2", "fsdp2 head"])
 def test_the_gradient_is_that_of_one_process(ranks: list[dict[str, Any]], wrapper: str) -> None:
-    """'fsdp2 head': the head is gathered by hooks of its own, not with the rest of the model."""
+    """'fsdp2 head': the head is gathered by hooks of its own, and the model is patched when it is sharded already."""
     for found in ranks:
         assert found[wrapper] < 1e-5
 
