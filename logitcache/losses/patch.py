@@ -127,11 +127,14 @@ def _patched_class(plain: Any) -> Any:
 
 
 def _extended(signature: inspect.Signature) -> inspect.Signature:
-    """With our keywords, so that Trainer keeps such columns of a data set."""
+    """With `teacher_targets`, so that Trainer keeps that column of a data set.
+
+    Without `shift_labels`: of a signature with two names of labels Trainer evaluates no batch that lacks one of them.
+    """
     parameters = list(signature.parameters.values())
     rest = [parameters.pop()] if parameters[-1].kind is inspect.Parameter.VAR_KEYWORD else []
-    own = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in OWN_ARGUMENTS]
-    return signature.replace(parameters=[*parameters, *own, *rest])
+    own = inspect.Parameter("teacher_targets", inspect.Parameter.KEYWORD_ONLY, default=None)
+    return signature.replace(parameters=[*parameters, own, *rest])
 
 
 def _restore(plain: Any) -> Any:
