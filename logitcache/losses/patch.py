@@ -95,17 +95,16 @@ def is_patched(model: Any) -> bool:
 @functools.cache
 def _patched_class(plain: Any) -> Any:
     """A subclass of a model's class, of the same name, whose forward knows labels of ours."""
-    plain_forward = plain.forward
-    signature = inspect.signature(plain_forward)
+    signature = inspect.signature(plain.forward)
     positional = list(signature.parameters)[1:]
     # Outside of compiled graphs: checks read values, and the slices of the vocabulary would be unrolled.
     eager_head_loss = torch.compiler.disable(head_loss)
 
-    @functools.wraps(plain_forward)
+    @functools.wraps(plain.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         named = {**dict(zip(positional, args, strict=False)), **kwargs}
         if all(named.get(name) is None for name in ("labels", "shift_labels", "teacher_targets")):
-            return plain_forward(self, *args, **{name: kwargs[name] for name in kwargs if name not in OWN_ARGUMENTS})
+            return plain.forward(self, *args, **{name: kwargs[name] for name in kwargs if name not in OWN_ARGUMENTS})
         output = run_body(self, named)
         return assemble(self, named, output, eager_head_loss(self, named, output.last_hidden_state))
 
@@ -123,7 +122,7 @@ def _patched_class(plain: Any) -> Any:
         # Trainer then counts the labels of a whole accumulated batch and passes num_items_in_batch.
         "accepts_loss_kwargs": True,
     }
-    return type(plain.__name__, (plain,), {**same, **own})
+    return type(plain)(plain.__name__, (plain,), {**same, **own})
 
 
 def _extended(signature: inspect.Signature) -> inspect.Signature:

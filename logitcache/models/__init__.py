@@ -1,7 +1,7 @@
 """Models and tokenizers: where they come from, what identifies them, and how their logits are made."""
 
 from logitcache.models.check import check_split
-from logitcache.models.head import LMHead, body_hidden, head_logits, head_options, split_model
+from logitcache.models.head import LMHead, body_hidden, head_logits, split_model
 from logitcache.models.identity import model_identity, tokenizer_identity
 from logitcache.models.loading import (
     DEVICES,
@@ -26,7 +26,6 @@ __all__ = [
     "choose_device",
     "convert_gguf",
     "head_logits",
-    "head_options",
     "load_model",
     "load_tokenizer",
     "model_identity",

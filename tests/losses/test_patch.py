@@ -91,6 +91,8 @@ def test_both_conventions_of_labels(model: Any, example: Example) -> None:
         assert torch.equal(one.loss, other.loss)
         assert torch.equal(one.ce, other.ce)
     assert torch.equal(one.counted, example.following != -100)
+    by_place = model(example.ids, None, None, None, None, example.labels, teacher_targets=example.targets)
+    assert torch.equal(one.loss, by_place.loss)
 
 
 def test_columns_to_log(model: Any, example: Example) -> None:

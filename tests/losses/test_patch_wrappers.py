@@ -46,6 +46,14 @@ def test_trainer_over_processes_and_accumulation(ranks: list[dict[str, Any]]) ->
         assert_same_grads(found["trainer"]["weights"], expected["weights"], 1e-5)
 
 
+def test_our_own_trainer_over_processes(ranks: list[dict[str, Any]]) -> None:
+    """Loss, its two terms and alpha of each step, with halves of which one counts more tokens than the other."""
+    expected = wrappers.distilled(rank=-1)
+    for found in ranks:
+        for ours, theirs in zip(found["distilled"], expected, strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-5)
+
+
 def test_trainer_on_labels_alone() -> None:
     """Accumulation included, a patched model trains as an unpatched one."""
     runs = []

@@ -18,7 +18,8 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from logitcache.errors import TargetsError
 from logitcache.losses import pack_targets, patch_forward
-from tests.losses.batches import Example
+from logitcache.training import AlphaSchedule, DistillationSettings, DistillationTrainer
+from tests.losses.batches import BUCKET, Example
 from tests.tiny import tiny_model
 
 EXAMPLE = Example(batch=4, length=12)
@@ -133,26 +134,47 @@ class Rows(torch.utils.data.Dataset):
         return torch.utils._pytree.tree_map(lambda column: column[index % 4], self.columns)
 
 
+def arguments(folder: str, **options: Any) -> TrainingArguments:
+    """Four plain steps of SGD on the CPU, each logged."""
+    return TrainingArguments(
+        output_dir=folder,
+        max_steps=4,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        optim="sgd",
+        train_sampling_strategy="sequential",
+        ddp_find_unused_parameters=False,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        **options,
+    )
+
+
+def distilled(rank: int) -> list[dict[str, float]]:
+    """What DistillationTrainer logs in four steps over this rank's half of the example, or all of it with rank -1."""
+    half = slice(None) if rank < 0 else slice(2 * rank, 2 * rank + 2)
+    rows = EXAMPLE.targets.to_device()
+    columns = ("ids", "weights", "tail_mass", "label_logprob", "entropy", "threshold")
+    targets = {name: getattr(rows, name).unflatten(0, (4, 12))[half].flatten(0, 1) for name in columns}
+    batch = {"input_ids": EXAMPLE.ids[half], "labels": EXAMPLE.following[half], "targets": targets}
+    settings = DistillationSettings(BUCKET, AlphaSchedule("linear", peak=0.8))
+    with tempfile.TemporaryDirectory() as folder:
+        args = arguments(folder, remove_unused_columns=False)
+        trainer = DistillationTrainer(tiny_model(FAMILY, seed=2), args, [batch] * 4, settings)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    names = ("loss", "ce", "divergence", "alpha")
+    return [{name: row[name] for name in names} for row in trainer.state.log_history if "loss" in row]
+
+
 def trained(model: Any, batch: int, accumulate: int = 1, with_targets: bool = True) -> dict[str, Any]:
     """Four steps of transformers' own Trainer over the whole example: losses, and loss and weights after them."""
     with tempfile.TemporaryDirectory() as folder:
-        args = TrainingArguments(
-            output_dir=folder,
-            max_steps=4,
-            per_device_train_batch_size=batch,
-            gradient_accumulation_steps=accumulate,
-            learning_rate=1e-2,
-            lr_scheduler_type="constant",
-            max_grad_norm=0.0,
-            optim="sgd",
-            train_sampling_strategy="sequential",
-            ddp_find_unused_parameters=False,
-            logging_steps=1,
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            use_cpu=True,
-        )
+        args = arguments(folder, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate)
         trainer = Trainer(model, args, torch.utils.data.default_collate, train_dataset=Rows(with_targets))
         trainer.remove_callback(PrinterCallback)
         trainer.train()
@@ -169,5 +191,6 @@ def work() -> dict[str, Any]:
         "fsdp2 head": fsdp2(head_alone=True),
         "fsdp1": fsdp1(),
         "mixed": mixed_precision(),
+        "distilled": distilled(dist.get_rank()),
         "trainer": trained(new_model(), batch=1, accumulate=2),
     }
