@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tests.caches import random_cache
 from tests.losses import wrappers
 from tests.losses.batches import assert_same_grads
 from tests.ranks import run_ranks
@@ -15,8 +16,15 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_ranks(wrappers.work, 2, tmp_path_factory.mktemp("wrappers"))
+def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("cache") / "sampled"
+    random_cache(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def ranks(cache: str, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run_ranks(wrappers.work, 2, tmp_path_factory.mktemp("wrappers"), cache)
 
 
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp1", "fsdp2", "fsdp2 head"])
@@ -52,6 +60,14 @@ def test_our_own_trainer_over_processes(ranks: list[dict[str, Any]]) -> None:
     for found in ranks:
         for ours, theirs in zip(found["distilled"], expected, strict=True):
             assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_a_cache_over_processes(ranks: list[dict[str, Any]], cache: str) -> None:
+    """Two processes read other blocks: together, what one reads that accumulates twice."""
+    expected = wrappers.from_cache(cache, accumulate=2)
+    assert len(set(expected)) == 4
+    for found in ranks:
+        assert found["cache"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_trainer_on_labels_alone() -> None:

@@ -18,6 +18,8 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from logitcache.errors import TargetsError
 from logitcache.losses import pack_targets, patch_forward
+from logitcache.reader import CacheDataset, ReaderOptions, model_inputs
+from logitcache.store import open_cache
 from logitcache.training import AlphaSchedule, DistillationSettings, DistillationTrainer
 from tests.losses.batches import BUCKET, Example
 from tests.tiny import tiny_model
@@ -184,8 +186,31 @@ def trained(model: Any, batch: int, accumulate: int = 1, with_targets: bool = Tr
     return {**found, "eval": trainer.evaluate(Rows(with_targets))["eval_loss"]}
 
 
-def work() -> dict[str, Any]:
+def from_cache(folder: str, accumulate: int) -> list[float]:
+    """Losses of transformers' Trainer on a CacheDataset, as docs/drop_in.md has it."""
+    cache = open_cache(folder)
+    with tempfile.TemporaryDirectory() as out:
+        args = arguments(
+            out,
+            per_device_train_batch_size=1,
+            remove_unused_columns=False,
+            gradient_accumulation_steps=accumulate,
+            accelerator_config={"dispatch_batches": False},
+        )
+        trainer = Trainer(
+            patch_forward(tiny_model("llama", vocab_size=cache.vocab_size, seed=2)),
+            args,
+            lambda batches: model_inputs(batches[0], cache.unbiased),
+            train_dataset=CacheDataset(cache, ReaderOptions(batch_blocks=3)),
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+def work(cache: str) -> dict[str, Any]:
     return {
+        "cache": from_cache(cache, accumulate=1),
         "ddp": ddp(),
         "fsdp2": fsdp2(),
         "fsdp2 head": fsdp2(head_alone=True),
