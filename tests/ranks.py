@@ -27,7 +27,7 @@ def _enter(rank: int, work: Callable[..., Any], ranks: int, folder: str, args: t
     # The machine's own name need not resolve; the loopback interface is always there.
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     # What accelerate and transformers look at to find that they are one of several processes.
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
     store = f"file://{folder}/rendezvous"
     dist.init_process_group("gloo", store, timedelta(minutes=3), rank=rank, world_size=ranks)
     try:

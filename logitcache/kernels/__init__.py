@@ -31,6 +31,7 @@ __all__ = [
     "VocabularyShard",
     "accumulation_dtype",
     "check_head",
+    "check_implementation",
     "choose_implementation",
     "dense_logits",
     "head_statistics",
@@ -41,6 +42,12 @@ __all__ = [
 IMPLEMENTATIONS = ("reference", "split", "chunk", "triton")
 # On GPUs a fourth product costs less than chunk's passes over whole logits, up to about this width of hidden states.
 WIDEST_RECOMPUTED = 1650
+
+
+def check_implementation(impl: str) -> None:
+    """Raise ObjectiveError for a name that does not exist."""
+    if impl not in ("auto", *IMPLEMENTATIONS):
+        raise ObjectiveError(f"impl is {impl!r}; this version has auto, {', '.join(IMPLEMENTATIONS)}")
 
 
 def choose_implementation(impl: str, hidden: torch.Tensor, weight: torch.Tensor, summed: bool) -> str:
@@ -55,8 +62,7 @@ def choose_implementation(impl: str, hidden: torch.Tensor, weight: torch.Tensor,
     Raises:
         ObjectiveError: a name that does not exist, or an implementation that cannot run here.
     """
-    if impl not in ("auto", *IMPLEMENTATIONS):
-        raise ObjectiveError(f"impl is {impl!r}; this version has auto, {', '.join(IMPLEMENTATIONS)}")
+    check_implementation(impl)
     dtype = accumulation_dtype(hidden, weight)
     if impl == "triton" and (reason := triton_gather.unavailable(hidden.device, dtype)):
         raise ObjectiveError(reason)

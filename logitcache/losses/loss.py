@@ -154,19 +154,18 @@ def _chunked(
     hidden_ND: torch.Tensor, weight_VD: torch.Tensor, rows: LossRows, options: LossOptions, head: HeadOptions
 ) -> LossOutput:
     """The loss as a sum over chunks of rows, whose gradient is made on the way."""
-    names: list[str] = []
+    present: list[bool] = []
 
     def row_loss(start: int, stop: int, result: GatherResult) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         terms = rows.slice(start, stop).terms(result)
-        columns = terms.columns()
-        names[:] = columns
-        return terms.rows(of_rows(options.alpha, start, stop)).sum(), tuple(columns.values())
+        present[:] = [column is not None for column in terms.all_columns]
+        columns = tuple(column for column in terms.all_columns if column is not None)
+        return terms.rows(of_rows(options.alpha, start, stop)).sum(), columns
 
     total, columns = linear_gather_total(hidden_ND, weight_VD, rows.ids_to_gather, row_loss, head=head)
-    found = dict.fromkeys(("ce", "divergence", "z_loss")) | dict(zip(names, columns, strict=True))
-    terms = DistillationTerms(
-        found["ce"], found["divergence"], rows.counted_N, rows.temperature, rows.dtype, found["z_loss"]
-    )
+    found = iter(columns)
+    ce_N, divergence_N, z_loss_N = (next(found) if there else None for there in present)
+    terms = DistillationTerms(ce_N, divergence_N, rows.counted_N, rows.temperature, rows.dtype, z_loss_N)
     loss = total / denominator(rows.counted_N, options.reduction, options.normalizer)
     return LossOutput(loss.to(rows.dtype), terms)
 

@@ -10,8 +10,6 @@ from logitcache.errors import ObjectiveError
 from logitcache.losses.objective import check_alpha
 from logitcache.losses.options import check_reduction, denominator
 
-COLUMNS = ("ce", "divergence", "z_loss")
-
 
 @dataclass(frozen=True, eq=False)
 class DistillationTerms:
@@ -71,7 +69,7 @@ class DistillationTerms:
             raise ObjectiveError(f"alpha needs the {name}, which was not computed; ask for it with with_ce=True")
         return term
 
-    def columns(self) -> dict[str, torch.Tensor]:
-        """The columns [N] there are, by name."""
-        found = {name: getattr(self, name) for name in COLUMNS}
-        return {name: column for name, column in found.items() if column is not None}
+    @property
+    def all_columns(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """ce, divergence and z_loss."""
+        return self.ce, self.divergence, self.z_loss

@@ -13,10 +13,9 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainingArguments
 
 from logitcache import models
-from logitcache.losses import DistillationTerms, Objective
+from logitcache.losses import DistillationOutput, LossSettings, Objective, pack_targets, patch_forward
 from logitcache.targets import DeviceTargets
 from logitcache.training.schedules import AlphaSchedule, BlendSchedule
-from logitcache.training.student import DistillationCall, attach_distillation
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,18 @@ class DistillationSettings:
         """Whether the teacher's rows are not read at all."""
         return not self.objective.reads_targets or (self.alpha.kind == "constant" and self.alpha.peak == 0)
 
+    @property
+    def of_a_step(self) -> LossSettings:
+        """What the patched model is told once; alpha and blend come with each step."""
+        return LossSettings(
+            Objective.cross_entropy() if self.labels_only else self.objective,
+            temperature=self.temperature,
+            impl=self.impl,
+            z_loss=self.z_loss,
+            unbiased=self.unbiased,
+            has_exact_head=self.has_exact_head,
+        )
+
 
 class DistillationTrainer(Trainer):
     """Trains a causal language model on batches of cached teacher rows.
@@ -73,7 +84,7 @@ class DistillationTrainer(Trainer):
         evaluator: Callable[[Any], dict[str, float]] | None = None,
         **kwargs: Any,
     ) -> None:
-        attach_distillation(model)
+        patch_forward(model, settings.of_a_step)
         if evaluator is not None:
             # Trainer wants a dataset before it calls `evaluate`; ours asks the evaluator instead.
             kwargs.setdefault("eval_dataset", [])
@@ -113,38 +124,38 @@ class DistillationTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        terms: DistillationTerms = model(input_ids=inputs["input_ids"], distillation=self._call(inputs))
-        alpha = self.settings.alpha.at(self.state.global_step, self.state.max_steps)
-        # A batch of one padded block may count no token at all; its loss is 0, not 0 / 0.
-        normalizer = num_items_in_batch.clamp(min=1) if isinstance(num_items_in_batch, torch.Tensor) else None
-        loss = terms.loss(alpha=alpha if terms.divergence is not None else 0.0, normalizer=normalizer)
+        step, last = self.state.global_step, self.state.max_steps
+        output: Any = model(
+            input_ids=inputs["input_ids"],
+            shift_labels=inputs["labels"],
+            teacher_targets=self._targets(inputs),
+            alpha=None if self.settings.labels_only else self.settings.alpha.at(step, last),
+            blend=self.settings.blend.at(step, last),
+            num_items_in_batch=num_items_in_batch,
+        )
+        loss = output.loss
         # With tokens counted over all ranks, DDP's mean over ranks must be undone.
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes
-        self._record(terms)
-        return (loss, terms) if return_outputs else loss
+        self._record(output)
+        return (loss, output) if return_outputs else loss
 
-    def _call(self, inputs: dict[str, Any]) -> DistillationCall:
-        targets, objective = None, self.settings.objective
+    def _targets(self, inputs: dict[str, Any]) -> dict[str, Any] | None:
+        """The teacher's rows, packed: mixed precision of a wrapper must not round them."""
         if self.settings.labels_only:
-            objective = Objective.cross_entropy()
-        else:
-            targets = DeviceTargets(
-                **inputs["targets"], unbiased=self.settings.unbiased, has_exact_head=self.settings.has_exact_head
-            )
-        temperature, impl, z_loss = self.settings.temperature, self.settings.impl, self.settings.z_loss
-        blend = self.settings.blend.at(self.state.global_step, self.state.max_steps)
-        return DistillationCall(inputs["labels"], targets, objective, temperature, impl, blend, z_loss)
+            return None
+        settings = self.settings
+        return pack_targets(
+            DeviceTargets(**inputs["targets"], unbiased=settings.unbiased, has_exact_head=settings.has_exact_head)
+        )
 
-    def _record(self, terms: DistillationTerms) -> None:
+    def _record(self, output: DistillationOutput) -> None:
         """Add up what will be logged, on the device and without a synchronisation."""
-        with torch.no_grad():
-            values = {"tokens": terms.counted.sum(), "ce": None if terms.ce is None else terms.ce.sum()}
-            values["divergence"] = None if terms.divergence is None else terms.divergence.sum()
-            values["z_loss"] = None if terms.z_loss is None else terms.z_loss.sum()
-            for name, value in values.items():
-                if value is not None:
-                    self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
+        values = {"tokens": output.counted, "ce": output.ce, "divergence": output.divergence, "z_loss": output.z_loss}
+        for name, column in values.items():
+            if column is not None:
+                total = column.sum()
+                self._sums[name] = self._sums.get(name, torch.zeros_like(total)) + total
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._sums:
