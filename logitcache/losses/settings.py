@@ -59,7 +59,10 @@ class LossSettings:
         check_share("blend", self.blend, 0)
         check_z_loss(self.z_loss)
         (self.objective or Objective.cross_entropy()).check(
-            self.objective is not None and self.objective.tail == "unbiased", self.temperature, self.alpha
+            self.objective is not None and self.objective.tail in ("unbiased", "blend"),
+            self.temperature,
+            self.alpha,
+            has_exact_head=True,
         )
 
     def with_fields(self, values: dict[str, Any]) -> LossSettings:
@@ -89,7 +92,7 @@ class LossSettings:
         """`distillation_output` with these settings; without targets, that of cross entropy alone."""
         if alpha is not None and not isinstance(alpha, torch.Tensor):
             check_alpha(alpha)
-            # A number that comes with each call is one of a schedule: as a tensor it leaves no term out, whatever it is,
+            # A number that comes with each call is one of a schedule: as a tensor it leaves no term out whatever it is,
             # and changes no compiled graph.
             alpha = hidden_ND.new_full((), alpha, dtype=working_dtype(hidden_ND.device))
         options = LossOptions(

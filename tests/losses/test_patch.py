@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from logitcache import models
 from logitcache.errors import TargetsError
-from logitcache.kernels import slices
+from logitcache.kernels import chunk, slices
 from logitcache.losses import (
     LossSettings,
     distillation_loss,
@@ -206,9 +206,9 @@ def largest_of_a_step(impl: str, example: Example) -> int:
 
 
 def test_no_logits_of_the_whole_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No tensor at all is as large as [B, L, V]: 5 slices of 64 ids here."""
-    monkeypatch.setattr(slices, "MIN_COLUMNS", 64)
-    monkeypatch.setattr(slices, "TILE_BYTES_CPU", 4)
+    """No tensor at all is as large as [B, L, V]: chunks of 16 of the 128 positions here."""
+    monkeypatch.setattr(chunk, "CHUNK_BYTES_CPU", 4)
+    monkeypatch.setattr(chunk, "MIN_ROWS_CPU", 16)
     example = Example(batch=4, length=32)
     logits = example.ids.numel() * 300
     assert largest_of_a_step("auto", example) < logits
@@ -216,7 +216,7 @@ def test_no_logits_of_the_whole_batch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_weights_gradients_do_not_depend_on_slices(monkeypatch: pytest.MonkeyPatch, example: Example) -> None:
-    model = patch_forward(tiny_model("gemma2", seed=2).train())
+    model = patch_forward(tiny_model("gemma2", seed=2).train(), impl="split")
     gradients = []
     for columns in (1024, 64):
         monkeypatch.setattr(slices, "MIN_COLUMNS", columns)
