@@ -152,12 +152,7 @@ def distillation_terms(
     check_share("blend", blend, len(labels))
     check_z_loss(z_loss)
     columns = head.columns(weight)
-    stored = device_targets(targets, hidden, columns) if objective.reads_targets else None
-    if stored is not None:
-        objective.check(stored.unbiased, temperature, has_exact_head=has_exact_head(stored))
-        stored = read_by(objective, stored)
-    else:
-        objective.check(False, temperature)
+    stored = _what_is_read(targets, objective, temperature, hidden, columns)
     counted_N = labels != ignore_index
     label_N = None
     if with_ce or objective.reads_labels:
@@ -177,3 +172,19 @@ def distillation_terms(
         z_loss_N = torch.where(counted_N, z_loss * student.lse_N.square(), 0.0)
     dtype = accumulation_dtype(hidden, weight)
     return DistillationTerms(ce_N, divergence_N, counted_N, temperature, dtype, z_loss_N)
+
+
+def _what_is_read(
+    targets: SparseTargets | DeviceTargets | None,
+    objective: Objective,
+    temperature: float,
+    hidden_ND: torch.Tensor,
+    columns: int,
+) -> DeviceTargets | None:
+    """The part of the targets that the objective reads, on hidden's device; None for cross entropy."""
+    if not objective.reads_targets:
+        objective.check(False, temperature)
+        return None
+    stored = device_targets(targets, hidden_ND, columns)
+    objective.check(stored.unbiased, temperature, has_exact_head=has_exact_head(stored))
+    return read_by(objective, stored)
