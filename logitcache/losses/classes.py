@@ -50,7 +50,7 @@ def _classes(g: Gathered, tail: str | None, temperature: float) -> Classes:
 def _bucket(g: Gathered) -> Classes:
     """The stored ids and one class for all other tokens, if there are any."""
     log_rest_N1 = g.student.log_rest_N[:, None]
-    exists_NC = torch.cat([g.stored_NK, log_rest_N1 > FLOOR / 2], dim=1)
+    exists_NC = torch.cat([g.stored_NK, log_rest_N1 > -math.inf], dim=1)
     log_p_NC = torch.where(exists_NC, torch.cat([g.log_p_NK, log_rest_N1], dim=1), 0.0)
     q_NC = torch.where(exists_NC, torch.cat([g.q_NK, g.tau_N[:, None]], dim=1), 0.0)
     log_zero_N1 = torch.full_like(log_rest_N1, math.log(ROUNDED_TO_ZERO))

@@ -82,8 +82,7 @@ def blend(g: Gathered, objective: Objective, temperature: float) -> torch.Tensor
     """
     sampled_NK = g.stored_NK & (g.head_NK == 0)
     log_sampled_N = torch.where(sampled_NK, g.log_p_NK, FLOOR).logsumexp(dim=1)
-    # FLOOR in place of -inf: a sum of nothing at all would have a NaN gradient.
-    log_rest_N = torch.logaddexp(g.student.log_rest_N.clamp(min=FLOOR), log_sampled_N)
+    log_rest_N = torch.logaddexp(g.student.log_rest_N, log_sampled_N)
     head_N = _bucket_kl(g.head_NK, g.log_p_NK, g.tau_N, log_rest_N)
     return (1 - g.blend) * head_N + g.blend * unbiased(g, objective, temperature)
 

@@ -114,12 +114,7 @@ def prepare_rows(
     check_share("blend", blend, len(labels_N))
     check_z_loss(z_loss)
     columns = head.columns(weight_VD)
-    stored = device_targets(targets, hidden_ND, columns) if objective.reads_targets else None
-    if stored is not None:
-        objective.check(stored.unbiased, temperature, has_exact_head=has_exact_head(stored))
-        stored = read_by(objective, stored)
-    else:
-        objective.check(False, temperature)
+    stored = _what_is_read(targets, objective, temperature, hidden_ND, columns)
     counted_N = labels_N != ignore_index
     label_N = None
     if with_ce or objective.reads_labels:
@@ -129,3 +124,19 @@ def prepare_rows(
         check_label_logprob(stored, counted_N)
     dtype = accumulation_dtype(hidden_ND, weight_VD)
     return LossRows(objective, stored, label_N, counted_N, temperature, with_ce, blend, z_loss, dtype)
+
+
+def _what_is_read(
+    targets: SparseTargets | DeviceTargets | None,
+    objective: Objective,
+    temperature: float,
+    hidden_ND: torch.Tensor,
+    columns: int,
+) -> DeviceTargets | None:
+    """The part of the targets that the objective reads, on hidden's device; None for cross entropy."""
+    if not objective.reads_targets:
+        objective.check(False, temperature)
+        return None
+    stored = device_targets(targets, hidden_ND, columns)
+    objective.check(stored.unbiased, temperature, has_exact_head=has_exact_head(stored))
+    return read_by(objective, stored)

@@ -58,8 +58,7 @@ class AlphaSchedule:
 class BlendSchedule:
     """Share of the unbiased term of tail='blend' at each optimiser step, from `start` to `end` in a straight line.
 
-    The bucket has no sampling noise, the unbiased term no truncation bias: low early and high late uses each where it
-    is the better one (docs/objectives.md).
+    The bucket has no sampling noise, the unbiased term no truncation bias; docs/objectives.md has what was measured.
 
     Args:
         start: value at the first step, in [0, 1].

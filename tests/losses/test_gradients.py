@@ -39,8 +39,7 @@ def test_objective_is_its_definition(impl, head, objective, temperature):
 
 
 @pytest.mark.parametrize("narrow_slices", WIDTHS, indirect=True)
-@pytest.mark.parametrize("head", ["plain", "all"])
-@pytest.mark.parametrize("alpha", [1.0, 0.7])
+@pytest.mark.parametrize(("head", "alpha"), [("plain", 1.0), ("all", 0.7)])
 @pytest.mark.parametrize(("objective", "temperature"), OBJECTIVES, ids=name_of)
 def test_slices_of_any_width(head, objective, temperature, alpha):
     problem = Problem(objective, temperature, HEADS[head])

@@ -12,6 +12,7 @@ import torch
 
 from logitcache.bench.yardstick import Yardstick
 from logitcache.demo import plays, teacher_folder
+from logitcache.losses import Objective
 from logitcache.selection import Selection
 from logitcache.targets import SparseTargets, offsets_of
 from logitcache.teachers import TransformersTeacher
@@ -52,7 +53,7 @@ def test_sampled_gradient_is_unbiased(yardstick: Yardstick) -> None:
             torch.from_numpy(drawn.weights),
             accumulate=True,
         )
-    angle, ratio = compare(yardstick, yardstick.gradient(_sparse(total / DRAWS), "unbiased"))
+    angle, ratio = compare(yardstick, yardstick.gradient(_sparse(total / DRAWS), Objective.forward_kl("unbiased")))
     assert angle < 3
     assert abs(ratio - 1) < 0.02
 
@@ -63,10 +64,10 @@ def test_average_of_gradients_is_gradient_of_average(yardstick: Yardstick) -> No
     gradients, total = [], torch.zeros_like(yardstick.dist.probs)
     for seed in range(3):
         drawn = yardstick.select(selection, seed)
-        gradients.append(yardstick.gradient(drawn, "unbiased"))
+        gradients.append(yardstick.gradient(drawn, Objective.forward_kl("unbiased")))
         rows, ids = torch.from_numpy(drawn.row_index()), torch.from_numpy(drawn.ids)
         total.index_put_((rows, ids), torch.from_numpy(drawn.weights), accumulate=True)
-    averaged = yardstick.gradient(_sparse(total / 3), "unbiased")
+    averaged = yardstick.gradient(_sparse(total / 3), Objective.forward_kl("unbiased"))
     torch.testing.assert_close(averaged, sum(gradients) / 3, rtol=1e-4, atol=1e-7)
 
 
@@ -74,15 +75,15 @@ def test_average_of_gradients_is_gradient_of_average(yardstick: Yardstick) -> No
 def test_renormalised_top_12_is_biased(yardstick: Yardstick, tail: str, least_ratio: float) -> None:
     """Both readings of "renormalised" point elsewhere; that with the student's full softmax also pulls too hard."""
     targets = yardstick.select(Selection.parse("top-k:12"))
-    angle, ratio = compare(yardstick, yardstick.gradient(targets, tail))
+    angle, ratio = compare(yardstick, yardstick.gradient(targets, Objective.forward_kl(tail)))
     assert angle > 20
     assert ratio > least_ratio
 
 
 def test_tail_bucket_mends_most_of_it(yardstick: Yardstick) -> None:
     targets = yardstick.select(Selection.parse("top-k:12"))
-    biased, _ = compare(yardstick, yardstick.gradient(targets, "teacher_renormalised"))
-    angle, ratio = compare(yardstick, yardstick.gradient(targets, "bucket"))
+    biased, _ = compare(yardstick, yardstick.gradient(targets, Objective.forward_kl("teacher_renormalised")))
+    angle, ratio = compare(yardstick, yardstick.gradient(targets, Objective.forward_kl("bucket")))
     assert angle < biased / 2
     assert abs(ratio - 1) < 0.1
 
