@@ -21,9 +21,10 @@ HEADER = ("peer", "what goes wrong", "when", "figure", "their code", "formula", 
 PACKAGES = ("torch", "liger-kernel", "trl", "axolotl", "torchtune", "nvidia-modelopt")
 NOTES = """\
 Ours is `distillation_loss` with the objective that answers the same question: the tail bucket, or `renormalised` at
-T != 1, where the bucket is refused because no cache stores the tail at that temperature. ModelOpt's own Hugging Face
-trainer passes another reduction; the default is what `LogitsDistillationLoss()` gives. By their sources (not run here),
-Liger's Triton JSD and TRL's chunked divergence keep logits in float32 and are free of the half-precision faults."""
+T != 1, where the bucket is refused because no cache stores the tail at that temperature; beside torchtune's reverse KL
+it is ours where this version has one, else the bucket. ModelOpt's Hugging Face trainer passes another reduction; the
+default is what `LogitsDistillationLoss()` gives. By their sources (not run here), Liger's Triton JSD and TRL's chunked
+divergence keep logits in float32 and are free of the half-precision faults."""
 
 
 def row(case: Case, load: Callable[[], Loss]) -> tuple[list[str], str | None]:
@@ -52,7 +53,8 @@ def main() -> None:
     body = report.table(HEADER, rows) + "\n\n" + NOTES
     if reasons:
         body += "\n\nNot run: " + "; ".join(f"{peer}: {reason}" for peer, reason in reasons.items()) + "."
-    report.publish("peer_faults", "python -m benchmarks.peer_faults", body, given.save, packages=PACKAGES)
+    command = "python -m benchmarks.peer_faults" + (" --distillkit CHECKOUT" if given.distillkit else "")
+    report.publish("peer_faults", command, body, given.save, packages=PACKAGES)
 
 
 if __name__ == "__main__":
