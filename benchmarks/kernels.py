@@ -16,6 +16,8 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import sys
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -145,9 +147,9 @@ def targets(measured: Measured, device: str) -> list[str]:
         pairs = [("auto", ours, 1.0, 0.45)] + ([("split", split, 1.2, 0.2)] if split else [])
         return [
             line
-            for name, entry, time, peak in pairs
+            for name, entry, most, peak in pairs
             for line in (
-                _line(f"{name}: time of eager", entry.ratio(eager), time),
+                _line(f"{name}: time of eager", entry.ratio(eager), most),
                 _line(f"{name}: peak of eager", entry.peak / eager.peak, peak),
             )
         ]
@@ -201,7 +203,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     given = parser().parse_args(argv)
     warnings.simplefilter("ignore")
-    device, load = given.device, os.getloadavg()[0]
+    device, load, started = given.device, os.getloadavg()[0], time.monotonic()
     rounds = given.rounds or (3 if given.quick else 5 if device == "cpu" else 20)
     without = (*given.without, *(["compile"] if given.quick else []))
     sections = []
@@ -213,6 +215,7 @@ def main(argv: list[str] | None = None) -> None:
             ks = given.k or ([16] if given.quick else [MAIN_K] if large else list(KS))
             sections.append(section(run_shape(shape, ks, not (given.essential or large), options), options))
             torch.compiler.reset()
+            print(f"{shape}: measured after {time.monotonic() - started:.0f} s", file=sys.stderr)
             # A long run that is stopped leaves what it has.
             if given.out:
                 given.out.write_text("\n\n".join(sections))
