@@ -205,7 +205,7 @@ def _ours(impl: str, task: str) -> Contender:
             problem.hidden_ND, problem.weight_VD, problem.labels_N, targets, OBJECTIVES[task], ALPHA, impl=impl
         )
 
-    return Contender(f"logitcache {impl}", task, OUR_PRODUCTS[impl], make, everywhere=impl != "reference")
+    return Contender(f"logitcache {impl}", task, OUR_PRODUCTS[impl], make, everywhere=impl in ("split", "auto"))
 
 
 def contenders() -> list[Contender]:

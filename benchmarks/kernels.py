@@ -29,7 +29,7 @@ from benchmarks import report
 from benchmarks.contenders import EAGER, contenders
 from benchmarks.head_problem import BUCKET, CE, LIVE, NEEDS_K, Shape, make_problem
 from benchmarks.peer_code import Missing
-from benchmarks.race import Entry, Stopwatch, check, enter, race, weigh
+from benchmarks.race import Entry, Stopwatch, check, enter, race
 
 PACKAGES = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "quack-kernels", "axolotl")
 HEADS = ((49_152, 576), (128_256, 2048), (151_936, 4096))
@@ -87,8 +87,7 @@ def run_shape(shape: Shape, ks: list[int], everything: bool, options: Options) -
             except Missing as reason:
                 missing[contender.name] = str(reason)
     products = race(entries, options.rounds, Stopwatch(options.device, options.clock))
-    weigh(entries, options.device)
-    check(entries)
+    check(entries, options.device)
     return Measured(shape, entries, products, missing)
 
 
@@ -190,7 +189,7 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--shape", type=Shape.parse, action="append", help="V,D,N; may be repeated")
     arguments.add_argument("--k", type=int, action="append", help="stored ids of a row; may be repeated")
     arguments.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], action="append")
-    arguments.add_argument("--rounds", type=int, help="default: 5 on CPU, 20 on CUDA")
+    arguments.add_argument("--rounds", type=int, help="default: 3 on CPU, 20 on CUDA")
     arguments.add_argument("--essential", action="store_true", help="only eager PyTorch and ours")
     arguments.add_argument("--without", action="append", default=[], help="leave out names that contain this")
     arguments.add_argument(
@@ -204,7 +203,7 @@ def main(argv: list[str] | None = None) -> None:
     given = parser().parse_args(argv)
     warnings.simplefilter("ignore")
     device, load, started = given.device, os.getloadavg()[0], time.monotonic()
-    rounds = given.rounds or (3 if given.quick else 5 if device == "cpu" else 20)
+    rounds = given.rounds or (3 if device == "cpu" else 20)
     without = (*given.without, *(["compile"] if given.quick else []))
     sections = []
     for name in given.dtype or ["float32" if device == "cpu" else "bfloat16"]:

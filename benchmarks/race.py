@@ -139,28 +139,24 @@ def _time(entry: Entry, watch: Stopwatch) -> None:
     entry.problem.forget_gradients()
 
 
-def weigh(entries: list[Entry], device: str) -> None:
-    """Peak memory of one pass of each entry, gradients included."""
-    for entry in entries:
-        entry.problem.forget_gradients()
-        if device == "cuda":
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            run(entry)
-            torch.cuda.synchronize()
-            entry.peak = (torch.cuda.max_memory_allocated() - before) / MEGABYTE
-        else:
-            entry.peak = measure.peak_beyond(partial(run, entry))
-        entry.problem.forget_gradients()
-
-
-def check(entries: list[Entry]) -> None:
-    """Gradient errors of each entry against float64."""
+def check(entries: list[Entry], device: str) -> None:
+    """Peak memory of one more pass of each entry, and the errors of the gradients it leaves."""
     for task, k in dict.fromkeys((entry.contender.task, entry.k) for entry in entries):
         same = [entry for entry in entries if (entry.contender.task, entry.k) == (task, k)]
         truth = exact(same[0].problem, task)
         for entry in same:
-            run(entry)
+            entry.problem.forget_gradients()
+            entry.peak = _peak(entry, device)
             entry.errors = truth.errors(entry.problem)
             entry.problem.forget_gradients()
+
+
+def _peak(entry: Entry, device: str) -> float:
+    if device == "cpu":
+        return measure.peak_beyond(partial(run, entry))
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run(entry)
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / MEGABYTE

@@ -42,7 +42,7 @@ def test_contender_computes_its_task(problem, contender) -> None:
         assert not ours_or_torch
         assert any(word in reason for word in ("installed", "import", "CUDA", "impl is", "has no", "No module"))
         return
-    check([entry])
+    check([entry], "cpu")
     assert max(entry.errors) < 2e-5
     assert entry.loss == pytest.approx(exact(problem, contender.task).loss, rel=2e-5)
 
