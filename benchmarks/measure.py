@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import statistics
 import subprocess
@@ -9,6 +11,9 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+
+# The constant of glibc's mallopt: blocks from this size on are mapped, and unmapped as soon as they are freed.
+_MMAP_THRESHOLD = -3
 
 
 def interleaved(jobs: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
@@ -40,5 +45,31 @@ def forget_peak() -> None:
 
 def resident_peak() -> float:
     """This process' peak resident memory in MB since `forget_peak`."""
+    return _status("VmHWM")
+
+
+def _status(name: str) -> float:
     status = Path("/proc/self/status").read_text()
-    return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 1024
+    return int(next(line for line in status.splitlines() if line.startswith(name)).split()[1]) / 1024
+
+
+def peak_beyond(job: Callable[[], object]) -> float:
+    """Most megabytes (10^6 bytes) that were resident during `job`, beyond those before it (Linux).
+
+    Freed memory that the allocator keeps would hide, or seem to be, what the job takes. So it is given back first, and
+    during the job glibc gives back every freed block of a megabyte at once.
+    """
+    gc.collect()
+    libc = ctypes.CDLL(None)
+    glibc = hasattr(libc, "malloc_trim")
+    if glibc:
+        libc.malloc_trim(0)
+        libc.mallopt(_MMAP_THRESHOLD, 1 << 20)
+    forget_peak()
+    before = _status("VmRSS")
+    job()
+    peak = resident_peak()
+    if glibc:
+        # What glibc's own adjustment arrives at in a process with large blocks.
+        libc.mallopt(_MMAP_THRESHOLD, 32 << 20)
+    return (peak - before) * 1.024**2

@@ -30,13 +30,25 @@ def hardware() -> str:
     return f"{os.cpu_count()}cpu"
 
 
-def machine() -> str:
-    """One line: processor, cores, Python and package versions."""
+def machine(packages: Sequence[str] = PACKAGES) -> str:
+    """One line: processor, cores, GPU, Python and the versions of those packages that are installed."""
+    import torch
+
     model = next(
         (line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")), platform.machine()
     )
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
-    return f"{model}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}"
+    parts = [model, f"{os.cpu_count()} cores"]
+    if torch.cuda.is_available():
+        parts.append(f"{torch.cuda.get_device_name()} (CUDA {torch.version.cuda})")
+    parts.append(f"Python {platform.python_version()}")
+    return ", ".join(parts + [f"{name} {found}" for name in packages if (found := _version(name))])
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -45,16 +57,19 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
-def publish(theme: str, command: str, body: str, save: bool) -> None:
-    """Print the result and, with `save`, write it to results/<theme>_<hardware>_<date>.md."""
+def publish(
+    theme: str, command: str, body: str, save: bool, packages: Sequence[str] = PACKAGES, out: Path | None = None
+) -> None:
+    """Print the result; with `save` write it to results/<theme>_<hardware>_<date>.md, with `out` to that file."""
     today = datetime.date.today().isoformat()
-    text = f"# {theme}, {today}\n\n`{command}` on {machine()}.\n\n{body}\n"
+    text = f"# {theme}, {today}\n\n`{command}` on {machine(packages)}.\n\n{body}\n"
     print(text)
-    if save:
+    if save and out is None:
         RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"{theme}_{hardware()}_{today}.md"
-        path.write_text(text)
-        print(f"written to {path}")
+        out = RESULTS / f"{theme}_{hardware()}_{today}.md"
+    if out is not None:
+        out.write_text(text)
+        print(f"written to {out}")
 
 
 def _cpuinfo() -> list[str]:
