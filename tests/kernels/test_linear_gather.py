@@ -6,14 +6,13 @@ import pytest
 import torch
 
 from logitcache.kernels import HeadOptions, dense_logits, head_statistics, linear_gather
-from tests.kernels.problems import EXACT as IMPLEMENTATIONS
-from tests.kernels.problems import HEADS, Problem, make_problem, mix
+from tests.kernels.problems import EXACT, HEADS, Problem, make_problem, mix
 
 CASES = [("reference", None), ("chunk", None), *(("split", width) for width in (None, 1, 4, 5, 22, 23))]
 
 
 def test_implementations_named_here_are_all_there_are():
-    assert {name for name, _ in CASES} == set(IMPLEMENTATIONS)
+    assert {name for name, _ in CASES} == set(EXACT)
 
 
 @pytest.mark.parametrize(("impl", "width"), CASES)
@@ -37,7 +36,7 @@ def test_values_are_the_definition(impl, width, name, temperature):
 
 
 def test_at_temperature_one_both_logsumexps_are_one_tensor():
-    for impl in IMPLEMENTATIONS:
+    for impl in EXACT:
         result = make_problem().run(HeadOptions(), impl=impl)
         assert result.lse_rest is result.lse_rest_T
 
@@ -64,10 +63,10 @@ def test_gradcheck(impl, width, name, temperature):
 def test_reference_is_met_from_no_id_to_the_whole_vocabulary(width, k, temperature):
     problem = make_problem(k=k)
     grads = {}
-    for impl in IMPLEMENTATIONS:
+    for impl in EXACT:
         result = problem.run(HeadOptions(), impl=impl, slice_width=width, temperature=temperature)
         grads[impl] = (*result, *torch.autograd.grad(mix(result), problem.leaves))
-    for impl in IMPLEMENTATIONS:
+    for impl in EXACT:
         for found, reference in zip(grads[impl], grads["reference"], strict=True):
             torch.testing.assert_close(found, reference, rtol=1e-12, atol=1e-12)
         assert (grads[impl][0][1] == float("-inf")) == (k == 23)
@@ -83,7 +82,7 @@ def test_ids_at_slice_borders():
         torch.testing.assert_close(left, right)
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", EXACT)
 def test_no_rows(impl):
     problem = make_problem(n=2)
     problem.hidden, problem.ids = torch.empty(0, 7, dtype=torch.float64, requires_grad=True), problem.ids[:0]
@@ -119,7 +118,7 @@ def test_one_output_alone(output):
     problem = make_problem()
     problem.ids = problem.ids.masked_fill(problem.ids < 0, -1)
     grads = []
-    for impl in IMPLEMENTATIONS:
+    for impl in EXACT:
         value = problem.run(HeadOptions(softcap=2.0), impl=impl, temperature=1.5)[output]
         loss = torch.where(torch.isfinite(value), value, 0.0).sum()
         grads.append(torch.autograd.grad(loss, problem.leaves))
@@ -141,7 +140,7 @@ def test_tied_weights_get_both_gradients():
     weight = torch.randn(11, 3, dtype=torch.float64, requires_grad=True)
     ids, tokens = torch.tensor([[1, 4], [0, -1]]), torch.tensor([2, 9])
     grads = []
-    for impl in IMPLEMENTATIONS:
+    for impl in EXACT:
         result = linear_gather(torch.tanh(weight[tokens]), weight, ids, impl=impl, slice_width=4)
         grads.append(torch.autograd.grad(mix(result), weight)[0])
     for grad in grads[1:]:

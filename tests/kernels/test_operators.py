@@ -10,10 +10,9 @@ from torch.utils.checkpoint import checkpoint
 
 from logitcache.kernels import HeadOptions, linear_gather
 from logitcache.kernels.plan import GatherPlan
-from tests.kernels.problems import EXACT as IMPLEMENTATIONS
-from tests.kernels.problems import HEADS, make_problem, mix
+from tests.kernels.problems import EXACT, HEADS, make_problem, mix
 
-COMPILED = [impl for impl in IMPLEMENTATIONS if impl != "reference"]
+COMPILED = [impl for impl in EXACT if impl != "reference"]
 
 
 @pytest.mark.parametrize("name", ["plain", "all"])

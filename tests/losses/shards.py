@@ -15,7 +15,7 @@ import torch.distributed as dist
 from logitcache.kernels import HeadOptions, VocabularyShard, head_statistics, linear_gather
 from logitcache.losses import Objective, distillation_loss
 from tests.kernels import problems as heads
-from tests.kernels.problems import EXACT as IMPLEMENTATIONS
+from tests.kernels.problems import EXACT
 from tests.losses import problems as losses
 
 # Rows of each rank. The last one of "padding" holds nothing but padding of a head with 16 or 17 valid columns.
@@ -57,7 +57,7 @@ def all_checks() -> dict[str, float]:
     """Name of the check -> largest difference from the unsplit head. Runs in every rank."""
     found = {}
     for split, rows in SPLITS.items():
-        for impl in IMPLEMENTATIONS:
+        for impl in EXACT:
             for name, options in (("plain", {}), ("softcap", {"softcap": 2.0}), ("padded", {"valid_vocab": 16})):
                 for temperature in (1.0, 2.0):
                     head = HeadOptions(**options)

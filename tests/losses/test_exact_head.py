@@ -16,7 +16,7 @@ from logitcache.selection import Selection
 from logitcache.selection.distribution import Distribution
 from logitcache.selection.select import select
 from logitcache.targets import DeviceTargets, SparseTargets
-from tests.kernels.problems import EXACT as IMPLEMENTATIONS
+from tests.kernels.problems import EXACT
 from tests.losses.problems import (
     HEADS,
     OF_HEADS,
@@ -43,7 +43,7 @@ def by_hand(probs: np.ndarray, targets: SparseTargets) -> SparseTargets:
     return from_rows([*rows, [[], []]], tail_mass=[*tails, 0.0])
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", EXACT)
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("alpha", [1.0, 0.7])
 def test_the_bucket_loss_of_a_varopt_row_is_that_of_its_head(impl: str, head: str, alpha: float) -> None:
@@ -71,7 +71,7 @@ def test_objectives_over_classes_read_the_head_too(objective: Objective, tempera
     assert_same(mine, problem.dense(0.7), problem.leaves)
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", EXACT)
 @pytest.mark.parametrize("head", HEADS)
 def test_the_ends_of_a_blend(impl: str, head: str) -> None:
     """One pass over the head for both terms, and at its ends what each of them is alone."""

@@ -7,7 +7,7 @@ import torch
 
 from logitcache.kernels import HeadOptions, chunk
 from logitcache.losses import LossOptions, Objective, distillation_output, distillation_terms
-from tests.kernels.problems import EXACT as IMPLEMENTATIONS
+from tests.kernels.problems import EXACT
 from tests.losses.problems import HEADS, OBJECTIVES, N, Problem
 
 BUCKET = Objective.forward_kl("bucket")
@@ -53,7 +53,7 @@ def test_a_loss_per_row_and_a_learned_alpha_keep_their_graph():
     torch.testing.assert_close(found, (problem.dense(1.0) - problem.dense(0.0)).sum() / 7)
 
 
-@pytest.mark.parametrize("impl", ["auto", *IMPLEMENTATIONS])
+@pytest.mark.parametrize("impl", ["auto", *EXACT])
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 def test_output_holds_the_terms(impl, alpha):
     problem = Problem(BUCKET)
@@ -69,7 +69,7 @@ def test_output_holds_the_terms(impl, alpha):
     assert output.terms.z_loss is not None
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", EXACT)
 def test_without_a_graph(impl):
     problem = Problem(BUCKET)
     with torch.no_grad():

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import logitcache
 from logitcache.losses import HeadOptions, Objective, distillation_loss, distillation_terms
 from logitcache.targets import SparseTargets
-from tests.kernels.problems import EXACT as IMPLEMENTATIONS
+from tests.kernels.problems import EXACT
 from tests.losses.problems import OBJECTIVES, D, N, Problem, V, name_of
 
 BUCKET = Objective.forward_kl("bucket")
@@ -54,7 +54,7 @@ def test_alpha_zero_on_split_is_the_cross_entropy_objective():
     assert_equal(zero, gradients(problem.loss(alpha=0, targets=None, objective=None, impl="split"), problem))
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", EXACT)
 @pytest.mark.parametrize(
     "objective", [objective for objective, _ in OBJECTIVES if not objective.reads_labels], ids=name_of
 )
@@ -68,7 +68,7 @@ def test_alpha_one_reads_no_label(impl, objective):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", EXACT)
 def test_alpha_mixes_linearly(impl):
     problem = Problem(Objective.forward_kl("renormalised"), temperature=2.0)
     ce, divergence = (problem.loss(alpha=alpha, impl=impl, reduction="none") for alpha in (0.0, 1.0))
@@ -79,7 +79,7 @@ def test_alpha_mixes_linearly(impl):
     torch.testing.assert_close(problem.loss(alpha=torch.tensor(0.25)), problem.loss(alpha=0.25))
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", EXACT)
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 def test_reductions(impl, alpha):
     problem = Problem(BUCKET)
@@ -92,7 +92,7 @@ def test_reductions(impl, alpha):
     torch.testing.assert_close(problem.loss(alpha=alpha, impl=impl, normalizer=torch.tensor([40])), rows.sum() / 40)
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", EXACT)
 @pytest.mark.parametrize(("objective", "temperature"), [*OBJECTIVES, (Objective.cross_entropy(), 1.0)], ids=name_of)
 def test_ignored_rows_count_for_neither_term(impl, objective, temperature):
     problem = Problem(objective, temperature)
@@ -104,7 +104,7 @@ def test_ignored_rows_count_for_neither_term(impl, objective, temperature):
     torch.testing.assert_close(other, full / 7)
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", EXACT)
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_nothing_counts(impl, alpha, reduction):
@@ -114,7 +114,7 @@ def test_nothing_counts(impl, alpha, reduction):
     assert all((grad == 0).all() for grad in torch.autograd.grad(loss, problem.leaves))
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", EXACT)
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 def test_no_rows(impl, alpha):
     weight = torch.randn(V, D, requires_grad=True)
@@ -158,7 +158,7 @@ def test_terms_compose_the_loss(alpha, objective, temperature):
     torch.testing.assert_close(terms.loss(alpha, normalizer=3.0), problem.loss(alpha=alpha, normalizer=3.0))
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", EXACT)
 @pytest.mark.parametrize("objective", [Objective.cross_entropy(), BUCKET, Objective.tvd()])
 def test_z_loss_is_a_term_of_its_own(impl, objective):
     """c * lse^2 on every counted row, added after the mix: alpha does not scale it."""
@@ -174,7 +174,7 @@ def test_z_loss_is_a_term_of_its_own(impl, objective):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", EXACT)
 def test_types(dtype, impl):
     problem = Problem(BUCKET)
     hidden = problem.hidden.detach().to(dtype).requires_grad_()
