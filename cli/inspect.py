@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -30,7 +29,7 @@ Exit status: 0 done, 1 damaged or no cache, 2 wrong usage.
 
 
 @click.command(epilog=EXAMPLE)
-@click.argument("cache", type=click.Path(path_type=Path))
+@click.argument("cache", type=click.Path())
 @click.option(
     "--position", type=int, metavar="N", help="Show the teacher's distribution after the N-th token (from 0)."
 )
@@ -40,7 +39,7 @@ Exit status: 0 done, 1 damaged or no cache, 2 wrong usage.
 @json_option
 @debug_option
 def inspect(
-    cache: Path, position: int | None, block: int | None, tokenizer: str | None, rows: int, as_json: bool
+    cache: str, position: int | None, block: int | None, tokenizer: str | None, rows: int, as_json: bool
 ) -> None:
     """Show what is in a cache: its facts, or one position or block decoded to text."""
     from logitcache.store import open_cache
