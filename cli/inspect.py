@@ -66,7 +66,7 @@ def show_facts(cache: Cache, as_json: bool) -> None:
     size = ":".join(str(part) for part in (selection.method, selection.mass, selection.size) if part)
     packing = identity.corpus.get("packing", {})
     facts: dict[str, Any] = {
-        "cache": str(cache.root),
+        "cache": cache.location,
         "complete": manifest.complete,
         "teacher": identity.teacher.get("name"),
         "teacher dtype": identity.teacher.get("dtype"),
@@ -113,7 +113,7 @@ def show_position(cache: Cache, position: int, decoder: _Decoder, rows: int, as_
     """The text before a position and the teacher's tokens after it, most probable first."""
     if not 0 <= position < cache.manifest.identity.geometry.num_tokens:
         last = cache.manifest.identity.geometry.num_tokens - 1
-        raise UsageError(f"position {position} is outside {cache.root}; choose 0 to {last}")
+        raise UsageError(f"position {position} is outside {cache.location}; choose 0 to {last}")
     block, place = cache.manifest.identity.geometry.locate(position)
     blocks = cache.read_blocks(block, block + 1)
     row = blocks.targets.slice(place, place + 1)
@@ -180,7 +180,7 @@ def show_block(cache: Cache, block: int, decoder: _Decoder, as_json: bool) -> No
     """A block's text and averages over its positions."""
 
     if not 0 <= block < cache.num_blocks:
-        raise UsageError(f"block {block} is outside {cache.root}; choose 0 to {cache.num_blocks - 1}")
+        raise UsageError(f"block {block} is outside {cache.location}; choose 0 to {cache.num_blocks - 1}")
     blocks: Blocks = cache.read_blocks(block, block + 1)
     valid = blocks.valid[0]
     targets = blocks.targets

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -28,7 +28,8 @@ class Fault:
         flip: invert a bit of this byte of the answer's body.
         flip_sent: invert a bit of this byte of the request's body.
         lose: pass the request on, then close the connection without an answer.
-        until: wait for this before passing the request on.
+        until: wait for this before passing the request on; with `after`, before closing the connection.
+        reached: set when the fault is met; with `after`, when those bytes are sent.
     """
 
     match: str
@@ -40,6 +41,7 @@ class Fault:
     flip_sent: int | None = None
     lose: bool = False
     until: threading.Event | None = None
+    reached: threading.Event = field(default_factory=threading.Event)
     met: int = 0
 
 
@@ -48,7 +50,8 @@ class Proxy:
     """A proxy in threads of this process.
 
     Attributes:
-        log: "GET /bucket/key" of each request, in order.
+        log: "GET /bucket/key" of each request, in order; behind it the range asked for, or `*` where only a new object
+            may be written.
     """
 
     server_port: int
@@ -91,7 +94,8 @@ class Proxy:
     def raw(self, method: str, path: str, body: bytes | None = None) -> bytes:
         """Ask the server itself, past faults and log: what somebody else does in the bucket."""
         connection = http.client.HTTPConnection("127.0.0.1", self.server_port)
-        connection.request(method, path, body)
+        someone = {"Authorization": "AWS4-HMAC-SHA256 Credential=a/20200101/us-east-1/s3/aws4_request, Signature=0"}
+        connection.request(method, path, body, someone)
         answer = connection.getresponse()
         data = answer.read()
         assert answer.status in (200, 204), (answer.status, data)
@@ -140,9 +144,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def handle_any(self) -> None:
         body = bytearray(self.rfile.read(int(self.headers.get("Content-Length") or 0)))
-        fault = self.proxy.fault_of(f"{self.command} {self.path}") or Fault("")
-        if fault.until is not None:
-            fault.until.wait()
+        conditions = f"{self.headers.get('Range', '')} {self.headers.get('If-None-Match', '')}"
+        line = f"{self.command} {self.path} {conditions.strip()}".rstrip()
+        fault = self.proxy.fault_of(line) or Fault("")
+        if fault.after is None:
+            fault.reached.set()
+            if fault.until is not None:
+                fault.until.wait()
         if fault.status:
             text = b"<?xml version='1.0'?><Error><Code>%s</Code><Message>no</Message></Error>"
             name = {503: b"SlowDown", 403: b"AccessDenied", 409: b"ConditionalRequestConflict"}
@@ -183,8 +191,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(data if fault.after is None else data[: fault.after])
         self.wfile.flush()
         if fault.after is not None:
+            fault.reached.set()
+            if fault.until is not None:
+                fault.until.wait()
             self.hang_up()
 
     def hang_up(self) -> None:
         self.close_connection = True
-        self.connection.shutdown(socket.SHUT_RDWR)
+        with suppress(OSError):  # the other side may be dead
+            self.connection.shutdown(socket.SHUT_RDWR)

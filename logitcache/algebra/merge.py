@@ -12,6 +12,7 @@ from logitcache.errors import CacheError, UsageError
 from logitcache.progress import Progress, Silent
 from logitcache.store import Cache, Geometry, Identity, Plan, open_cache
 from logitcache.store.files import digest
+from logitcache.store.location import local_root
 from logitcache.store.writer import diff
 
 # The same weights under another name or in another version of the engine are the same teacher.
@@ -38,7 +39,8 @@ def merge_caches(sources: Sequence[str | Path], root: str | Path, progress: Prog
     if not sources:
         raise UsageError("there is nothing to merge; give one cache or more")
     root, progress = Path(root), progress or Silent()
-    caches = [open_cache(source, partial=True) for source in sources]
+    # Units are copied as files, so a folder is needed.
+    caches = [open_cache(local_root(source), partial=True) for source in sources]
     refuse_same_folder(caches, root)
     _refuse_twice([str(cache.root.resolve()) for cache in caches], caches)
     plans = {Plan(identity=cache.manifest.identity).fingerprint for cache in caches}

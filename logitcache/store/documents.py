@@ -8,7 +8,7 @@ from logitcache.errors import DamagedCacheError
 from logitcache.store.cache import uncontradicted
 from logitcache.store.files import MAX_JSON_BYTES
 from logitcache.store.layout import unit_name
-from logitcache.store.objects import Objects
+from logitcache.store.objects import FETCHES, Objects, pause
 from logitcache.store.schema import Commit, Document, Manifest, Plan, Shard, parse_document
 
 MANIFEST, PLAN = "manifest.json", "plan.json"
@@ -18,11 +18,8 @@ Model = TypeVar("Model", bound=Document)
 
 def read_manifest(objects: Objects) -> Manifest | None:
     """The manifest, or None where there is none. Raises DamagedCacheError, FormatVersionError."""
-    data = objects.read(MANIFEST, MAX_JSON_BYTES)
-    if data is None:
-        return None
-    where = objects.url(MANIFEST)
-    return uncontradicted(parse_document(data, where, Manifest), where)
+    found = read_document(objects, MANIFEST, Manifest)
+    return None if found is None else uncontradicted(found[1], objects.url(MANIFEST))
 
 
 def read_plan(objects: Objects, manifest: Manifest) -> bytes:
@@ -53,8 +50,24 @@ def shard_name(shard: Shard) -> str:
     return f"shards/{shard.file}"
 
 
+def read_document(objects: Objects, name: str, model: type[Model]) -> tuple[bytes, Model] | None:
+    """A document, as bytes and as what they say; None where there is none. Raises DamagedCacheError."""
+    failures = 0
+    while True:
+        data = objects.read(name, MAX_JSON_BYTES)
+        if data is None:
+            return None
+        try:
+            return data, parse_document(data, objects.url(name), model)
+        except DamagedCacheError:
+            failures += 1
+            if failures == FETCHES:
+                raise
+            pause(failures)  # it may have been damaged on the way
+
+
 def _read(objects: Objects, name: str, model: type[Model]) -> tuple[bytes, Model]:
-    data = objects.read(name, MAX_JSON_BYTES)
-    if data is None:
+    found = read_document(objects, name, model)
+    if found is None:
         raise DamagedCacheError(f"{objects.url(name)} is missing; restore the file")
-    return data, parse_document(data, objects.url(name), model)
+    return found

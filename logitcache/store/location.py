@@ -66,9 +66,7 @@ def refuse_url(root: Path) -> None:
     """Raise CacheError when something new would be written to a URL."""
     if URL.match(str(root)):
         url = URL.sub(r"\1://", str(root), count=1)
-        raise CacheError(
-            f"{url} cannot be written to directly; write to a folder, then copy it with `logitcache push FOLDER {url}`"
-        )
+        raise CacheError(f"{url} cannot be written to directly; give a folder (`logitcache push` copies a cache there)")
 
 
 def cache_home() -> Path:

@@ -106,8 +106,10 @@ class NodeFolder:
         for attempt in count():
             part = path.with_name(f"{path.name}.{attempt}{PART}")
             file = self._open_part(part)
-            if not _wait_for(file):
+            if not _wait_for(file, path):
                 file.close()
+                if path.exists():
+                    return None
                 continue
             if not _is_at(file, part):  # it has got its name, or its owner gave up
                 file.close()
@@ -180,14 +182,16 @@ class NodeFolder:
                     yield status.st_mtime_ns, status.st_size, path
 
 
-def _wait_for(file: BinaryIO) -> bool:
-    """Lock a part alone. False when its owner seems to be stopped: it has written nothing for long."""
+def _wait_for(file: BinaryIO, path: Path) -> bool:
+    """Lock a part alone. False: the file is there, or the part's owner seems to be stopped, as it writes nothing."""
     pause, seen, since = 0.005, -1, time.monotonic()
     while not _lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB):
         written = os.fstat(file.fileno()).st_mtime_ns
         if written != seen:
             seen, since = written, time.monotonic()
         elif time.monotonic() - since > STALLED_SECONDS:
+            return False
+        if path.exists():
             return False
         time.sleep(pause)
         pause = min(2 * pause, 0.2)

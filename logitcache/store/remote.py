@@ -53,6 +53,7 @@ class RemoteFiles(CacheFiles):
         self.location, self.root = objects.location, folder.root / self._key
         self.codebook_name = objects.url(self._codebook.as_posix())
         self._ahead: dict[int, _Ahead] = {}
+        self._arrived: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_ahead": {}}
@@ -77,7 +78,9 @@ class RemoteFiles(CacheFiles):
         """A lease on a shard. A copy whose hash is wrong is fetched again."""
         while True:
             lease = self._hold(shard_name(shard), shard.file, shard.num_bytes, shard.sha256)
-            if lease.fresh or not check:
+            if lease.fresh:
+                self._arrived.add(shard.file)
+            if not check or shard.file in self._arrived:
                 return lease
             try:
                 check_shard_file(lease.path, shard)

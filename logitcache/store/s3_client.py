@@ -12,6 +12,7 @@ from logitcache.errors import RemoteError
 from logitcache.store.location import S3Location
 
 ATTEMPTS = 5
+CONNECT_SECONDS, READ_SECONDS = 5.0, 30.0
 CREDENTIALS = (
     "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE (AWS_NO_SIGN_REQUEST=1 reads a public bucket "
     "without any)"
@@ -41,8 +42,8 @@ def connect() -> Any:
         unsigned = os.environ.get("AWS_NO_SIGN_REQUEST", "").lower() in ("1", "true", "yes")
         config = Config(
             retries={"mode": "standard", "total_max_attempts": session.get_config_variable("max_attempts") or ATTEMPTS},
-            connect_timeout=10,
-            read_timeout=30,
+            connect_timeout=CONNECT_SECONDS,
+            read_timeout=READ_SECONDS,
             max_pool_connections=32,
             # Checksums that not every endpoint understands; what arrives is compared by us (objects.py).
             request_checksum_calculation="when_required",
@@ -54,7 +55,7 @@ def connect() -> Any:
         region = session.get_config_variable("region") or "us-east-1"
         return session.create_client("s3", region_name=region, endpoint_url=endpoint, config=config)
     except (BotoCoreError, ValueError) as error:
-        raise RemoteError(f"S3 cannot be used: {error}; mend AWS_ENDPOINT_URL or the AWS configuration") from error
+        raise RemoteError(f"S3 cannot be used: {error}; mend the AWS_ variables or the files in ~/.aws") from error
 
 
 @cache

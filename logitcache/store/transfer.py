@@ -18,13 +18,22 @@ from typing import Literal
 from logitcache.errors import CacheError, DamagedCacheError, UsageError
 from logitcache.store.cache import open_cache, uncontradicted
 from logitcache.store.card import CARD, dataset_card
-from logitcache.store.documents import MANIFEST, PLAN, commit_name, read_commit, read_manifest, read_plan, shard_name
+from logitcache.store.documents import (
+    MANIFEST,
+    PLAN,
+    commit_name,
+    read_commit,
+    read_document,
+    read_manifest,
+    read_plan,
+    shard_name,
+)
 from logitcache.store.files import MAX_JSON_BYTES, checked_json, failpoint
 from logitcache.store.layout import Layout, refuse_inside_cache
 from logitcache.store.location import local_root
 from logitcache.store.lock import hold_shared
 from logitcache.store.objects import LocalObjects, Objects, Source, open_objects
-from logitcache.store.schema import Document, Manifest, Sha256, Shard, parse_document
+from logitcache.store.schema import Document, Manifest, Sha256, Shard
 
 MARKER = "transfer.json"
 # Files on their way at once.
@@ -102,12 +111,11 @@ def _copy(source: Objects, target: Objects, progress: Moved, card: bool) -> Tran
 
 def _whole(source: Objects) -> tuple[bytes, Manifest]:
     """The manifest of a finished cache, as bytes and as what they say."""
-    data = source.read(MANIFEST, MAX_JSON_BYTES)
-    if data is None:
+    found = read_document(source, MANIFEST, Manifest)
+    if found is None:
         open_cache(source.location)  # which says what is there instead
         raise CacheError(f"{source.location} has changed; try again")
-    where = source.url(MANIFEST)
-    return data, uncontradicted(parse_document(data, where, Manifest), where)
+    return found[0], uncontradicted(found[1], source.url(MANIFEST))
 
 
 def _claim(target: Objects, source: Objects, manifest: Manifest) -> None:
@@ -135,8 +143,8 @@ def _claim(target: Objects, source: Objects, manifest: Manifest) -> None:
             raise CacheError(f"{target.location} is not empty (it holds {strange!r}); choose another destination")
         if target.create(MARKER, marker):
             return
-    begun = target.read(MARKER, MAX_JSON_BYTES) or marker
-    _refuse_other("unfinished copy", target, parse_document(begun, target.url(MARKER), Marker).fingerprint, manifest)
+    if (begun := read_document(target, MARKER, Marker)) is not None:
+        _refuse_other("unfinished copy", target, begun[1].fingerprint, manifest)
 
 
 def _refuse_other(what: str, target: Objects, there: str, manifest: Manifest) -> None:
