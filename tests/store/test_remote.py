@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import multiprocessing
 import os
@@ -100,6 +101,17 @@ def test_verify_fetches_everything_anew(url: str, proxy: Proxy, local: Made, fol
     assert report.ok
     assert proxy.count(SHARD) == 6
     assert copies(folder) == before
+
+
+def test_verify_sweeps_what_killed_ones_left(url: str, folder: Path) -> None:
+    for name in ("verify.dead", "verify.live"):
+        (folder / name / "cache").mkdir(parents=True)
+        (folder / name / "cache" / "000000.zarr.zip").write_bytes(b"?")
+    handle = os.open(folder / "verify.live", os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_SH)
+    assert verify(url).ok
+    assert [path.name for path in folder.glob("verify.*")] == ["verify.live"]
+    os.close(handle)
 
 
 def test_a_pickled_and_a_forked_cache_read(url: str, proxy: Proxy, local: Made) -> None:
@@ -407,6 +419,10 @@ def refusals(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[st
     yield "s3://bucket/a", "missing: AWS_SECRET_ACCESS_KEY; mend"
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     yield "s3://bucket/a", "no S3 credentials are found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+    monkeypatch.setenv("AWS_NO_SIGN_REQUEST", "1")
+    proxy.bucket("private")
+    proxy.raw("PUT", "/private/a/manifest.json", b"secret")
+    yield "s3://private/a", f"{proxy.url} answers 403 AccessDenied; check the credentials"
 
 
 def test_every_refusal_is_one_sentence_without_keys(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
