@@ -85,22 +85,31 @@ class Proxy:
 
     def bucket(self, name: str) -> str:
         """Make a bucket; returns its URL."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.server_port)
-        connection.request("PUT", f"/{name}")
-        assert connection.getresponse().status == 200
-        connection.close()
-        return f"s3://{name}"
+        return make_bucket(self.server_port, name)
 
     def raw(self, method: str, path: str, body: bytes | None = None) -> bytes:
         """Ask the server itself, past faults and log: what somebody else does in the bucket."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.server_port)
-        someone = {"Authorization": "AWS4-HMAC-SHA256 Credential=a/20200101/us-east-1/s3/aws4_request, Signature=0"}
-        connection.request(method, path, body, someone)
-        answer = connection.getresponse()
-        data = answer.read()
-        assert answer.status in (200, 204), (answer.status, data)
-        connection.close()
-        return data
+        return ask(self.server_port, method, path, body)
+
+
+def ask(port: int, method: str, path: str, body: bytes | None = None) -> bytes:
+    """One request to the server, as somebody."""
+    someone = {"Authorization": "AWS4-HMAC-SHA256 Credential=a/20200101/us-east-1/s3/aws4_request, Signature=0"}
+    connection = http.client.HTTPConnection("127.0.0.1", port)
+    connection.request(method, path, body, someone)
+    answer = connection.getresponse()
+    data = answer.read()
+    connection.close()
+    assert answer.status in (200, 204), (answer.status, data)
+    return data
+
+
+def make_bucket(port: int, name: str, files: dict[str, bytes] | None = None) -> str:
+    """Make a bucket with objects in it; returns its URL."""
+    ask(port, "PUT", f"/{name}")
+    for file, data in (files or {}).items():
+        ask(port, "PUT", f"/{name}/{file}", data)
+    return f"s3://{name}"
 
 
 @contextmanager

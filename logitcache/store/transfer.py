@@ -179,12 +179,18 @@ def _copy_files(
 ) -> list[int]:
     """Copy what is not there, with each shard its commit record. Returns the sizes of what was sent."""
     pool = ThreadPoolExecutor(STREAMS, thread_name_prefix="logitcache-transfer")
+    patient = True
     try:
         jobs = [pool.submit(_copy_file, source, target, manifest, file, progress) for file in files]
         return [sent for job in as_completed(jobs) if (sent := job.result())]
+    except Exception:
+        raise
+    except BaseException:
+        patient = False  # Ctrl-C: a connection may be silent for long
+        raise
     finally:
         progress.stop()
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(wait=patient, cancel_futures=True)
 
 
 def _copy_file(source: Objects, target: Objects, manifest: Manifest, file: _File, progress: _Progress) -> int:

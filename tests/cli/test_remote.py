@@ -146,15 +146,15 @@ def test_one_sentence(
 
 
 def test_interrupted(proxy: Proxy, dumped: Dumped) -> None:
-    """Ctrl-C ends a push that waits for the network, at once and with the way to go on."""
+    """Ctrl-C ends a push whose connections are silent, and says how to go on."""
     url = f"{proxy.bucket('interrupted')}/cache"
     never = threading.Event()
     fault = proxy.fail("PUT .*/shards/", times=9, until=never)
     pushing = subprocess.Popen([*SCRIPT, "push", str(dumped.top_k), url], stderr=subprocess.PIPE, env=dict(os.environ))
     fault.reached.wait()
     pushing.send_signal(signal.SIGINT)
-    never.set()
     _, said = pushing.communicate()
+    never.set()
     assert pushing.returncode == 130
     assert b"the same command goes on from there" in said
     push(dumped.top_k, url)

@@ -19,11 +19,11 @@ from typing import Any
 import pytest
 
 from logitcache.errors import CacheError, DamagedCacheError, RemoteError
-from logitcache.store import Cache, objects_s3, open_cache, push, s3_client, verify
+from logitcache.store import Cache, objects_s3, open_cache, s3_client, verify
 from logitcache.store.files import checked_json
 from logitcache.store.remote import RemoteFiles
-from tests.s3 import Proxy
-from tests.store.caches import Made, make_cache
+from tests.s3 import Proxy, make_bucket
+from tests.store.caches import Made, files_of, make_cache
 
 FORK = multiprocessing.get_context("fork")
 BUCKETS = count()
@@ -36,13 +36,27 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Made:
     return make_cache(tmp_path_factory.mktemp("cache") / "cache")
 
 
+def place(port: int, local: Made) -> str:
+    """A bucket with the cache of three shards in it."""
+    files = {f"caches/one/{name}": data for name, data in files_of(local.root).items()}
+    return make_bucket(port, f"remote{next(BUCKETS)}", files) + "/caches/one"
+
+
+@pytest.fixture(scope="module")
+def shared_url(local: Made, s3_port: int) -> str:
+    return place(s3_port, local)
+
+
 @pytest.fixture
-def url(local: Made, proxy: Proxy) -> str:
-    """A pushed cache of three shards."""
-    url = f"{proxy.bucket(f'remote{next(BUCKETS)}')}/caches/one"
-    push(local.root, url)
-    proxy.log.clear()
-    return url
+def url(shared_url: str, proxy: Proxy) -> str:
+    """The cache in a bucket, for tests that change no object."""
+    return shared_url
+
+
+@pytest.fixture
+def own_url(local: Made, s3_port: int, proxy: Proxy) -> str:
+    """For those that do."""
+    return place(s3_port, local)
 
 
 @pytest.fixture
@@ -68,9 +82,7 @@ def copies(folder: Path) -> list[Path]:
 @pytest.mark.parametrize("container", ["zarr", "arrow"])
 def test_it_is_the_local_cache(container: Any, proxy: Proxy, tmp_path: Path) -> None:
     made = make_cache(tmp_path / "cache", "logprob", container=container)
-    url = proxy.bucket(f"equal-{container}")
-    push(made.root, url)
-    proxy.log.clear()
+    url = place(proxy.server_port, made)
     cache, near = check(made, url), open_cache(made.root)
     assert cache.manifest == near.manifest
     assert (cache.fingerprint, cache.num_bytes, cache.codebook_bytes, cache.stored_bytes()) == (
@@ -157,10 +169,8 @@ def _open_and_read(url: str, local: Made) -> None:
 
 def test_equal_caches_at_two_places_share_copies(url: str, proxy: Proxy, local: Made) -> None:
     check(local, url)
-    other = f"{proxy.bucket(f'remote{next(BUCKETS)}')}/elsewhere"
-    push(local.root, other)
     proxy.log.clear()
-    check(local, other)
+    check(local, place(proxy.server_port, local))
     assert proxy.count(SHARD) == 0
 
 
@@ -309,18 +319,18 @@ def test_a_stalled_connection(url: str, proxy: Proxy, local: Made, monkeypatch: 
 
 
 def test_an_object_replaced_while_it_is_read(
-    url: str, proxy: Proxy, local: Made, monkeypatch: pytest.MonkeyPatch
+    own_url: str, proxy: Proxy, local: Made, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What came before is of another object, and is thrown away."""
     monkeypatch.setattr(objects_s3, "PIECE_BYTES", 512)
-    shard = open_cache(url).manifest.shards[0]
-    path = f"/{url.removeprefix('s3://')}/shards/{shard.file}"
+    shard = open_cache(own_url).manifest.shards[0]
+    path = f"/{own_url.removeprefix('s3://')}/shards/{shard.file}"
     right = (local.root / "shards" / shard.file).read_bytes()
     proxy.raw("PUT", path, bytes(byte ^ 1 for byte in right))
     gate = threading.Event()
     broken = proxy.fail(SHARD, after=2000, until=gate)
     read: list[Any] = []
-    reader = threading.Thread(target=lambda: read.append(open_cache(url).read_blocks(0, 2)))
+    reader = threading.Thread(target=lambda: read.append(open_cache(own_url).read_blocks(0, 2)))
     reader.start()
     broken.reached.wait()
     proxy.raw("PUT", path, right)
@@ -352,47 +362,49 @@ def wrong_for_ever(act: str, proxy: Proxy, url: str) -> str:
 
 
 @pytest.mark.parametrize("act", ["missing", "flipped", "shorter", "longer"])
-def test_damage_in_the_bucket_names_the_object(act: str, url: str, proxy: Proxy, folder: Path) -> None:
-    says = wrong_for_ever(act, proxy, url)
-    cache = open_cache(url)
+def test_damage_in_the_bucket_names_the_object(act: str, own_url: str, proxy: Proxy, folder: Path) -> None:
+    says = wrong_for_ever(act, proxy, own_url)
+    cache = open_cache(own_url)
     shard = cache.manifest.shards[0].file
-    with pytest.raises(DamagedCacheError, match=f"^{url}/shards/{shard} {says}$") as caught:
+    with pytest.raises(DamagedCacheError, match=f"^{own_url}/shards/{shard} {says}$") as caught:
         cache.read_blocks(0, 2)
     assert caught.value.shard == shard
     assert copies(folder) == []
-    (problem,) = verify(url).problems
-    assert (problem.shard, problem.what) == (shard, f"{url}/shards/{shard} {says}")
+    (problem,) = verify(own_url).problems
+    assert (problem.shard, problem.what) == (shard, f"{own_url}/shards/{shard} {says}")
 
 
 @pytest.mark.parametrize("name", ["plan.json", "commits/000001.json", "codebook/tables.zarr.zip"])
-def test_verify_names_other_objects(name: str, url: str, proxy: Proxy) -> None:
-    path = f"/{url.removeprefix('s3://')}/{name}"
+def test_verify_names_other_objects(name: str, own_url: str, proxy: Proxy) -> None:
+    path = f"/{own_url.removeprefix('s3://')}/{name}"
     data = proxy.raw("GET", path)
     proxy.raw("PUT", path, bytes([data[0] ^ 1]) + data[1:])
     for _ in range(2):
-        (problem,) = verify(url).problems
-        assert f"{url}/{name}" in problem.what
+        (problem,) = verify(own_url).problems
+        assert f"{own_url}/{name}" in problem.what
         proxy.raw("DELETE", path)
 
 
-def test_a_manifest_that_lies(url: str, proxy: Proxy) -> None:
-    path = f"/{url.removeprefix('s3://')}/manifest.json"
+def test_a_manifest_that_lies(own_url: str, proxy: Proxy) -> None:
+    path = f"/{own_url.removeprefix('s3://')}/manifest.json"
     fields = json.loads(proxy.raw("GET", path))
     proxy.raw("PUT", path, b"{")
-    with pytest.raises(DamagedCacheError, match=f"^{url}/manifest.json is damaged: it is not a checksummed JSON"):
-        open_cache(url)
+    with pytest.raises(DamagedCacheError, match=f"^{own_url}/manifest.json is damaged: it is not a checksummed JSON"):
+        open_cache(own_url)
     del fields["checksum"]
     proxy.raw("PUT", path, checked_json({**fields, "fingerprint": "0" * 64}))
-    with pytest.raises(DamagedCacheError, match=f"^{url}/manifest.json contradicts itself"):
-        open_cache(url)
+    with pytest.raises(DamagedCacheError, match=f"^{own_url}/manifest.json contradicts itself"):
+        open_cache(own_url)
 
 
-def test_where_no_cache_is(url: str, proxy: Proxy) -> None:
-    with pytest.raises(CacheError, match=f"^{url}/deeper is not a logitcache cache: it has no manifest.json; check"):
-        open_cache(f"{url}/deeper")
-    proxy.raw("DELETE", f"/{url.removeprefix('s3://')}/manifest.json")
-    with pytest.raises(CacheError, match=f"^{url} is unfinished; run the `logitcache push` that began it again$"):
-        open_cache(url, partial=True)
+def test_where_no_cache_is(own_url: str, proxy: Proxy) -> None:
+    with pytest.raises(
+        CacheError, match=f"^{own_url}/deeper is not a logitcache cache: it has no manifest.json; check"
+    ):
+        open_cache(f"{own_url}/deeper")
+    proxy.raw("DELETE", f"/{own_url.removeprefix('s3://')}/manifest.json")
+    with pytest.raises(CacheError, match=f"^{own_url} is unfinished; run the `logitcache push` that began it again$"):
+        open_cache(own_url, partial=True)
 
 
 # ---------------------------------------------------------------------------------------- what cannot be reached
@@ -422,7 +434,7 @@ def refusals(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[st
     monkeypatch.setenv("AWS_NO_SIGN_REQUEST", "1")
     proxy.bucket("private")
     proxy.raw("PUT", "/private/a/manifest.json", b"secret")
-    yield "s3://private/a", f"{proxy.url} answers 403 AccessDenied; check the credentials"
+    yield "s3://private/a", f"{proxy.url} answers 403; check the credentials"
 
 
 def test_every_refusal_is_one_sentence_without_keys(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
