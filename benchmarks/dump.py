@@ -116,32 +116,14 @@ def storage(tokens: int, keep: Path) -> list[list[str]]:
     rows = []
     for spec, output in zip(specs, outputs, strict=True):
         cache = open_cache(output.root)
-        by_plane = plane_bytes(output.root)
-        table_bytes = (output.root / "codebook" / "tables.zarr.zip").stat().st_size
-        entries = sum(
-            by_plane.get(name, 0) for name in ("ids", "counts", "levels", "least", "lengths", "rest", "precision")
-        )
-        total = sum(path.stat().st_size for path in output.root.rglob("*") if path.is_file())
+        by_plane = cache.stored_bytes()
+        entries = sum(by_plane.get(name, 0) for name in ENTRY_PLANES)
         count = sum(shard.num_entries for shard in cache.manifest.shards)
-        side = [f"{by_plane.get(name, 0) / tokens:.2f}" for name in ("tokens", "label_logprob", "entropy", "tail")]
-        rest = total - sum(by_plane.values()) - table_bytes
-        rows.append([spec, f"{count / tokens:.1f}", f"{entries / tokens:.2f}", *side,
-                     f"{table_bytes / tokens:.2f}", f"{rest / tokens:.2f}", f"{total / tokens:.2f}"])  # fmt: skip
+        side = [by_plane.get(name, 0) for name in ("tokens", "label_logprob", "entropy", "tail")]
+        rest = cache.num_bytes - sum(by_plane.values()) - cache.codebook_bytes
+        parts = (entries, *side, cache.codebook_bytes, rest, cache.num_bytes)
+        rows.append([spec, f"{count / tokens:.1f}", *(f"{part / tokens:.2f}" for part in parts)])
     return rows
-
-
-def plane_bytes(root: Path) -> dict[str, int]:
-    """Stored bytes of each plane's chunks over all shards."""
-    import zipfile
-
-    sizes: dict[str, int] = {}
-    for shard in open_cache(root).manifest.shards:
-        with zipfile.ZipFile(root / "shards" / shard.file) as archive:
-            for info in archive.infolist():
-                if "/c/" in info.filename:
-                    name = info.filename.partition("/")[0]
-                    sizes[name] = sizes.get(name, 0) + info.file_size
-    return sizes
 
 
 def main() -> None:

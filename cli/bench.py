@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.table import Table
 
 from .console import debug_option, json_option, out, print_json, print_wide
+from .options import teacher_options
 from .progress import DumpView
 
 if TYPE_CHECKING:
@@ -33,9 +34,7 @@ def bench() -> None:
 
 
 @bench.command(epilog=EXAMPLE)
-@click.option("--teacher", required=True, metavar="DIR_OR_ID", help="Folder or hub id of a causal language model.")
-@click.option("--gguf-file", metavar="FILE", help="GGUF file inside the teacher's folder.")
-@click.option("--corpus", required=True, multiple=True, metavar="PATH", help="File, folder or glob; may be repeated.")
+@teacher_options
 @click.option("--out", "root", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Folder for caches.")
 @click.option("--select", multiple=True, metavar="SPEC", help="What to keep; may be repeated. Default: a wide choice.")
 @click.option("--max-tokens", default=204_800, show_default=True, help="Size of each cache.")
@@ -53,37 +52,14 @@ def bench() -> None:
 @click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]), help="Where.")
 @json_option
 @debug_option
-def storage(
-    teacher: str,
-    gguf_file: str | None,
-    corpus: tuple[str, ...],
-    root: Path,
-    select: tuple[str, ...],
-    max_tokens: int,
-    block_length: int,
-    positions: int,
-    dtype: str,
-    device: str,
-    as_json: bool,
-) -> None:
+def storage(root: Path, select: tuple[str, ...], as_json: bool, **rest: Any) -> None:
     """Bytes a token, speed and gradient error of every selection, codec, container and of other tools' layouts.
 
     Writes a picture, bytes against gradient error, to storage.png in the --out folder.
     """
     from logitcache.bench import NOTE, SELECTIONS, StorageOptions, draw_storage, measure_storage
 
-    options = StorageOptions(
-        teacher=teacher,
-        corpus=corpus,
-        gguf_file=gguf_file,
-        dtype=dtype,
-        device=device,
-        max_tokens=max_tokens,
-        block_length=block_length,
-        selections=select or SELECTIONS,
-        positions=positions,
-        folder=root,
-    )
+    options = StorageOptions(selections=select or SELECTIONS, folder=root, **rest)
     with DumpView("bench") as view:
         lines = measure_storage(options, view)
     picture = root / "storage.png"

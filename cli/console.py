@@ -42,6 +42,11 @@ def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output instead.")(command)
 
 
+def counted(number: int, one: str, many: str = "") -> str:
+    """`1 shard`, `7 shards`, `1,234 entries`."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
 def print_wide(renderable: RenderableType, width: int) -> None:
     """Print something that needs `width` columns: a narrower terminal folds its lines, nothing is cut."""
     narrow = out.width

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from .console import debug_option, err, json_option, out, print_json
+from .options import new_cache_option
 
 EXAMPLE = """
 \b
@@ -21,7 +22,7 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 
 @click.command(epilog=EXAMPLE)
 @click.argument("source", type=click.Path(), metavar="CACHE")
-@click.option("--out", "root", required=True, type=click.Path(path_type=Path), metavar="CACHE", help="The new cache.")
+@new_cache_option
 @click.option("--container", required=True, type=click.Choice(["zarr", "arrow"]), help="Kind of file to write.")
 @json_option
 @debug_option

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from .console import debug_option, json_option, out
+from .options import new_cache_option
 from .progress import StageView
 from .results import print_result
 
@@ -35,7 +36,7 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 
 @click.command(epilog=EXAMPLE)
 @click.argument("source", type=click.Path(), metavar="CACHE")
-@click.option("--out", "root", required=True, type=click.Path(path_type=Path), metavar="CACHE", help="New cache.")
+@new_cache_option
 @click.option("--select", metavar="SPEC", help="What to keep, for example top-k:12; by default all that is stored.")
 @click.option(
     "--drop", multiple=True, type=click.Choice(["entropy", "label_logprob"]), help="Forget a column; may be repeated."

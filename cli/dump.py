@@ -8,7 +8,8 @@ from typing import Any
 import click
 from rich.table import Table
 
-from .console import debug_option, json_option, out, print_json
+from .console import counted, debug_option, json_option, out, print_json
+from .options import cache_options, teacher_options
 from .progress import DumpView
 
 EXAMPLE = """
@@ -25,9 +26,7 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 
 
 @click.command(epilog=EXAMPLE)
-@click.option("--teacher", required=True, metavar="DIR_OR_ID", help="Folder or hub id of a causal language model.")
-@click.option("--gguf-file", metavar="FILE", help="GGUF file inside the teacher's folder.")
-@click.option("--corpus", required=True, multiple=True, metavar="PATH", help="File, folder or glob; may be repeated.")
+@teacher_options
 @click.option("--out", "root", required=True, type=click.Path(path_type=Path), metavar="CACHE", help="Cache folder.")
 @click.option("--select", required=True, metavar="SPEC", help="What to keep, for example sample:50 or varopt:12.")
 @click.option("--also", nargs=2, multiple=True, metavar="SPEC CACHE", help="Write another cache from the same run.")
@@ -61,20 +60,7 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 @click.option(
     "--eos", default="auto", show_default=True, type=click.Choice(["auto", "none", "document"]), help="Where EOS goes."
 )
-@click.option(
-    "--codec",
-    default="small",
-    show_default=True,
-    type=click.Choice(["small", "fast"]),
-    help="small: fewest bytes; fast: fastest to read.",
-)
-@click.option(
-    "--container",
-    default="zarr",
-    show_default=True,
-    type=click.Choice(["zarr", "arrow"]),
-    help="Files of the cache: Zarr v3 zips (smaller) or Arrow IPC (any Arrow reader opens them).",
-)
+@cache_options
 @click.option("--trust-remote-code", is_flag=True, help="Let the teacher's folder run Python code of its own.")
 @json_option
 @debug_option
@@ -107,7 +93,7 @@ def dump(
     else:
         _print_table(facts, report)
         read = report.manifests[0].identity.corpus
-        out.print(f"Corpus: {read['documents']:,} documents in {len(read['files']):,} files")
+        out.print(f"Corpus: {counted(read['documents'], 'document')} in {counted(len(read['files']), 'file')}")
 
 
 def _print_table(facts: list[dict[str, Any]], report: Any) -> None:

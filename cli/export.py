@@ -8,7 +8,7 @@ import click
 
 from logitcache.errors import UsageError
 
-from .console import debug_option, json_option, out, print_json
+from .console import counted, debug_option, json_option, out, print_json
 from .progress import View
 
 EXAMPLE = """
@@ -71,7 +71,7 @@ def export(cache: str, target: str, folder: Path, blocks: str | None, layout: st
         )
     else:
         size = f"{report.num_bytes / 1e6:,.2f} MB, {report.num_bytes / report.tokens:.1f} B/token"
-        out.print(f"{folder}: {report.tokens:,} tokens in {len(report.files)} files, {size}")
+        out.print(f"{folder}: {report.tokens:,} tokens in {counted(len(report.files), 'file')}, {size}")
 
 
 def _parse_blocks(text: str) -> tuple[int, int]:

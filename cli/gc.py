@@ -7,7 +7,7 @@ from dataclasses import asdict
 import click
 from rich.table import Table
 
-from .console import debug_option, json_option, out, print_json
+from .console import counted, debug_option, json_option, out, print_json
 
 EXAMPLE = """
 \b
@@ -42,4 +42,4 @@ def gc(cache: str, delete: bool, as_json: bool) -> None:
     if found:
         out.print(table)
     after = "removed" if delete else "left over; --delete removes them" if found else "left over"
-    out.print(f"{cache}: {len(found)} files of {num_bytes:,} bytes {after}")
+    out.print(f"{cache}: {counted(len(found), 'file')} of {counted(num_bytes, 'byte')} {after}")

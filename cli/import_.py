@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from .console import debug_option, json_option, out, print_json
+from .console import counted, debug_option, json_option, out, print_json
+from .options import cache_options
 from .progress import DumpView
 
 EXAMPLE = """
@@ -34,16 +35,7 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 @click.option(
     "--block-length", type=int, metavar="N", help="Keep N positions of each sequence, leave out shorter ones."
 )
-@click.option(
-    "--codec",
-    default="small",
-    show_default=True,
-    type=click.Choice(["small", "fast"]),
-    help="small: fewest bytes; fast: fastest to read.",
-)
-@click.option(
-    "--container", default="zarr", show_default=True, type=click.Choice(["zarr", "arrow"]), help="Files of the cache."
-)
+@cache_options
 @json_option
 @debug_option
 def import_(source: str, as_json: bool, **rest: Any) -> None:
@@ -70,12 +62,12 @@ def import_(source: str, as_json: bool, **rest: Any) -> None:
         print_json(facts)
         return
     size = f"{cache.num_bytes / 1e6:,.2f} MB, {facts['bytes_per_token']:.1f} B/token"
-    out.print(f"{cache.root}: {cache.num_tokens:,} tokens in {cache.num_blocks:,} blocks, {size}")
+    out.print(f"{cache.root}: {cache.num_tokens:,} tokens in {counted(cache.num_blocks, 'block')}, {size}")
     if report.left_out:
-        out.print(f"{report.left_out:,} sequences were left out: they have fewer than {cache.block_length} positions")
+        out.print(f"left out: {counted(report.left_out, 'sequence')} of fewer than {cache.block_length} positions")
     if report.rescaled:
         share = report.rescaled / cache.num_tokens
         out.print(
-            f"{report.rescaled:,} positions ({share:.1%}) decoded to probabilities that sum to more than 1; their "
+            f"{counted(report.rescaled, 'position')} ({share:.1%}) decoded to probabilities that sum to more than 1: "
             "approximated entries were scaled down"
         )

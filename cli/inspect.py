@@ -11,13 +11,16 @@ from rich.text import Text
 
 from logitcache.errors import LogitcacheError, UsageError
 
-from .console import debug_option, err, json_option, out, print_json
+from .console import counted, debug_option, err, json_option, out, print_json
 from .results import ancestry_line
 
 if TYPE_CHECKING:
     from logitcache.store import Blocks, Cache
 
 CONTEXT_TOKENS = 40
+BAR_WIDTH, LEAST_WIDTH_FOR_BARS = 30, 80
+# `=0.1234`; unbiased weights above 1 take as much.
+WEIGHT_WIDTH = 7
 EXAMPLE = """
 \b
 Example:
@@ -56,14 +59,13 @@ def inspect(
 
 
 def show_facts(cache: Cache, as_json: bool) -> None:
-    """The cache as a whole."""
+    """The cache as a whole, as its documents tell it; of shards only that they are there."""
     manifest = cache.manifest
+    shards, missing = len(manifest.shards), cache.missing_shards
     identity = manifest.identity
     num_bytes = cache.num_bytes
     tokens = cache.num_tokens
     entries = sum(shard.num_entries for shard in manifest.shards)
-    selection = identity.selection
-    size = ":".join(str(part) for part in (selection.method, selection.mass, selection.size) if part)
     packing = identity.corpus.get("packing", {})
     facts: dict[str, Any] = {
         "cache": cache.location,
@@ -71,9 +73,10 @@ def show_facts(cache: Cache, as_json: bool) -> None:
         "teacher": identity.teacher.get("name"),
         "teacher dtype": identity.teacher.get("dtype"),
         "vocabulary": cache.vocab_size,
-        "select": size,
+        "select": str(cache.selection),
         "unbiased": cache.unbiased,
-        **_left_out(cache),
+        # Draws from a top-k never hit its tail: they are unbiased for the stored ids only.
+        **({} if identity.mean_tail_mass is None else {"tail mass left out": identity.mean_tail_mass}),
         "tokens": tokens,
         "blocks": cache.num_blocks,
         "block length": cache.block_length,
@@ -83,26 +86,25 @@ def show_facts(cache: Cache, as_json: bool) -> None:
         "container": identity.container,
         "bytes": num_bytes,
         "bytes per token": round(num_bytes / tokens, 2) if tokens else None,
-        "shards": len(manifest.shards),
+        "shards": shards,
+        "shard files": shards - len(missing),
         "fingerprint": cache.fingerprint,
     }
+    if missing:
+        are = "is" if len(missing) == 1 else "are"
+        what = f"warning: {len(missing)} of {counted(shards, 'shard file')} {are} missing, for example {missing[0]}; "
+        err.print(Text(f"{what}restore what is missing, or run the same dump again", style="yellow"), soft_wrap=True)
     if as_json:
         print_json({**facts, "ancestry": [step.model_dump() for step in identity.ancestry]})
         return
     table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     for name, value in facts.items():
         table.add_row(Text(name, style="dim"), Text(f"{value:,}" if type(value) in (int, float) else str(value)))
     for number, step in enumerate(identity.ancestry):
         table.add_row(Text("" if number else "made by", style="dim"), Text(ancestry_line(step)))
     out.print(table)
-
-
-def _left_out(cache: Cache) -> dict[str, Any]:
-    """Draws from a top-k never hit its tail: they are unbiased for the stored ids only."""
-    for step in cache.manifest.identity.ancestry:
-        if "mean_tail_mass" in step.arguments:
-            return {"tail mass left out": step.arguments["mean_tail_mass"]}
-    return {}
 
 
 def _nats(value: float) -> str:
@@ -151,11 +153,15 @@ def show_position(cache: Cache, position: int, decoder: _Decoder, rows: int, as_
     out.print(Text(f"position {position} (block {block}, place {place})", style="bold"))
     out.print(Text("… " if place >= CONTEXT_TOKENS else "", style="dim") + Text(context) + Text(" ▮", style="cyan"))
     table = Table(box=None, pad_edge=False)
-    for column, justify in (("id", "right"), ("token", "left"), (kind, "right"), ("", "left")):
-        table.add_column(column, justify="right" if justify == "right" else "left", no_wrap=True)
+    # On a narrow terminal bars are left out and tokens folded; ids and weights stay whole.
+    table.add_column("id", justify="right", min_width=max((len(str(entry["id"])) for entry in listed), default=2))
+    table.add_column("token", overflow="fold")
+    table.add_column(kind, justify="right", min_width=WEIGHT_WIDTH)
+    table.add_column(no_wrap=True)
+    bar_width = BAR_WIDTH if out.width >= LEAST_WIDTH_FOR_BARS else 0
     for entry in listed:
         style = "green" if entry["id"] == label else ""
-        bar = "█" * round(30 * entry["weight"])
+        bar = "█" * round(bar_width * entry["weight"])
         # Of a varopt row some weights are probabilities and the others samples.
         mark = "=" if entry["exact"] and row.unbiased else ""
         table.add_row(str(entry["id"]), Text(entry["token"]), f"{mark}{entry['weight']:.4f}", Text(bar), style=style)
@@ -167,7 +173,8 @@ def show_position(cache: Cache, position: int, decoder: _Decoder, rows: int, as_
 
 def _print_row_facts(facts: dict[str, Any], listed: int) -> None:
     if facts["entries"] > listed:
-        out.print(Text(f"{facts['entries'] - listed} more entries; see them with --rows", style="dim"))
+        more = counted(facts["entries"] - listed, "more entry", "more entries")
+        out.print(Text(f"{more}; see all with --rows", style="dim"))
     label = facts["label_logprob"]
     if facts["next_id"] is None:
         out.print("there is no next token here: the block or the corpus ends")
@@ -198,7 +205,7 @@ def show_block(cache: Cache, block: int, decoder: _Decoder, as_json: bool) -> No
     if as_json:
         print_json(facts)
         return
-    out.print(Text(f"block {block}, {facts['tokens']} tokens", style="bold"))
+    out.print(Text(f"block {block}, {counted(facts['tokens'], 'token')}", style="bold"))
     out.print(Text(str(facts["text"])))
     out.print(
         f"teacher's cross entropy {_nats(facts['cross_entropy'])}, entropy {_nats(facts['entropy'])}, "

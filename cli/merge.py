@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from .console import debug_option, json_option, out
+from .console import counted, debug_option, json_option, out
+from .options import new_cache_option
 from .progress import StageView
 from .results import print_result
 
@@ -31,7 +32,7 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 
 @click.command(epilog=EXAMPLE)
 @click.argument("sources", nargs=-1, required=True, type=click.Path(), metavar="CACHE...")
-@click.option("--out", "root", required=True, type=click.Path(path_type=Path), metavar="CACHE", help="Merged cache.")
+@new_cache_option
 @json_option
 @debug_option
 def merge(sources: tuple[str, ...], root: Path, as_json: bool) -> None:
@@ -47,8 +48,8 @@ def merge(sources: tuple[str, ...], root: Path, as_json: bool) -> None:
 
 def _print_notes(notes: dict[str, Any]) -> None:
     if conflicts := notes.get("conflicting_units"):
-        out.print(f"{len(conflicts)} units differ between the caches; of each the first one given was taken.")
+        units = counted(len(conflicts), "unit differs", "units differ")
+        out.print(f"{units} between the caches; of each the first one given was taken.")
     if missing := notes.get("missing_units"):
-        out.print(
-            f"{len(missing)} units are missing; merge the caches that hold them, or let the dump finish this one."
-        )
+        units = counted(len(missing), "unit is", "units are")
+        out.print(f"{units} missing; merge the caches that hold what is missing, or let the dump finish this one.")

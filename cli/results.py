@@ -18,11 +18,10 @@ def print_result(result: Result, as_json: bool) -> None:
     from logitcache.store import open_cache
 
     cache = open_cache(result.root, partial=True)
-    selection = cache.manifest.identity.selection
     facts: dict[str, Any] = {
         "cache": str(result.root),
         "complete": result.manifest is not None,
-        "select": ":".join(str(part) for part in (selection.method, selection.mass, selection.size) if part),
+        "select": str(cache.selection),
         "blocks": cache.num_blocks,
         "tokens": result.tokens,
         "bytes": cache.num_bytes,

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from .console import debug_option, json_option
+from .options import new_cache_option
 from .progress import StageView
 from .results import print_result
 
@@ -26,7 +27,7 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 @click.command(epilog=EXAMPLE)
 @click.argument("source", type=click.Path(), metavar="CACHE")
 @click.option("--blocks", required=True, metavar="RANGES", help="Ranges, or @FILE with one range a line.")
-@click.option("--out", "root", required=True, type=click.Path(path_type=Path), metavar="CACHE", help="New cache.")
+@new_cache_option
 @json_option
 @debug_option
 def subset(source: str, blocks: str, root: Path, as_json: bool) -> None:

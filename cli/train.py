@@ -29,8 +29,22 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 @click.option("--cache", metavar="CACHE", help="Cache folder that `dump` wrote.")
 @click.option("--student", metavar="CONFIG_OR_DIR", help="Model folder, or YAML/JSON of a transformers config.")
 @click.option("--out", metavar="DIR", help="Folder of the run and of the trained student.")
-@click.option("--objective", help="auto, forward-kl or cross-entropy.")
-@click.option("--tail", help="auto, bucket, renormalised, teacher_renormalised, unnormalised, label, unbiased.")
+@click.option(
+    "--objective",
+    help="auto (forward-kl), cross-entropy, forward-kl, reverse-kl, jsd, skew-kl, tvd, decoupled, mse or "
+    "policy-gradient: docs/objectives.md says which is for what.",
+)
+@click.option(
+    "--tail",
+    help="What stands for the teacher's mass outside the stored ids: auto, bucket or renormalised; for forward-kl also "
+    "teacher_renormalised, unnormalised, label, unbiased and, on varopt caches, blend.",
+)
+@click.option("--beta", type=float, help="Teacher's share of the mixture in jsd [0.5] and skew-kl [0.1].")
+@click.option("--reverse", is_flag=True, default=None, help="skew-kl of the student to the mixture, not the teacher.")
+@click.option("--clip", type=float, help="Largest advantage of policy-gradient, in nats.  [default: none]")
+@click.option("--blend", type=float, help="Share of the unbiased term in --tail blend.  [default: 0.5]")
+@click.option("--blend-end", type=float, help="Its share at the end of the run.  [default: as --blend]")
+@click.option("--z-loss", type=float, help="Add this times logsumexp(logits)^2; 1e-4 is usual.  [default: 0]")
 @click.option("--alpha", type=float, help="Weight of distillation: (1 - alpha) CE + alpha T^2 KL.  [default: 0.9]")
 @click.option("--temperature", type=float, help="Temperature of the divergence.  [default: 1]")
 @click.option("--alpha-schedule", help="constant, linear or wsd.  [default: constant]")

@@ -7,7 +7,7 @@ from dataclasses import asdict
 import click
 from rich.table import Table
 
-from .console import debug_option, json_option, out, print_json
+from .console import counted, debug_option, json_option, out, print_json
 
 EXAMPLE = """
 \b
@@ -38,8 +38,9 @@ def verify(cache: str, as_json: bool) -> None:
             table.add_row(problem.shard, problem.array, chunk, problem.what, style="red")
         if report.problems:
             out.print(table)
-        state = "whole" if report.ok else f"DAMAGED: {len(report.problems)} problems"
+        state = "whole" if report.ok else f"DAMAGED: {counted(len(report.problems), 'problem')}"
         finished = ", unfinished (run the same dump again to finish it)" if report.unfinished else ""
-        out.print(f"{cache}: {state}; {report.shards} shards, {report.tokens:,} tokens checked{finished}")
+        checked = f"{counted(report.shards, 'shard')}, {report.tokens:,} tokens checked"
+        out.print(f"{cache}: {state}; {checked}{finished}")
     if not report.ok:
         raise click.exceptions.Exit(1)

@@ -19,14 +19,14 @@ import logitcache
 from logitcache import models
 from logitcache.corpus import expand_paths, iter_documents, pack, resolve_policy
 from logitcache.errors import LogitcacheError, TrainingError, UsageError
-from logitcache.losses import Objective
 from logitcache.reader import CacheDataset, ReaderOptions, make_batch
 from logitcache.store import open_cache
 from logitcache.store.location import refuse_url
-from logitcache.training import AlphaSchedule, DistillationSettings, DistillationTrainer, evaluate_blocks
+from logitcache.training import DistillationTrainer, evaluate_blocks
 from logitcache.training.load import check_fits, load_student
 from logitcache.training.options import TrainOptions
 from logitcache.training.records import MetricsLog, RecordCallback, last_whole_checkpoint, plot_losses
+from logitcache.training.settings import settings_for
 
 # Options that name files or folders.
 _PATHS = ("cache", "student", "out", "held_out_cache", "eval_text", "tokenizer")
@@ -85,7 +85,7 @@ class _Run:
         self.cache = open_cache(options.cache)
         self.held_out_cache = open_cache(options.held_out_cache) if options.held_out_cache else None
         self._check_caches()
-        self.settings = self._settings()
+        self.settings = settings_for(options, self.cache)
         self.train_blocks, self.eval_blocks = self._split()
         self.batch_blocks = max(1, round(options.batch_tokens / self.cache.block_length))
         self.steps = self._count_steps()
@@ -160,18 +160,6 @@ class _Run:
                 f"({str(theirs.get('sha256'))[:12]}) than {self.cache.location} ({str(mine.get('sha256'))[:12]}); "
                 "dump it with the same teacher"
             )
-
-    def _settings(self) -> DistillationSettings:
-        options, unbiased, head = self.options, self.cache.unbiased, self.cache.has_exact_head
-        if options.objective == "cross-entropy":
-            objective = Objective.cross_entropy()
-        elif options.tail == "auto":
-            objective = Objective.default_for(unbiased)
-        else:
-            objective = Objective.forward_kl(tail=options.tail)
-        objective.check(unbiased, options.temperature, options.alpha, head)
-        schedule = AlphaSchedule(options.alpha_schedule, options.alpha, options.alpha_warmup, options.alpha_decay)
-        return DistillationSettings(objective, schedule, options.temperature, unbiased, options.impl, head)
 
     def _split(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """Blocks [first, stop) to train on and to evaluate on: the cache's end is held out."""

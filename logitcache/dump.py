@@ -48,10 +48,6 @@ from logitcache.teachers.capture import capture_blocks
 
 __all__ = ["DumpOptions", "DumpReport", "Output", "Progress", "Silent", "run_dump"]
 
-CHUNK_TOKENS = 1 << 16
-CHUNK_ENTRIES = 1 << 20
-LEAST_UNIT_TOKENS, MOST_UNIT_TOKENS = 1 << 14, 1 << 22
-
 
 @dataclass
 class DumpReport:
@@ -103,8 +99,8 @@ def run_dump(
         # First those that exist: a mismatch must be found before a new folder is begun.
         for root, identity in planned:
             if Layout(root).plan.exists():
-                CacheWriter.open(root, identity, origin)
-        writers = [CacheWriter.open(root, identity, origin) for root, identity in planned]
+                CacheWriter.open(root, identity, origin, options.wording)
+        writers = [CacheWriter.open(root, identity, origin, options.wording) for root, identity in planned]
     except PlanMismatchError:
         corpus.discard_new()
         raise
@@ -120,10 +116,17 @@ class Corpus:
     """The token blocks of a dump, kept in a file in the first output's scratch folder until the dump is complete.
 
     Resuming reuses that file; a finished dump run again needs no tokens and makes none.
+
+    Attributes:
+        record: what the plan says of the corpus.
+        tokenizer: identity of the tokenizer that makes the tokens.
     """
 
-    def __init__(self, record: dict[str, Any], stored: TokenFile, block_length: int, new: bool) -> None:
-        self.record, self._stored, self._block_length, self._new = record, stored, block_length, new
+    def __init__(
+        self, record: dict[str, Any], tokenizer: dict[str, Any], stored: TokenFile, block_length: int, new: bool
+    ) -> None:
+        self.record, self.tokenizer = record, tokenizer
+        self._stored, self._block_length, self._new = stored, block_length, new
 
     @classmethod
     def prepare(cls, options: DumpOptions, files: Sequence[CorpusFile], tokenizer: Any) -> Corpus:
@@ -135,12 +138,13 @@ class Corpus:
             "text_field": options.text_field,
             "max_tokens": options.max_tokens,
         }
-        key = {**inputs, "tokenizer": models.tokenizer_identity(tokenizer)["sha256"]}
+        identity = models.tokenizer_identity(tokenizer)
+        key = {**inputs, "tokenizer": identity["sha256"]}
         layout = Layout(options.outputs[0].root)
         stored = TokenFile(layout.work)
         found = _facts_of_finished(options, inputs) or stored.find(key)
         facts = found or cls._tokenise(options, files, tokenizer, policy, stored, key)
-        return cls({**inputs, **facts}, stored, options.block_length, new=found is None)
+        return cls({**inputs, **facts}, identity, stored, options.block_length, new=found is None)
 
     @staticmethod
     def _tokenise(
@@ -197,44 +201,18 @@ def _facts_of_finished(options: DumpOptions, inputs: dict[str, Any]) -> dict[str
     return facts
 
 
-def _geometry(options: DumpOptions, selection: Selection, num_tokens: int) -> Geometry:
-    """Chunks of at most 65,536 tokens, fewer where rows are long; units of about 1/32 of the corpus.
-
-    Units do not depend on the selection, and a smaller chunk divides a larger one: caches that are dumped together are
-    those that would have been dumped apart.
-    """
-    length = options.block_length
-    longest = _power_of_two(CHUNK_TOKENS // length)
-    wanted = options.unit_tokens or min(max(num_tokens // 32, LEAST_UNIT_TOKENS), MOST_UNIT_TOKENS)
-    unit_blocks = max(1, wanted // length)
-    if unit_blocks >= longest:
-        unit_blocks -= unit_blocks % longest
-    chunk_blocks = min(longest, _power_of_two(CHUNK_ENTRIES // selection.size // length))
-    return Geometry(
-        num_tokens=num_tokens,
-        block_length=length,
-        chunk_blocks=min(chunk_blocks, unit_blocks),
-        unit_blocks=unit_blocks,
-    )
-
-
-def _power_of_two(number: int) -> int:
-    """The largest one that is not above `number`, at least 1."""
-    return 1 << max(number, 1).bit_length() - 1
-
-
 def _identity(options: DumpOptions, output: Output, teacher: TransformersTeacher, corpus: Corpus) -> Identity:
     selection = output.selection
     codec = RowCodec.for_selection(selection.method, selection.size, selection.exponent, options.codec)
     return Identity(
         teacher=teacher.identity(),
-        tokenizer=models.tokenizer_identity(teacher.tokenizer),
+        tokenizer=corpus.tokenizer,
         vocab_size=teacher.vocab_size,
         corpus=corpus.record,
         selection=StoredSelection(**selection.to_dict()),
         seed=options.seed,
         codec=codec.to_dict(),
-        geometry=_geometry(options, selection, corpus.num_tokens),
+        geometry=Geometry.planned(corpus.num_tokens, options.block_length, selection.size, options.unit_tokens),
         container=options.container,
     )
 
@@ -297,11 +275,7 @@ def _encode(
     for begin in range(first, stop, geometry.chunk_blocks):
         low = geometry.tokens_in(first, begin)
         high = geometry.tokens_in(first, min(begin + geometry.chunk_blocks, stop))
-        rows = targets.slice(low, high)
-        if writer.codebook() is None:
-            # The cache's first chunk is the pilot that the tables are counted from.
-            writer.publish_pilot(tokens[low:high], rows)
-        planes.append(writer.encode(begin, tokens[low:high], rows))
+        planes.append(writer.encode(begin, tokens[low:high], targets.slice(low, high)))
     return planes
 
 

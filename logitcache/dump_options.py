@@ -9,7 +9,27 @@ from logitcache.codec import LayoutName
 from logitcache.corpus import PackingPolicy
 from logitcache.errors import UsageError
 from logitcache.selection import Selection
-from logitcache.store import ContainerKind
+from logitcache.store import ContainerKind, Wording
+
+SETTLED_BY = {
+    "codec.layout": "--codec",
+    "container": "--container",
+    "corpus.files": "--corpus",
+    "corpus.max_tokens": "--max-tokens",
+    "corpus.packing.block_length": "--block-length",
+    "corpus.packing.bos": "--bos",
+    "corpus.packing.eos": "--eos",
+    "corpus.text_field": "--text-field",
+    "geometry.unit_blocks": "--unit-tokens",
+    "seed": "--seed",
+    "selection": "--select",
+    "teacher.dtype": "--dtype",
+    "teacher.files": "--teacher",
+    "teacher.name": "--teacher",
+    "teacher.revision": "--teacher",
+    "tokenizer": "--teacher",
+}
+FOLLOWS = ("codec", "corpus", "geometry", "teacher.sha256", "vocab_size")
 
 
 @dataclass(frozen=True)
@@ -73,3 +93,8 @@ class DumpOptions:
                 raise UsageError(f"{name.replace('_', '-')} is {value}; it must be at least 1")
         if not 0 <= self.seed < 1 << 62:
             raise UsageError(f"seed is {self.seed}; it must lie between 0 and 2^62 - 1")
+
+    @property
+    def wording(self) -> Wording:
+        """What a plan that differs is told in. The size of units follows from the corpus unless it is given."""
+        return Wording(SETTLED_BY, FOLLOWS if self.unit_tokens else (*FOLLOWS, "geometry.unit_blocks"))

@@ -120,7 +120,7 @@ class SparseTargets:
         if picked.size and not 0 <= int(picked.min()) <= int(picked.max()) < len(self):
             raise TargetsError(f"rows outside these targets were asked for, which have {len(self)} rows")
         lengths = self.row_lengths[picked]
-        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        offsets = offsets_of(lengths)
         entries = np.arange(offsets[-1]) + np.repeat(self.offsets[picked] - offsets[:-1], lengths)
         return _unchecked(
             offsets=offsets,
@@ -144,9 +144,8 @@ class SparseTargets:
             raise TargetsError("there is nothing to concatenate; pass at least one SparseTargets")
         if len({part.unbiased for part in parts}) > 1:
             raise TargetsError("biased and unbiased targets cannot be concatenated; keep them in separate caches")
-        lengths = np.concatenate([part.row_lengths for part in parts])
         return _unchecked(
-            offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+            offsets=offsets_of(np.concatenate([part.row_lengths for part in parts])),
             ids=np.concatenate([part.ids for part in parts]),
             weights=np.concatenate([part.weights for part in parts]),
             unbiased=parts[0].unbiased,
@@ -180,7 +179,7 @@ class SparseTargets:
         # Not 1 - head, which would lose the tail of a confident row.
         tail = np.bincount(rows[~exact], self.weights[~exact], minlength=len(self))
         return SparseTargets(
-            np.concatenate([[0], np.cumsum(exact)])[self.offsets],
+            offsets_of(exact)[self.offsets],
             self.ids[exact],
             self.weights[exact],
             tail_mass=np.minimum(tail, 1),
@@ -190,12 +189,7 @@ class SparseTargets:
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise TargetsError, naming the row, if an id does not fit in `vocab_size`."""
-        if self.ids.size and int(self.ids.max()) >= vocab_size:
-            entry = int(np.argmax(self.ids >= vocab_size))
-            raise TargetsError(
-                f"row {self._row_of(entry)} holds token id {int(self.ids[entry])}, but the vocabulary has "
-                f"{vocab_size} ids; use the tokenizer and model these targets were made for"
-            )
+        check_vocabulary(self.offsets, self.ids, vocab_size)
 
     def padded(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """ids int64 [N, K] padded with -1 and weights float32 [N, K] padded with 0; K >= 1."""
@@ -219,9 +213,6 @@ class SparseTargets:
         return DeviceTargets(
             tensor(ids), tensor(weights), **columns, unbiased=self.unbiased, has_exact_head=self.has_exact_head
         )
-
-    def _row_of(self, entry: int) -> int:
-        return int(np.searchsorted(self.offsets, entry, side="right")) - 1
 
     def _check_offsets(self) -> None:
         if self.offsets.ndim != 1 or self.offsets.size == 0 or self.offsets[0] != 0:
@@ -251,7 +242,9 @@ class SparseTargets:
         ):
             if bad.any():
                 entry = int(np.argmax(bad))
-                raise TargetsError(f"row {self._row_of(entry)} has {what} (entry {entry}, id {int(self.ids[entry])})")
+                raise TargetsError(
+                    f"row {_row_of(self.offsets, entry)} has {what} (entry {entry}, id {int(self.ids[entry])})"
+                )
 
     def _check_mass(self) -> None:
         low = ~((self.tail_mass >= 0) & (self.tail_mass <= 1))
@@ -290,6 +283,11 @@ class DeviceTargets:
     def __len__(self) -> int:
         return int(self.ids.shape[0])
 
+    def slice(self, start: int, stop: int) -> DeviceTargets:
+        """Rows [start, stop), as views of the same memory."""
+        names = ("ids", "weights", *_COLUMNS)
+        return replace(self, **{name: getattr(self, name)[start:stop] for name in names})
+
     def exact_head(self) -> DeviceTargets:
         """As `SparseTargets.exact_head`, without a look at the values: rows without a threshold get NaN weights."""
         import torch
@@ -313,6 +311,25 @@ class DeviceTargets:
 
 
 _COLUMNS = ("tail_mass", "label_logprob", "entropy", "threshold")
+
+
+def offsets_of(lengths: ArrayLike) -> NDArray[np.int64]:
+    """int64 [N + 1]: where rows of these lengths [N] begin and end; of a mask, how many it holds before each place."""
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+
+
+def check_vocabulary(offsets: NDArray[np.int64], ids: NDArray[np.int64], vocab_size: int) -> None:
+    """Raise TargetsError, naming the row, if an id of rows in CSR form does not fit in `vocab_size`."""
+    if ids.size and int(ids.max()) >= vocab_size:
+        entry = int(np.argmax(ids >= vocab_size))
+        raise TargetsError(
+            f"row {_row_of(offsets, entry)} holds token id {int(ids[entry])}, but the vocabulary has {vocab_size} ids; "
+            "use the tokenizer and model these targets were made for"
+        )
+
+
+def _row_of(offsets: NDArray[np.int64], entry: int) -> int:
+    return int(np.searchsorted(offsets, entry, side="right")) - 1
 
 
 def _integers(name: str, values: ArrayLike) -> NDArray[np.int64]:

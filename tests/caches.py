@@ -42,6 +42,7 @@ class Dumped:
     Args:
         top_k: of 8 ids a row.
         sample: of 20 draws a row.
+        varopt: of 8 ids a row.
         dense: of all 300 ids.
     """
 
@@ -49,6 +50,7 @@ class Dumped:
     corpus: Path
     top_k: Path
     sample: Path
+    varopt: Path
     dense: Path
 
 
@@ -62,10 +64,11 @@ def dump_tiny(root: Path) -> Dumped:
     from logitcache.dump import DumpOptions, Output, run_dump
     from logitcache.selection import Selection
 
-    made = Dumped(save_tiny(root / "teacher"), root / "corpus.txt", root / "top_k", root / "sample", root / "dense")
+    folders = {name: root / name for name in ("top_k", "sample", "varopt", "dense")}
+    made = Dumped(save_tiny(root / "teacher"), root / "corpus.txt", **folders)
     made.corpus.write_text(corpus_text(100))
-    chosen = {"top-k:8": made.top_k, "sample:20": made.sample, "top-k:300": made.dense}
-    outputs = tuple(Output(Selection.parse(spec), folder) for spec, folder in chosen.items())
+    specs = {"top-k:8": made.top_k, "sample:20": made.sample, "varopt:8": made.varopt, "top-k:300": made.dense}
+    outputs = tuple(Output(Selection.parse(spec), folder) for spec, folder in specs.items())
     run_dump(
         DumpOptions(
             teacher=str(made.teacher),

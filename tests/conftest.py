@@ -8,6 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Triton's kernels then run as numpy programs. It looks at this when it is imported, which transformers does.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 if TYPE_CHECKING:
     from tests.caches import Dumped
@@ -25,8 +30,6 @@ def dumped(tmp_path_factory: pytest.TempPathFactory) -> Dumped:
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """torch with one thread, so that sums are taken in one order whatever the machine."""
-    import torch
-
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -14,6 +14,18 @@ import numpy as np
 
 from logitcache.store.files import FAILPOINT_VARIABLE
 
+# In the order of a dump; `tests/test_dump.py` holds that there are no others.
+FAILPOINTS = (
+    "plan.written",
+    "codebook.written",
+    "commit.before_write",
+    "commit.after_write",
+    "commit.after_rename",
+    "commit.before_link",
+    "commit.after_link",
+    "manifest.before_write",
+    "manifest.written",
+)
 _STORE = ("zarr.storage", "zarr.codecs.numcodecs", "pyarrow")
 
 

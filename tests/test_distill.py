@@ -279,6 +279,9 @@ def test_students_of_other_families(family: str, values: dict[str, Any], tmp_pat
         ("sample", {}),
         ("top_k", {"objective": "cross-entropy"}),
         ("sample", {"alpha_schedule": "linear", "lr_schedule": "wsd"}),
+        ("varopt", {"tail": "blend", "blend": 0, "blend_end": 1, "z_loss": 1e-3}),
+        ("varopt", {"objective": "skew-kl"}),
+        ("top_k", {"objective": "decoupled", "temperature": 2.0}),
     ],
 )
 def test_objectives(cache: str, changes: dict[str, Any], values: dict[str, Any], dumped: Dumped) -> None:
@@ -286,6 +289,9 @@ def test_objectives(cache: str, changes: dict[str, Any], values: dict[str, Any],
     result = train(values, cache=str(getattr(dumped, cache)), max_steps=24, **changes)
     rows = metrics_of(Path(values["out"]))
     assert ("divergence" in rows[0]) == (changes.get("objective") != "cross-entropy")
+    shares = [row["blend"] for row in rows if "blend" in row]
+    assert shares[-1:] == ([1] if changes.get("tail") == "blend" else [])
+    assert ("z_loss" in rows[0]) == ("z_loss" in changes)
     losses = [row["ce"] for row in rows if "ce" in row]
     assert losses[-1] < losses[0] - 0.1
     first = next(row["eval_ce"] for row in rows if "eval_ce" in row)
@@ -397,6 +403,10 @@ REFUSED: dict[str, tuple[str, Change]] = {
         "tail='bucket' needs exact probabilities, .* --select varopt:K",
         lambda _, made: {"cache": str(made.sample), "tail": "bucket"},
     ),
+    "option of another objective": ("forward_kl has no beta, but beta is 0.5", lambda *_: {"beta": 0.5}),
+    "blend of another tail": ("blend is 0.5, but only tail 'blend' mixes", lambda *_: {"blend": 0.5}),
+    "blend": ("blend: .*less than or equal to 1", lambda *_: {"tail": "blend", "blend": 2}),
+    "negative z-loss": ("z-loss: .*-1 was given", lambda *_: {"z_loss": -1}),
     "tail of top-k": ("tail='unbiased' needs sampled", lambda *_: {"tail": "unbiased"}),
     "temperature": ("temperature is 2.0", lambda *_: {"temperature": 2}),
     "alpha schedule": ("warmup and decay", lambda *_: {"alpha_warmup": 0.7, "alpha_decay": 0.7}),
@@ -510,6 +520,17 @@ def test_resume_with_other_options(values: dict[str, Any], dumped: Dumped) -> No
     assert "alpha" not in message
     with pytest.raises(TrainingError, match="cache's content is another one"):
         train(values, resume=True, max_steps=2, cache=str(dumped.dense))
+
+
+def test_resume_with_another_objective(values: dict[str, Any], dumped: Dumped) -> None:
+    values |= {"cache": str(dumped.varopt), "tail": "blend", "blend": 0.0, "max_steps": 2}
+    train(values)
+    with pytest.raises(TrainingError) as caught:
+        train(values, resume=True, blend_end=1.0, z_loss=1e-4)
+    assert "blend_end: the run has None, now 1.0" in str(caught.value)
+    assert "z_loss: the run has 0.0, now 0.0001" in str(caught.value)
+    with pytest.raises(TrainingError, match="objective: the run has 'auto', now 'jsd'"):
+        train({key: value for key, value in values.items() if key not in ("tail", "blend")}, True, objective="jsd")
 
 
 def test_resume_with_the_cache_elsewhere(values: dict[str, Any], dumped: Dumped, tmp_path: Path) -> None:

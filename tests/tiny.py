@@ -28,8 +28,10 @@ _GROUPED = {**_COMMON, "num_key_value_heads": 2}
 _EIGHT = {**_GROUPED, "head_dim": 8}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": _GROUPED,
+    "qwen2": _GROUPED,
     "qwen3": _EIGHT,
     "gemma2": {**_EIGHT, "final_logit_softcapping": 7.0, "query_pre_attn_scalar": 8},
+    "gemma3_text": {**_EIGHT, "query_pre_attn_scalar": 8},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
     "gpt_neox": _COMMON,
     "phi": _COMMON,

@@ -13,18 +13,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from logitcache.algebra import rows
-from logitcache.algebra.rewrite import Change, Picked, Result, ancestry_of, refuse_same_folder, rewrite
+from logitcache.algebra.rewrite import Change, Picked, Result, ancestry_of, rewrite
 from logitcache.codec import LayoutName, RowCodec
 from logitcache.codec.values import ValueCodec
 from logitcache.errors import CacheError, UsageError
 from logitcache.progress import Progress, Silent
 from logitcache.selection import Selection, block_uniforms
 from logitcache.store import Cache, Geometry, StoredSelection, open_cache
+from logitcache.store.layout import refuse_sources
+from logitcache.store.schema import CHUNK_TOKENS
 from logitcache.targets import SparseTargets
 
 COLUMNS = ("entropy", "label_logprob")
 MAX_TAIL_MASS = 0.01
-CHUNK_TOKENS = 1 << 16
 # Uniform numbers held at once: 64 MiB.
 MOST_UNIFORMS = 1 << 23
 
@@ -83,9 +84,9 @@ def derive_cache(
     """
     root, progress = Path(root), progress or Silent()
     cache = open_cache(source)
-    refuse_same_folder([cache], root)
+    refuse_sources(root, [cache.root])
     identity = cache.manifest.identity
-    old = Selection.from_dict(identity.selection.model_dump())
+    old = cache.selection
     new = derivation.select or old
     operation = operation_for(old, new, cache.location)
     layout = derivation.codec or cache.codec.layout

@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from logitcache.algebra.rewrite import Picked, Result, ancestry_of, refuse_same_folder, rewrite
+from logitcache.algebra.rewrite import Picked, Result, ancestry_of, rewrite
 from logitcache.algebra.union import unite
 from logitcache.errors import CacheError, UsageError
 from logitcache.progress import Progress, Silent
 from logitcache.store import Cache, Geometry, Identity, Plan, open_cache
+from logitcache.store.differences import diff
 from logitcache.store.files import digest
+from logitcache.store.layout import refuse_sources
 from logitcache.store.location import local_root
-from logitcache.store.writer import diff
 
 # The same weights under another name or in another version of the engine are the same teacher.
 NOT_TEACHER = ("name", "revision", "torch", "transformers")
@@ -41,7 +42,7 @@ def merge_caches(sources: Sequence[str | Path], root: str | Path, progress: Prog
     root, progress = Path(root), progress or Silent()
     # Units are copied as files, so a folder is needed.
     caches = [open_cache(local_root(source), partial=True) for source in sources]
-    refuse_same_folder(caches, root)
+    refuse_sources(root, [cache.root for cache in caches])
     _refuse_twice([str(cache.root.resolve()) for cache in caches], caches)
     plans = {Plan(identity=cache.manifest.identity).fingerprint for cache in caches}
     if len(plans) == 1:
@@ -108,7 +109,7 @@ def _meaning(cache: Cache) -> dict[str, Any]:
         "vocab_size": identity.vocab_size,
         "selection": identity.selection.model_dump(),
         # Draws from stored ids and draws from the teacher are different things under one name.
-        "tail_left_out": any("mean_tail_mass" in step.arguments for step in identity.ancestry),
+        "tail_left_out": identity.mean_tail_mass is not None,
         "block_length": identity.geometry.block_length,
     }
 

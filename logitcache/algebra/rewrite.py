@@ -17,9 +17,8 @@ from numpy.typing import NDArray
 from logitcache.codec import CodedRows
 from logitcache.errors import CacheError, TargetsError
 from logitcache.progress import Progress, Silent
-from logitcache.selection import chunk_uniforms
-from logitcache.store import Ancestor, Cache, CacheWriter, ChunkRef, Identity, Manifest, Origin
-from logitcache.targets import SparseTargets
+from logitcache.store import Ancestor, Cache, CacheWriter, ChunkRef, Identity, Manifest, Origin, Wording
+from logitcache.targets import SparseTargets, offsets_of
 
 # Changes the R rows of blocks [first, stop) of the new cache.
 Change = Callable[[SparseTargets, int, int], SparseTargets]
@@ -83,7 +82,7 @@ class Picked:
     def tokens_of_blocks(self) -> list[int]:
         """Real tokens of each block."""
         counts = [np.array(cache.manifest.identity.geometry.block_tokens(0, cache.num_blocks)) for cache in self.caches]
-        starts = np.concatenate([[0], np.cumsum([part.size for part in counts])[:-1]]).astype(np.int64)
+        starts = offsets_of([part.size for part in counts])
         tokens: list[int] = np.concatenate(counts)[starts[self.cache_of] + self.block_of].tolist()
         return tokens
 
@@ -147,7 +146,7 @@ def rewrite(
     """
     started = time.perf_counter()
     progress = progress or Silent()
-    writer = CacheWriter.open(root, identity, origin)
+    writer = CacheWriter.open(root, identity, origin, Wording.of_step(identity))
     make = _Maker(writer, picked, change, drop)
     pending, geometry = writer.pending_units(), writer.geometry
     progress.stage("writing" if pending else "nothing left to write")
@@ -189,7 +188,7 @@ class _Maker:
         if self._change is not None:
             try:
                 targets = self._change(self._source.codec.targets(coded), first, stop)
-                coded = self._writer.codec.code(targets, chunk_uniforms(self._writer.identity.seed, first))
+                coded = self._writer.code(first, targets)
             except TargetsError as error:
                 where = f"blocks [{first}, {stop}) of {self._writer.layout.root}"
                 raise CacheError(f"{where} cannot be made: {error}") from error
@@ -214,10 +213,3 @@ def ancestry_of(caches: Sequence[Cache], operation: str, arguments: dict[str, An
     for cache in caches:
         steps += [step for step in cache.manifest.identity.ancestry if step not in steps]
     return [*steps, Ancestor(operation=operation, arguments=arguments, parents=[cache.fingerprint for cache in caches])]
-
-
-def refuse_same_folder(sources: Sequence[Cache], root: Path) -> None:
-    """Raise CacheError when the new cache would lie where an old one is."""
-    for cache in sources:
-        if cache.root.resolve() == root.resolve():
-            raise CacheError(f"{root} is the cache to read from; choose another folder for --out")

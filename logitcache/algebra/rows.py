@@ -8,11 +8,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from logitcache.codec import counts_of
 from logitcache.errors import TargetsError
-from logitcache.targets import SparseTargets
-
-# A row of `sample:N` holds count / N; float32 gives the count back to better than this.
-COUNT_TOLERANCE = 1e-2
+from logitcache.targets import SparseTargets, offsets_of
 
 
 def keep_largest(targets: SparseTargets, size: int, mass: float | None = None) -> SparseTargets:
@@ -32,7 +30,7 @@ def keep_largest(targets: SparseTargets, size: int, mass: float | None = None) -
     kept = chosen_NK[np.arange(weights_NK.shape[1]) < targets.row_lengths[:, None]]
     dropped = np.bincount(targets.row_index(), np.where(kept, 0.0, targets.weights), minlength=len(targets))
     return SparseTargets(
-        _offsets(targets, kept),
+        offsets_of(kept)[targets.offsets],
         targets.ids[kept],
         targets.weights[kept],
         tail_mass=np.minimum(targets.tail_mass + dropped, 1.0),
@@ -83,14 +81,7 @@ def thin(targets: SparseTargets, draws: int, uniforms_ND: NDArray[np.float64], s
     Raises:
         TargetsError: the weights of a row are not counts among `draws`.
     """
-    scaled = targets.weights.astype(np.float64) * draws
-    counts = np.rint(scaled).astype(np.int64)
-    totals = np.bincount(targets.row_index(), counts, minlength=len(targets))
-    bad = totals != draws
-    bad[targets.row_index()[(np.abs(scaled - counts) > COUNT_TOLERANCE) | (counts < 1)]] = True
-    if bad.any():
-        raise TargetsError(f"row {int(np.argmax(bad))}'s weights are not counts among {draws} draws")
-    entries_ND = np.repeat(np.arange(targets.ids.size), counts).reshape(-1, draws)
+    entries_ND = np.repeat(np.arange(targets.ids.size), counts_of(targets, draws)).reshape(-1, draws)
     chosen = np.argpartition(uniforms_ND, size - 1, axis=1)[:, :size]
     return _counted(targets, np.take_along_axis(entries_ND, chosen, axis=1))
 
@@ -100,15 +91,10 @@ def _counted(targets: SparseTargets, picked_ND: NDArray[np.int64]) -> SparseTarg
     counts = np.bincount(picked_ND.ravel(), minlength=targets.ids.size)
     kept = counts > 0
     return SparseTargets(
-        _offsets(targets, kept),
+        offsets_of(kept)[targets.offsets],
         targets.ids[kept],
         counts[kept] / np.float32(picked_ND.shape[1]),
         label_logprob=targets.label_logprob,
         entropy=targets.entropy,
         unbiased=True,
     )
-
-
-def _offsets(targets: SparseTargets, kept: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Offsets of the rows when only the entries `kept` [nnz] stay."""
-    return np.concatenate([[0], np.cumsum(kept)])[targets.offsets].astype(np.int64)

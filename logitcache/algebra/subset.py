@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 
 from logitcache.algebra.ranges import BlockRanges, spell
-from logitcache.algebra.rewrite import Picked, Result, ancestry_of, refuse_same_folder, rewrite
+from logitcache.algebra.rewrite import Picked, Result, ancestry_of, rewrite
 from logitcache.progress import Progress
 from logitcache.store import Geometry, open_cache
 from logitcache.store.files import digest
+from logitcache.store.layout import refuse_sources
 
 # A longer list is recorded by its hash: plan and manifest are read whole.
 LONGEST_SPELLING = 4096
@@ -28,7 +29,7 @@ def subset_cache(source: str | Path, root: str | Path, ranges: BlockRanges, prog
     """
     root = Path(root)
     cache = open_cache(source)
-    refuse_same_folder([cache], root)
+    refuse_sources(root, [cache.root])
     blocks = ranges.blocks(cache.num_blocks)
     picked = Picked([cache], np.zeros(blocks.size, dtype=np.int64), blocks)
     identity = cache.manifest.identity

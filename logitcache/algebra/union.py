@@ -12,16 +12,7 @@ from logitcache.algebra.rewrite import Result
 from logitcache.progress import Progress
 from logitcache.store import Cache, CacheWriter, Layout, Manifest
 from logitcache.store.access import check_shard_file
-from logitcache.store.files import (
-    checked_json,
-    failpoint,
-    fsync_folder,
-    publish,
-    replace,
-    sha256_of_file,
-    write_temporary,
-    write_temporary_bytes,
-)
+from logitcache.store.files import failpoint, fsync_folder, publish, sha256_of_file, write_temporary
 from logitcache.store.layout import writing
 from logitcache.store.schema import Commit
 from logitcache.store.writer import read_commits
@@ -105,9 +96,9 @@ def _repack_unit(writer: CacheWriter, source: Cache, commit: Commit) -> None:
 
 
 def _take_unit(writer: CacheWriter, source: Cache, commit: Commit) -> None:
-    """The commit protocol of FORMAT.md, with a file that exists already."""
+    """Commit a file that exists already."""
     layout = writer.layout
-    original, shard = Layout(source.root).shards / commit.file, layout.shards / commit.file
+    original = Layout(source.root).shards / commit.file
     check_shard_file(original, commit)
     with writing(layout.root, needed_bytes=commit.num_bytes):
         failpoint("commit.before_write")
@@ -115,16 +106,7 @@ def _take_unit(writer: CacheWriter, source: Cache, commit: Commit) -> None:
         failpoint("commit.after_write")
         if not temporary.samefile(original):
             check_shard_file(temporary, commit)
-        replace(temporary, shard)
-        # Renaming one hard link of a file onto another leaves both.
-        temporary.unlink(missing_ok=True)
-        failpoint("commit.after_rename")
-        record = checked_json(commit.model_dump(mode="json"))
-        pending = write_temporary_bytes(layout.commits, commit.unit, record)
-        failpoint("commit.before_link")
-        publish(pending, layout.commit(int(commit.unit)))
-        fsync_folder(layout.root)
-        failpoint("commit.after_link")
+    writer.commit_file(temporary, commit)
 
 
 def _link_or_copy(source: Path, folder: Path, stem: str) -> Path:

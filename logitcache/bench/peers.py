@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from logitcache.interchange import DistillKitLayout, probabilities, ranked_entries
 from logitcache.interchange.packing import pack_bits, unpack_bits
-from logitcache.targets import SparseTargets
+from logitcache.targets import SparseTargets, offsets_of
 
 ID_BITS, VALUE_BITS = 17, 7
 STEPS_PER_NAT = 8
@@ -132,13 +132,13 @@ class DistillKit(Peer):
         sums = values.reshape(len(targets), -1).sum(1, dtype=np.float64)
         flat_ids = np.take_along_axis(ids, order, 1).ravel()
         # Its files store no tail: it is what the decoded probabilities leave.
-        return SparseTargets(_offsets(lengths), flat_ids, values, tail_mass=np.clip(1 - sums, 0, 1))
+        return SparseTargets(offsets_of(lengths), flat_ids, values, tail_mass=np.clip(1 - sums, 0, 1))
 
 
 def _rows(
     lengths: NDArray[Any], ids: NDArray[Any], weights: NDArray[np.float32], targets: SparseTargets
 ) -> SparseTargets:
-    offsets = _offsets(lengths)
+    offsets = offsets_of(lengths)
     if targets.unbiased:
         return SparseTargets(offsets, ids, weights, threshold=targets.threshold, unbiased=True)
     rows = np.repeat(np.arange(len(targets)), lengths)
@@ -146,10 +146,6 @@ def _rows(
     # Like ours, scaled so that a row sums to 1 - tail mass: rounding alone shall not decide.
     scale = np.divide(1 - targets.tail_mass, sums, out=np.ones_like(sums), where=sums > 0)
     return SparseTargets(offsets, ids, weights * scale[rows], tail_mass=targets.tail_mass)
-
-
-def _offsets(lengths: NDArray[Any]) -> NDArray[np.int64]:
-    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
 
 def peers_for(method: str, size: int, vocab_size: int) -> list[Peer]:

@@ -157,16 +157,13 @@ def _dump(folder: Path, selections: list[Selection], options: StorageOptions, pr
 
 def _variant(cache: Cache, layout: LayoutName, container: ContainerKind) -> Cache:
     """The same rows in another codec and container, beside the cache."""
-    for name, wanted in (("layout", layout), ("container", container)):
-        found = cache.codec.layout if name == "layout" else cache.manifest.identity.container
-        if found == wanted:
-            continue
-        kind = container if name == "container" else cache.manifest.identity.container
-        root = cache.root.parent / f"{layout}-{kind}"
-        if name == "layout":
-            derive_cache(cache.root, root, Derivation(codec=layout))
-        else:
-            convert(cache.root, root, container)
+    if cache.codec.layout != layout:
+        root = cache.root.parent / f"{layout}-{cache.manifest.identity.container}"
+        derive_cache(cache.root, root, Derivation(codec=layout))
+        cache = open_cache(root)
+    if cache.manifest.identity.container != container:
+        root = cache.root.parent / f"{layout}-{container}"
+        convert(cache.root, root, container)
         cache = open_cache(root)
     return cache
 

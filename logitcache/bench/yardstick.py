@@ -45,7 +45,12 @@ class Yardstick:
     Args:
         teacher: loaded in float32, so that its rounding does not count as the cache's.
         tokens_BL: int64 [B, L] blocks; N = B * L. All of [N, V] is held several times: 1,024 positions take about 1 GB.
-        distance: mean total-variation distance of the student from the teacher.
+        distance: mean total-variation distance that the student shall have from the teacher.
+
+    Attributes:
+        dist: the teacher's distributions.
+        distance: the one that the student has.
+        full: float32 [V, D], the gradient of full distillation.
     """
 
     @torch.inference_mode()
@@ -53,12 +58,13 @@ class Yardstick:
         self._blocks, self._length = tokens_BL.shape
         hidden = teacher.hidden(tokens_BL).float()
         self._weight = teacher.head.weight.detach().float().clone()
-        self._dist = Distribution.from_logits(teacher.logits(hidden.to(teacher.head.weight.dtype)))
+        self.dist = Distribution.from_logits(teacher.logits(hidden.to(teacher.head.weight.dtype)))
         noise = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)).to(hidden.device) * hidden.std()
         self._hidden = hidden + self._noise_level(hidden, noise, distance) * noise
-        student = torch.softmax(self._hidden @ self._weight.T, -1)
+        off = torch.softmax(self._hidden @ self._weight.T, -1).sub_(self.dist.probs)
         # d/dW of the mean full KL: (p_student - p_teacher)^T h / N.
-        self._full = student.sub_(self._dist.probs).T @ self._hidden / len(self._hidden)
+        self.full = off.T @ self._hidden / len(self._hidden)
+        self.distance = _distance(off)
 
     def _noise_level(self, hidden: torch.Tensor, noise: torch.Tensor, distance: float) -> float:
         """By bisection on every fourth row."""
@@ -66,7 +72,7 @@ class Yardstick:
         for _ in range(BISECTIONS):
             middle = (low + high) / 2
             student = torch.softmax((hidden[rows] + middle * noise[rows]) @ self._weight.T, -1)
-            far = float(0.5 * (student - self._dist.probs[rows]).abs().sum(1).mean()) > distance
+            far = _distance(student.sub_(self.dist.probs[rows])) > distance
             low, high = (low, middle) if far else (middle, high)
         return (low + high) / 2
 
@@ -74,20 +80,39 @@ class Yardstick:
         """N rows as a dump would select them."""
         uniforms = block_uniforms(seed, range(self._blocks), self._length, selection.draws) if selection.draws else None
         with torch.inference_mode():
-            return select(selection, self._dist, uniforms)
+            return select(selection, self.dist, uniforms)
 
-    def gradient_error(self, targets: SparseTargets) -> GradientError:
-        """Of the objective that is the default for such targets: unbiased, or the tail in a bucket."""
-        objective = Objective.forward_kl(tail="unbiased" if targets.unbiased else "bucket")
+    def gradient(self, targets: SparseTargets, objective: Objective, temperature: float = 1.0) -> torch.Tensor:
+        """[V, D]: the head's gradient of the objective's mean loss."""
         weight = self._weight.clone().requires_grad_()
         labels = torch.zeros(len(self._hidden), dtype=torch.long, device=weight.device)
         hidden = self._hidden.clone()
-        loss = distillation_loss(hidden, weight, labels, targets, objective=objective, alpha=1.0)
-        gradient = torch.autograd.grad(loss, weight)[0].flatten()
-        full = self._full.flatten()
-        cosine = float(torch.nn.functional.cosine_similarity(gradient, full, dim=0))
-        error = float((gradient - full).square().sum() / full.square().sum())
-        return GradientError(math.degrees(math.acos(min(1.0, cosine))), error)
+        loss = distillation_loss(hidden, weight, labels, targets, objective, alpha=1.0, temperature=temperature)
+        return torch.autograd.grad(loss, weight)[0]
+
+    def compare(self, gradient_VD: torch.Tensor) -> GradientError:
+        """A gradient in the head beside full distillation's."""
+        # Summed in float64: over millions of entries a float32 cosine is no nearer to 1 than that of 2 degrees.
+        product, norm, full, error = (
+            float(values.sum(dtype=torch.float64))
+            for values in (
+                gradient_VD * self.full,
+                gradient_VD.square(),
+                self.full.square(),
+                (gradient_VD - self.full).square(),
+            )
+        )
+        cosine = product / math.sqrt(norm * full)
+        return GradientError(math.degrees(math.acos(min(1.0, cosine))), error / full)
+
+    def gradient_error(self, targets: SparseTargets) -> GradientError:
+        """Of the objective that is the default for such targets: unbiased, or the tail in a bucket."""
+        return self.compare(self.gradient(targets, Objective.default_for(targets.unbiased)))
+
+
+def _distance(difference_NV: torch.Tensor) -> float:
+    """Mean total-variation distance, of the differences of probabilities. Overwrites them."""
+    return float(0.5 * difference_NV.abs_().sum(1).mean())
 
 
 def mean_divergence(targets: SparseTargets, decoded: SparseTargets) -> float:

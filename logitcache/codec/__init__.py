@@ -4,7 +4,7 @@ from logitcache.codec.codebook import Codebook, Planes
 from logitcache.codec.contexts import ContextTable
 from logitcache.codec.frequency import FrequencyRanks
 from logitcache.codec.rows import CodedRows, LayoutName, RowCodec
-from logitcache.codec.values import CountValues, Dither, ProbabilityValues, WeightValues
+from logitcache.codec.values import CountValues, Dither, ProbabilityValues, WeightValues, counts_of
 from logitcache.codec.varopt import HeadTailValues
 
 __all__ = [
@@ -20,4 +20,5 @@ __all__ = [
     "ProbabilityValues",
     "RowCodec",
     "WeightValues",
+    "counts_of",
 ]

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from logitcache.codec.frequency import DENSE_VOCABULARY, FrequencyRanks
 from logitcache.codec.pairs import PairIndex
 from logitcache.errors import DamagedCacheError
+from logitcache.targets import offsets_of
 
 # A pair seen once in the pilot is too uncertain to pay for its place in the table.
 MIN_COUNT = 2
@@ -77,7 +78,7 @@ class ContextTable:
         starts = np.cumsum(lengths) - lengths
         order = np.argsort(tokens)
         ids = ranks.decode(candidates)[_ranges(starts[order], lengths[order])]
-        return cls(ranks, tokens[order], np.append(0, np.cumsum(lengths[order])), ids)
+        return cls(ranks, tokens[order], offsets_of(lengths[order]), ids)
 
     def encode(self, tokens_N: Ints, following_N: Ints, rows: Ints, ids: Ints) -> Ints:
         """Keys of ids: int64 [nnz], for the entries of N rows.

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from logitcache.codec.codebook import Codebook
 from logitcache.errors import DamagedCacheError, TargetsError
+from logitcache.targets import offsets_of
 
 MAX_LENGTH = 65_535
 # Sorting packs a key (33 bits) and the entry's place (31 bits) into one 64-bit number.
@@ -70,7 +71,7 @@ class FastLayout:
         return steps, None
 
     def decode(self, tokens: Ints, plane: Ints, lengths: Ints, codebook: Codebook) -> Rows:
-        offsets = _offsets(lengths)
+        offsets = offsets_of(lengths)
         vocab_size = codebook.ranks.vocab_size
         # Bounds the running sum: it cannot wrap around into the vocabulary.
         if plane.size and int(plane.max()) > 2 * vocab_size:
@@ -111,7 +112,7 @@ class SmallLayout:
         packed_NK.ravel()[slots.cells] = ids.astype(np.uint64) << PLACE_BITS | np.arange(ids.size, dtype=np.uint64)
         packed_NK.sort(axis=1)
         ordered = packed_NK[slots.filled_NK]
-        offsets = _offsets(lengths)
+        offsets = offsets_of(lengths)
         ids = (ordered >> PLACE_BITS).astype(np.int64)
         rises = np.diff(ids, prepend=-1) > 0
         rises[_row_starts(offsets)] = True
@@ -133,15 +134,14 @@ class Slots:
     def __init__(self, lengths: Ints) -> None:
         self.num_rows, self.longest = lengths.size, int(lengths.max(initial=0))
         self.filled_NK = np.arange(self.longest) < lengths[:, None]
-        order = np.argsort(-lengths, kind="stable")
-        # Rows that have a k-th entry, for each k, without touching the others.
-        self._sizes = self.num_rows - np.searchsorted(lengths[order[::-1]], np.arange(self.longest), side="right")
-        everyone = np.arange(self.num_rows)
-        active, parts = everyone, []
+        # Rows that have a k-th entry, for each k: how many, and which.
+        self._sizes = self.num_rows - np.cumsum(np.bincount(lengths))[: self.longest]
+        active, parts = np.arange(self.num_rows), [np.zeros(0, dtype=np.int64)]
         for slot, size in enumerate(self._sizes):
+            # Where no row ends, none needs to be looked at.
             active = active if size == active.size else active[lengths[active] > slot]
             parts.append(active)
-        self.rows = np.concatenate([*parts, everyone[:0]])
+        self.rows = np.concatenate(parts)
         self.cells = self.rows * self.longest + np.repeat(np.arange(self.longest), self._sizes)
 
     def running_sums(self, plane: Ints) -> Ints:
@@ -184,10 +184,6 @@ def check_rows(lengths: Ints) -> None:
 def _following(tokens: Ints) -> Ints:
     """int64 [N]: the token at the next row, -1 after the last. It only predicts, so block borders do not matter."""
     return np.append(tokens[1:], -1)
-
-
-def _offsets(lengths: Ints) -> Ints:
-    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 
 
 def _row_starts(offsets: Ints) -> Ints:

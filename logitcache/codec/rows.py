@@ -19,7 +19,7 @@ from logitcache.codec.layouts import LAYOUTS, MAX_LENGTH, check_rows
 from logitcache.codec.values import CountValues, Dither, ProbabilityValues, ValueCodec, WeightValues
 from logitcache.codec.varopt import HeadTailValues
 from logitcache.errors import DamagedCacheError, FormatVersionError, TargetsError
-from logitcache.targets import SparseTargets, from_codec
+from logitcache.targets import SparseTargets, check_vocabulary, from_codec, offsets_of
 
 LayoutName = Literal["fast", "small"]
 _SIDE = ("label_logprob", "entropy")
@@ -60,9 +60,8 @@ class CodedRows:
     @staticmethod
     def concatenate(parts: Sequence[CodedRows]) -> CodedRows:
         """Rows of all parts, which one codec made, in order."""
-        lengths = np.concatenate([np.diff(part.offsets) for part in parts])
         return CodedRows(
-            np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+            offsets_of(np.concatenate([np.diff(part.offsets) for part in parts])),
             np.concatenate([part.ids for part in parts]),
             np.concatenate([part.codes for part in parts]),
             {name: np.concatenate([part.rows[name] for part in parts]) for name in parts[0].rows},
@@ -154,7 +153,7 @@ class RowCodec:
         """Planes of coded rows: nothing is rounded, so rows can move between caches without loss."""
         lengths = np.diff(coded.offsets)
         check_rows(lengths)
-        _check_vocabulary(coded, codebook.ranks.vocab_size)
+        check_vocabulary(coded.offsets, coded.ids, codebook.ranks.vocab_size)
         ids, order = LAYOUTS[self.layout].encode(tokens, coded.offsets, coded.ids, codebook)
         planes = {"ids": ids, self.values.plane: coded.codes if order is None else coded.codes[order], **coded.rows}
         return planes if self._lengths_follow else {"lengths": lengths, **planes}
@@ -229,17 +228,6 @@ def _check_planes(planes: Planes, names: Sequence[str], of_rows: Sequence[str], 
     for name in of_rows:
         if planes[name].size != num_rows:
             raise DamagedCacheError(f"plane {name!r} has {planes[name].size} numbers for {num_rows} rows")
-
-
-def _check_vocabulary(coded: CodedRows, vocab_size: int) -> None:
-    """Raise TargetsError, naming the row, unless every id is below `vocab_size`."""
-    if coded.ids.size and int(coded.ids.max()) >= vocab_size:
-        entry = int(np.argmax(coded.ids >= vocab_size))
-        row = int(np.searchsorted(coded.offsets, entry, side="right")) - 1
-        raise TargetsError(
-            f"row {row} holds token id {int(coded.ids[entry])}, but the vocabulary has {vocab_size} ids; use the "
-            "tokenizer and model these targets were made for"
-        )
 
 
 def _check_lengths(lengths: NDArray[np.int64], *num_entries: int) -> None:

@@ -16,12 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from logitcache.codec import columns
+from logitcache.codec.codebook import Planes
 from logitcache.codec.grid import ProbabilityGrid
 from logitcache.errors import DamagedCacheError, TargetsError
 from logitcache.targets import SUM_TOLERANCE, SparseTargets
 
 Ints = NDArray[np.int64]
-Planes = dict[str, NDArray[Any]]
+MOST_WEIGHT = 1e6
+# A row of `sample:N` holds count / N; float32 gives the count back to better than this.
+COUNT_TOLERANCE = 1e-2
 # Gives n uniform numbers in [0, 1), float64; the same ones whenever the same chunk is encoded.
 Dither = Callable[[int], NDArray[np.float64]]
 
@@ -62,14 +65,7 @@ class CountValues:
     unbiased: ClassVar[bool] = True
 
     def encode(self, targets: SparseTargets, dither: Dither) -> tuple[Ints, Planes]:
-        exact = targets.weights.astype(np.float64) * self.draws
-        counts = np.rint(exact).astype(np.int64)
-        off = (np.abs(exact - counts) > 1e-2) | (counts < 1)
-        off_rows = _sums(counts, targets.offsets) != self.draws
-        off_rows[targets.row_index()[off]] = True
-        if off_rows.any():
-            raise TargetsError(f"row {int(np.argmax(off_rows))}'s weights are not counts among {self.draws} draws")
-        return counts - 1, {}
+        return counts_of(targets, self.draws) - 1, {}
 
     def decode(self, codes: NDArray[Any], rows: Planes, offsets: Ints) -> Weights:
         if codes.size and int(codes.max()) >= self.draws:
@@ -153,15 +149,31 @@ class WeightValues:
             row = int(targets.row_index()[np.argmax(targets.weights > MOST_WEIGHT)])
             raise TargetsError(f"row {row} has a weight over {MOST_WEIGHT:g}; importance weights must stay below")
         weights = targets.weights.astype(np.float64)
-        return ProbabilityGrid(self.root_steps).rounded(weights, dither(weights.size)), {}
+        return self._grid.rounded(weights, dither(weights.size)), {}
 
     def decode(self, codes: NDArray[Any], rows: Planes, offsets: Ints) -> Weights:
-        if int(codes.max(initial=0)) > ProbabilityGrid(self.root_steps).nearest(np.array([4 * MOST_WEIGHT]))[0]:
+        if int(codes.max(initial=0)) > self._grid.nearest(np.array([4 * MOST_WEIGHT]))[0]:
             raise DamagedCacheError(f"a stored weight is over {MOST_WEIGHT:g}")
-        return Weights(ProbabilityGrid(self.root_steps).value(codes).astype(np.float32))
+        return Weights(self._grid.value(codes).astype(np.float32))
+
+    @property
+    def _grid(self) -> ProbabilityGrid:
+        return ProbabilityGrid(self.root_steps)
 
 
-MOST_WEIGHT = 1e6
+def counts_of(targets: SparseTargets, draws: int) -> Ints:
+    """int64 [nnz]: how often each id of `sample:N` rows was drawn, N = `draws`.
+
+    Raises:
+        TargetsError: the weights of a row are not counts among `draws`.
+    """
+    exact = targets.weights.astype(np.float64) * draws
+    counts = np.rint(exact).astype(np.int64)
+    off_rows = _sums(counts, targets.offsets) != draws
+    off_rows[targets.row_index()[(np.abs(exact - counts) > COUNT_TOLERANCE) | (counts < 1)]] = True
+    if off_rows.any():
+        raise TargetsError(f"row {int(np.argmax(off_rows))}'s weights are not counts among {draws} draws")
+    return counts
 
 
 def _refuse_zeros(targets: SparseTargets) -> None:

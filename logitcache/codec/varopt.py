@@ -16,8 +16,9 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from logitcache.codec.codebook import Planes
 from logitcache.codec.grid import ProbabilityGrid
-from logitcache.codec.values import Dither, Ints, Planes, Weights
+from logitcache.codec.values import Dither, Ints, Weights
 from logitcache.errors import DamagedCacheError, TargetsError
 from logitcache.targets import SUM_TOLERANCE, SparseTargets
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from logitcache.errors import InterchangeError, TargetsError
 from logitcache.interchange.distillkit import ROUNDING, DistillKitLayout
 from logitcache.interchange.sequences import SequenceRow
-from logitcache.targets import SUM_TOLERANCE, SparseTargets
+from logitcache.targets import SUM_TOLERANCE, SparseTargets, offsets_of
 
 # Exact values are rounded to as little as 8 bits before they are compared with their neighbours.
 ORDER_TOLERANCE = 2.0**-6
@@ -74,6 +74,6 @@ def _to_rows(ids: NDArray[np.int64], weights: NDArray[np.float64], tokens: NDArr
         logs = np.log((kept_weights * hit).sum(axis=1, dtype=np.float64))
     # Entries whose probability is 0 in float32 are no entries.
     filled = kept_weights > 0
-    offsets = np.concatenate([[0], np.cumsum(filled.sum(axis=1))])
+    offsets = offsets_of(filled.sum(axis=1))
     label_logprob = np.where(hit.any(axis=1), np.minimum(logs, 0), np.nan)
     return SparseTargets(offsets, ids[filled], kept_weights[filled], label_logprob=label_logprob)

@@ -13,6 +13,7 @@ from logitcache.interchange.distillkit import DistillKitLayout
 from logitcache.interchange.folder import new_folder
 from logitcache.interchange.rows import RealRows, Writer
 from logitcache.store import Blocks, Cache
+from logitcache.store.layout import refuse_sources
 
 TARGETS = ("parquet", "distillkit", "trl")
 FILE_TOKENS = 1 << 20
@@ -53,10 +54,11 @@ def export_cache(
         progress: called with the tokens done and all tokens.
 
     Raises:
-        UsageError: the block range or the layout makes no sense for this cache.
+        UsageError: the block range or the layout makes no sense for this cache, or `out` is it or lies inside it.
         InterchangeError: the target cannot express this cache's selection, or `out` is not empty.
         CacheError, DamagedCacheError: reading the cache or writing the folder failed; `out` is then untouched.
     """
+    refuse_sources(out, [cache.root])
     first, stop = blocks or (0, cache.num_blocks)
     if not 0 <= first < stop <= cache.num_blocks:
         raise UsageError(f"blocks {first}:{stop} are outside {cache.location}; choose A:B within 0:{cache.num_blocks}")

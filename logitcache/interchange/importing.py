@@ -28,14 +28,24 @@ from logitcache.store import (
     Manifest,
     Origin,
     StoredSelection,
+    Wording,
     check_folder,
 )
 from logitcache.store.files import digest
 from logitcache.targets import SparseTargets
 
-CHUNK_TOKENS = 1 << 16
-CHUNK_ENTRIES = 1 << 23
-LEAST_UNIT_TOKENS, MOST_UNIT_TOKENS = 1 << 14, 1 << 22
+WORDING = Wording(
+    options={
+        "codec.layout": "--codec",
+        "container": "--container",
+        "corpus.files": "PATH",
+        "corpus.packing.block_length": "--block-length",
+        "teacher.layout": "--layout",
+        "tokenizer": "--tokenizer",
+        "vocab_size": "--vocab-size",
+    },
+    follows=("corpus", "geometry", "selection", "teacher"),
+)
 
 
 @dataclass(frozen=True)
@@ -110,8 +120,10 @@ def import_distillkit(options: ImportOptions, progress: Progress | None = None) 
             f"{found.largest[1]} has the token {found.largest[0]}, but the vocabulary has {vocab_size} ids; give the "
             "teacher's with --vocab-size"
         )
+    if found.length < 2:
+        raise InterchangeError("the first sequence has 1 position, and a cache's blocks need 2; give longer sequences")
     identity = _identity(options, layout, vocab_size, tokenizer, found)
-    writer = CacheWriter.open(options.out, identity, origin)
+    writer = CacheWriter.open(options.out, identity, origin, WORDING)
     progress.stage("converting")
     _write_units(writer, layout, found, progress)
     manifest = writer.finalize()
@@ -137,9 +149,6 @@ def _write_units(writer: CacheWriter, layout: DistillKitLayout, found: Sequences
         for begin in range(first, stop, geometry.chunk_blocks):
             count = min(geometry.chunk_blocks, stop - begin)
             tokens, targets, over = _decode_chunk(itertools.islice(rows, count), layout, writer.identity.vocab_size)
-            if writer.codebook() is None:
-                # The cache's first chunk is the pilot that the tables are counted from.
-                writer.publish_pilot(tokens, targets)
             chunks.append(writer.encode(begin, tokens, targets))
             scaled, computed = scaled + over, computed + tokens.size
             progress.advance(done + computed, geometry.num_tokens, computed, num_bytes)
@@ -194,23 +203,6 @@ def _identity(
         selection=StoredSelection(method="top-k", size=layout.k),
         seed=0,
         codec=RowCodec.for_selection("top-k", layout.k, None, options.codec).to_dict(),
-        geometry=_geometry(found, layout.k),
+        geometry=Geometry.planned(found.num_tokens, found.length, layout.k),
         container=options.container,
-    )
-
-
-def _geometry(found: Sequences, k: int) -> Geometry:
-    """As a dump: chunks of about 65,536 tokens, fewer where rows are long; units of about 1/32 of the whole."""
-    if found.length < 2:
-        raise InterchangeError("the first sequence has 1 position, and a cache's blocks need 2; give longer sequences")
-    chunk_blocks = max(1, min(CHUNK_TOKENS, CHUNK_ENTRIES // k) // found.length)
-    wanted = min(max(found.num_tokens // 32, LEAST_UNIT_TOKENS), MOST_UNIT_TOKENS)
-    unit_blocks = max(1, wanted // found.length)
-    if unit_blocks >= chunk_blocks:
-        unit_blocks -= unit_blocks % chunk_blocks
-    return Geometry(
-        num_tokens=found.num_tokens,
-        block_length=found.length,
-        chunk_blocks=min(chunk_blocks, unit_blocks),
-        unit_blocks=unit_blocks,
     )

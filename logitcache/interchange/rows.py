@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from logitcache.store import Blocks
-from logitcache.targets import SparseTargets
+from logitcache.targets import SparseTargets, offsets_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -37,25 +37,15 @@ class RealRows:
     @classmethod
     def of(cls, blocks: Blocks) -> RealRows:
         """Leave out the positions after a block's end; their rows are empty."""
-        valid, targets = blocks.valid, blocks.targets
-        kept = valid.reshape(-1)
+        valid = blocks.valid
         block, position = np.nonzero(valid)
         return cls(
-            starts=np.concatenate([[0], np.cumsum(valid.sum(axis=1))]),
+            starts=offsets_of(valid.sum(axis=1)),
             block=block + blocks.first_block,
             position=position,
             tokens=blocks.tokens[valid],
             labels=blocks.labels()[valid],
-            targets=SparseTargets(
-                np.concatenate([[0], np.cumsum(targets.row_lengths[kept])]),
-                targets.ids,
-                targets.weights,
-                targets.tail_mass[kept],
-                targets.label_logprob[kept],
-                targets.entropy[kept],
-                targets.threshold[kept],
-                targets.unbiased,
-            ),
+            targets=blocks.targets.take(np.flatnonzero(valid)),
         )
 
     def __len__(self) -> int:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 
 from logitcache.errors import ObjectiveError
-from logitcache.kernels import reference, split, statistics
+from logitcache.kernels import chunk, operators, parallel, reference, statistics, triton_gather
+from logitcache.kernels.chunk import linear_gather_total
 from logitcache.kernels.head import (
     GatherResult,
     HeadOptions,
@@ -18,31 +19,59 @@ from logitcache.kernels.head import (
     check_ids,
     check_temperature,
 )
+from logitcache.kernels.plan import GatherPlan
 from logitcache.kernels.reference import dense_logits
+from logitcache.kernels.shard import VocabularyShard
 
 __all__ = [
     "IMPLEMENTATIONS",
     "GatherResult",
     "HeadOptions",
     "HeadStatistics",
+    "VocabularyShard",
     "accumulation_dtype",
     "check_head",
+    "check_implementation",
+    "choose_implementation",
     "dense_logits",
     "head_statistics",
     "linear_gather",
-    "resolve_implementation",
+    "linear_gather_total",
 ]
 
-IMPLEMENTATIONS = ("reference", "split")
+IMPLEMENTATIONS = ("reference", "split", "chunk", "triton")
+# On GPUs a fourth product costs less than chunk's passes over whole logits, up to about this width of hidden states.
+WIDEST_RECOMPUTED = 1650
 
 
-def resolve_implementation(impl: str) -> str:
-    """The implementation that `impl` stands for ('auto' is 'split'); ObjectiveError for a name that does not exist."""
-    if impl == "auto":
-        return "split"
-    if impl not in IMPLEMENTATIONS:
+def check_implementation(impl: str) -> None:
+    """Raise ObjectiveError for a name that does not exist."""
+    if impl not in ("auto", *IMPLEMENTATIONS):
         raise ObjectiveError(f"impl is {impl!r}; this version has auto, {', '.join(IMPLEMENTATIONS)}")
-    return impl
+
+
+def choose_implementation(impl: str, hidden: torch.Tensor, weight: torch.Tensor, summed: bool) -> str:
+    """The implementation that `impl` stands for here.
+
+    Args:
+        impl: a name, or 'auto' for the fastest. On CPU: 'chunk' for sums, otherwise 'split'. Where Triton runs
+            compiled: 'chunk' for sums over hidden states wider than 1,650, otherwise 'triton'.
+        hidden, weight: as in `linear_gather`.
+        summed: whether the caller wants a sum of row losses, whose gradient can be made in the forward pass.
+
+    Raises:
+        ObjectiveError: a name that does not exist, or an implementation that cannot run here.
+    """
+    check_implementation(impl)
+    dtype = accumulation_dtype(hidden, weight)
+    if impl == "triton" and (reason := triton_gather.unavailable(hidden.device, dtype)):
+        raise ObjectiveError(reason)
+    if impl != "auto":
+        return impl
+    compiled = hidden.device.type == "cuda" and triton_gather.unavailable(hidden.device, dtype) is None
+    if summed and (not compiled or hidden.shape[1] > WIDEST_RECOMPUTED):
+        return "chunk"
+    return "triton" if compiled else "split"
 
 
 def linear_gather(
@@ -73,8 +102,10 @@ def linear_gather(
         weight: [V, D]; its type may differ from hidden's.
         ids: int64 [N, K], unique within a row; -1, anywhere, is padding. K may be 0.
         temperature: T > 0.
-        head: bias, softcap, logit_scale and valid_vocab.
-        impl: 'auto' (split), 'split' (one tile of logits at a time) or 'reference' (dense, autograd).
+        head: bias, softcap, logit_scale, valid_vocab and shard. With a shard, weight and bias are this rank's rows, ids
+            and valid_vocab count over the whole head, and every rank of the group must call (see `parallel.py`).
+        impl: 'auto', 'split' (slices of the vocabulary), 'chunk' (chunks of rows), 'triton' (CUDA) or 'reference'
+            (dense, autograd); see `choose_implementation`.
         slice_width: columns per tile of 'split'; by default as many as keep a tile near 16 MB on CPU, 64 MB elsewhere.
 
     Returns:
@@ -88,13 +119,26 @@ def linear_gather(
             the vocabulary gets z = -inf from 'split'.)
     """
     head = head or HeadOptions()
-    chosen = resolve_implementation(impl)
     check_temperature(temperature)
     check_head(hidden, weight, head)
+    chosen = choose_implementation(impl, hidden, weight, summed=False)
     check_ids(hidden, ids, head.columns(weight))
+    if head.shard is not None:
+
+        def local(hidden: torch.Tensor, ids: torch.Tensor, head: HeadOptions) -> GatherResult:
+            return linear_gather(
+                hidden, weight, ids, temperature=temperature, head=head, impl=chosen, slice_width=slice_width
+            )
+
+        return parallel.linear_gather(hidden, weight, ids, temperature, head, local)
     if chosen == "reference":
         return reference.linear_gather(hidden, weight, ids, temperature, head)
-    return split.linear_gather(hidden, weight, ids, temperature, head, slice_width)
+    plan = GatherPlan.of(hidden, weight, head, temperature, slice_width)
+    if chosen == "chunk":
+        lse_rest_N, lse_rest_T_N, z_NK = chunk.linear_gather(hidden, weight, ids, head, plan)
+    else:
+        lse_rest_N, lse_rest_T_N, z_NK = operators.gather(chosen, hidden, weight, head.bias, ids, plan)
+    return GatherResult(lse_rest_N, lse_rest_N if lse_rest_T_N is None else lse_rest_T_N, z_NK)
 
 
 def head_statistics(
@@ -118,4 +162,12 @@ def head_statistics(
     head = head or HeadOptions()
     check_head(hidden, weight, head)
     check_ids(hidden, ids, head.columns(weight))
+    if head.shard is not None:
+        return parallel.head_statistics(
+            hidden,
+            weight,
+            ids,
+            head,
+            lambda ids, head: statistics.head_statistics(hidden, weight, ids, head, slice_width),
+        )
     return statistics.head_statistics(hidden, weight, ids, head, slice_width)

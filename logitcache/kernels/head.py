@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from logitcache.errors import ObjectiveError
+from logitcache.kernels.shard import VocabularyShard
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -26,33 +27,28 @@ class HeadOptions:
         logit_scale: factor on the logits before the softcap (Cohere's `logit_scale`, or 1 / Granite's
             `logits_scaling`), or None.
         valid_vocab: number of real tokens; columns from there on are padding of the head and take no part.
+        shard: which rows of the head `weight` and `bias` hold when several processes share it, or None for all. ids
+            and valid_vocab count over the whole head all the same.
     """
 
     bias: torch.Tensor | None = None
     softcap: float | None = None
     logit_scale: float | None = None
     valid_vocab: int | None = None
+    shard: VocabularyShard | None = None
 
     @property
     def scale(self) -> float:
         """The factor on the logits, 1 when none was given."""
         return 1.0 if self.logit_scale is None else float(self.logit_scale)
 
+    def rows(self, weight_VD: torch.Tensor) -> int:
+        """Number of rows of the head, over all processes that share it."""
+        return int(weight_VD.shape[0]) if self.shard is None else self.shard.total
+
     def columns(self, weight_VD: torch.Tensor) -> int:
-        """Number of columns that take part in the softmax."""
-        return int(weight_VD.shape[0]) if self.valid_vocab is None else int(self.valid_vocab)
-
-    def cap_(self, logits: torch.Tensor) -> torch.Tensor:
-        """Apply scale and softcap to raw logits in place."""
-        if self.softcap is not None:
-            return logits.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap)
-        return logits if self.logit_scale is None else logits.mul_(self.scale)
-
-    def chain(self, logits: torch.Tensor) -> torch.Tensor | float:
-        """d(logits) / d(raw logits), from the finished logits: scale * (1 - (z / c)^2)."""
-        if self.softcap is None:
-            return self.scale
-        return logits.square().mul_(-self.scale / self.softcap**2).add_(self.scale)
+        """Number of columns that take part in the softmax, over all processes that share the head."""
+        return self.rows(weight_VD) if self.valid_vocab is None else int(self.valid_vocab)
 
 
 class GatherResult(NamedTuple):
@@ -87,7 +83,10 @@ def check_head(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, head: HeadOptio
         if not isinstance(value, torch.Tensor):
             raise ObjectiveError(f"{name} is a {type(value).__name__}, not a tensor; pass the tensor itself")
         if type(value).__name__ == "DTensor":
-            raise ObjectiveError(f"{name} is a DTensor, which this loss does not split; pass {name}.full_tensor()")
+            raise ObjectiveError(
+                f"{name} is a DTensor, which this loss does not take; pass {name}.full_tensor(), or of a weight "
+                "split by rows the local ones with shard=VocabularyShard.of(...)"
+            )
         if value.dtype not in FLOATS:
             raise ObjectiveError(f"{name} is {value.dtype}; use float64, float32, float16 or bfloat16")
         if value.ndim != 2:
@@ -103,8 +102,10 @@ def check_head(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, head: HeadOptio
 
 
 def _check_options(weight_VD: torch.Tensor, head: HeadOptions) -> None:
-    rows = int(weight_VD.shape[0])
-    if rows == 0:
+    rows, total = int(weight_VD.shape[0]), head.rows(weight_VD)
+    if head.shard is not None:
+        head.shard.check(rows)
+    if total == 0:
         raise ObjectiveError("weight has no rows; a head needs at least one token")
     if head.bias is not None and (head.bias.shape != (rows,) or head.bias.device != weight_VD.device):
         raise ObjectiveError(
@@ -115,9 +116,9 @@ def _check_options(weight_VD: torch.Tensor, head: HeadOptions) -> None:
         raise ObjectiveError(f"softcap is {head.softcap}; it must be a finite number above 0, or None for no cap")
     if head.logit_scale is not None and not math.isfinite(head.logit_scale):
         raise ObjectiveError(f"logit_scale is {head.logit_scale}; it must be finite, or None for no scale")
-    if head.valid_vocab is not None and not 0 < head.valid_vocab <= rows:
+    if head.valid_vocab is not None and not 0 < head.valid_vocab <= total:
         raise ObjectiveError(
-            f"valid_vocab is {head.valid_vocab}, but weight has {rows} rows; it must lie in [1, {rows}]"
+            f"valid_vocab is {head.valid_vocab}, but weight has {total} rows; it must lie in [1, {total}]"
         )
 
 
@@ -131,7 +132,7 @@ def check_ids(hidden_ND: torch.Tensor, ids_NK: torch.Tensor, columns: int) -> No
         raise ObjectiveError(f"ids is {ids_NK.dtype}; use int64")
     if ids_NK.device != hidden_ND.device:
         raise ObjectiveError(f"ids is on {ids_NK.device}, but hidden is on {hidden_ND.device}; move one of them")
-    if ids_NK.device.type != "cpu" or ids_NK.numel() == 0:
+    if torch.compiler.is_compiling() or ids_NK.device.type != "cpu" or ids_NK.numel() == 0:
         return
     if int(ids_NK.max()) >= columns:
         raise ObjectiveError(f"ids holds {int(ids_NK.max())}, but the head has only {columns} valid columns")

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from logitcache.kernels.head import HeadOptions
+from logitcache.kernels.head import accumulation_dtype
+from logitcache.kernels.plan import GatherPlan
 
 # Bytes of one tile of logits. On CPU it should stay in the last-level cache (8 to 32 MB measured alike, 64 MB 10 to
 # 25 % slower); on accelerators fewer, larger products hide the launches.
@@ -25,22 +26,6 @@ def slice_columns(rows: int, columns: int, device_type: str = "cpu", override: i
     budget = TILE_BYTES_CPU if device_type == "cpu" else TILE_BYTES
     width = max(budget // (4 * max(rows, 1)), MIN_COLUMNS) if override is None else override
     return max(1, min(width, columns))
-
-
-def product_dtype(hidden: torch.Tensor, weight: torch.Tensor, accumulate: torch.dtype) -> torch.dtype:
-    """Type of the operands of the matrix products.
-
-    CUDA multiplies half-precision operands into float32 results (`torch.mm(..., out_dtype=)`, PyTorch 2.8 and later);
-    everywhere else the operands are widened, so that logits are never rounded to half precision.
-    """
-    halves = (torch.float16, torch.bfloat16)
-    if hidden.device.type != "cuda" or accumulate != torch.float32 or "dtype" not in torch.ops.aten.mm.overloads():
-        return accumulate
-    if torch.is_autocast_enabled("cuda"):
-        autocast = torch.get_autocast_dtype("cuda")
-        return autocast if autocast in halves else accumulate
-    found = {tensor.dtype for tensor in (hidden, weight) if tensor.dtype in halves}
-    return found.pop() if len(found) == 1 else accumulate
 
 
 def matmul_into(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -79,29 +64,36 @@ class Slice:
 
 
 class Slicer:
-    """Walks over the vocabulary and hands out tiles of finished logits in one reused buffer."""
+    """Walks over the vocabulary and hands out tiles of finished logits in one reused buffer.
+
+    Args:
+        hidden_ND, weight_VD, bias_V, ids_NK, plan: as in `linear_gather`.
+        buffer: at least N * W + 1 elements of the tiles' type to use again; made when None.
+    """
 
     def __init__(
         self,
         hidden_ND: torch.Tensor,
         weight_VD: torch.Tensor,
+        bias_V: torch.Tensor | None,
         ids_NK: torch.Tensor,
-        head: HeadOptions,
-        dtype: torch.dtype,
-        operand_dtype: torch.dtype,
-        width: int | None,
+        plan: GatherPlan,
+        buffer: torch.Tensor | None = None,
     ) -> None:
-        self.weight_VD, self.ids_NK, self.head, self.operand_dtype = weight_VD, ids_NK, head, operand_dtype
-        self.hidden_ND = hidden_ND.to(operand_dtype)
-        self.rows, self.columns = int(hidden_ND.shape[0]), head.columns(weight_VD)
-        self.width = slice_columns(self.rows, self.columns, hidden_ND.device.type, width)
-        self.buffer = torch.empty(self.rows * self.width + 1, dtype=dtype, device=hidden_ND.device)
+        self.weight_VD, self.bias_V, self.ids_NK, self.plan = weight_VD, bias_V, ids_NK, plan
+        self.hidden_ND = hidden_ND.to(plan.operand_dtype)
+        self.rows = int(hidden_ND.shape[0])
+        self.width = slice_columns(self.rows, plan.columns, hidden_ND.device.type, plan.slice_width)
+        if buffer is None:
+            dtype = accumulation_dtype(hidden_ND, weight_VD)
+            buffer = torch.empty(self.rows * self.width + 1, dtype=dtype, device=hidden_ND.device)
+        self.buffer = buffer
         self.row_offset_N1 = torch.arange(self.rows, device=hidden_ND.device)[:, None]
 
     def __iter__(self) -> Iterator[Slice]:
         """The slices in order, with empty tiles: the caller fills them with `fill` if it needs the logits."""
-        for start in range(0, self.columns, self.width):
-            stop = min(start + self.width, self.columns)
+        for start in range(0, self.plan.columns, self.width):
+            stop = min(start + self.width, self.plan.columns)
             width = stop - start
             flat = self.buffer[: self.rows * width + 1]
             inside_NK = (self.ids_NK >= start) & (self.ids_NK < stop)
@@ -109,7 +101,7 @@ class Slicer:
             yield Slice(
                 start=start,
                 stop=stop,
-                weight_WD=self.weight_VD[start:stop].to(self.operand_dtype),
+                weight_WD=self.weight_VD[start:stop].to(self.plan.operand_dtype),
                 flat=flat,
                 tile_NW=flat[:-1].view(self.rows, width),
                 inside_NK=inside_NK,
@@ -119,6 +111,16 @@ class Slicer:
     def fill(self, part: Slice) -> torch.Tensor:
         """Write the slice's logits into its tile and return the tile."""
         matmul_into(self.hidden_ND, part.weight_WD.T, part.tile_NW)
-        if self.head.bias is not None:
-            part.tile_NW.add_(self.head.bias[part.start : part.stop])
-        return self.head.cap_(part.tile_NW)
+        if self.bias_V is not None:
+            part.tile_NW.add_(self.bias_V[part.start : part.stop])
+        return self.plan.cap_(part.tile_NW)
+
+
+def softmax_(tile_NW: torch.Tensor) -> torch.Tensor:
+    """The logsumexp [N] of each row; the tile becomes its softmax (NaN in rows that are all -inf).
+
+    Two reductions and one fused softmax touch the tile less often than maximum, difference, exp and sum do.
+    """
+    top_N = tile_NW.amax(dim=1)
+    torch.softmax(tile_NW, dim=1, out=tile_NW)
+    return torch.where(top_N == float("-inf"), top_N, top_N - tile_NW.amax(dim=1).log())

@@ -5,10 +5,17 @@ Legend: N rows (token positions), K stored ids per row.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from logitcache.errors import ObjectiveError, TargetsError
 from logitcache.targets import DeviceTargets, SparseTargets
+
+
+def values_are_free(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's values may be looked at: on CPU, and not while torch.compile traces."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def check_labels(labels: torch.Tensor, hidden_ND: torch.Tensor) -> None:
@@ -24,7 +31,7 @@ def check_labels(labels: torch.Tensor, hidden_ND: torch.Tensor) -> None:
 
 def check_label_values(labels_N: torch.Tensor, counted_N: torch.Tensor, columns: int) -> None:
     """Raise ObjectiveError if a counted label is not a token of the head."""
-    if labels_N.device.type != "cpu":
+    if not values_are_free(labels_N):
         return
     bad_N = counted_N & ((labels_N < 0) | (labels_N >= columns))
     if bool(bad_N.any()):
@@ -51,7 +58,7 @@ def device_targets(
         targets.check_vocabulary(columns)
         return targets.to_device(hidden_ND.device)
     _check_tensors(targets, hidden_ND)
-    if hidden_ND.device.type == "cpu":
+    if values_are_free(hidden_ND):
         _check_values(targets, columns)
     return targets
 
@@ -62,16 +69,45 @@ def has_exact_head(targets: DeviceTargets) -> bool:
         return True
     if targets.has_exact_head is not None:
         return targets.has_exact_head
-    if targets.ids.device.type != "cpu":
+    if not values_are_free(targets.ids):
         return True
     return not bool((targets.threshold.isinf() & (targets.ids >= 0).any(1)).any())
+
+
+def check_label_logprob(targets: DeviceTargets, counted_N: torch.Tensor) -> None:
+    """Raise TargetsError, naming the row, if the teacher's log-probability of a counted label is not known."""
+    if not values_are_free(counted_N):
+        return
+    bad_N = counted_N & ~torch.isfinite(targets.label_logprob)
+    if bool(bad_N.any()):
+        row = int(bad_N.nonzero()[0])
+        raise TargetsError(
+            f"targets.label_logprob is {float(targets.label_logprob[row])} in row {row}, whose label counts; "
+            "policy_gradient needs it, so use a cache that `dump` wrote, or ignore_index for such rows"
+        )
+
+
+def check_share(name: str, value: float | torch.Tensor, rows: int) -> None:
+    """Raise ObjectiveError unless the value is a number in [0, 1], or a tensor of one number or one per row."""
+    if isinstance(value, torch.Tensor):
+        if value.ndim != 0 and value.shape != (rows,):
+            raise ObjectiveError(f"{name} has shape {tuple(value.shape)}; it must be a number or one per row")
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ObjectiveError(f"{name} is {value!r}; it must be a number in [0, 1] or a tensor of such numbers")
+
+
+def check_z_loss(z_loss: float) -> None:
+    """Raise ObjectiveError unless z_loss is a finite number that is not negative."""
+    if isinstance(z_loss, bool) or not isinstance(z_loss, int | float) or not (math.isfinite(z_loss) and z_loss >= 0):
+        raise ObjectiveError(f"z_loss is {z_loss!r}; it must be a finite number, 0 or above (PaLM uses 1e-4)")
 
 
 def _check_tensors(targets: DeviceTargets, hidden_ND: torch.Tensor) -> None:
     rows = int(hidden_ND.shape[0])
     if targets.ids.ndim != 2 or targets.ids.dtype != torch.int64:
         raise TargetsError(f"targets.ids is {targets.ids.dtype} {tuple(targets.ids.shape)}; it must be int64 [N, K]")
-    columns = dict.fromkeys(("tail_mass", "entropy", "threshold"), (rows,))
+    columns = dict.fromkeys(("tail_mass", "label_logprob", "entropy", "threshold"), (rows,))
     for name, shape in {"weights": tuple(targets.ids.shape), **columns}.items():
         value = getattr(targets, name)
         if tuple(value.shape) != shape or not value.dtype.is_floating_point:

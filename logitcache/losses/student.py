@@ -1,6 +1,6 @@
-"""The student's side of a loss: one call of the primitive, with the label put among the ids it gathers.
+"""The student's side of a loss: the ids that the primitive gathers, the label among them, and what follows from it.
 
-Legend: N rows (token positions), D width, V rows of the head, K stored ids per row (the set S), +1 the label's column.
+Legend: N rows (token positions), K stored ids per row (the set S), +1 the label's column.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from logitcache.kernels import GatherResult, HeadOptions, linear_gather
+from logitcache.kernels import GatherResult
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,32 +40,35 @@ def working_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def gather_student(
-    hidden_ND: torch.Tensor,
-    weight_VD: torch.Tensor,
-    ids_NK: torch.Tensor,
-    label_N: torch.Tensor | None,
-    head: HeadOptions,
-    impl: str,
-) -> Student:
-    """Run the head. `label_N` holds -1 where a row has no label; None leaves labels out altogether.
+def ids_to_gather(ids_NK: torch.Tensor, label_N: torch.Tensor | None) -> torch.Tensor:
+    """The stored ids [N, K] and, in one more column, the label of each row that has one outside them, else -1.
 
-    A label that is stored already uses its column; any other gets a column of its own, so that the ids stay unique.
+    `label_N` holds -1 where a row has no label; None leaves labels out altogether. A label that is stored already uses
+    its own column, so that the ids stay unique.
     """
     if label_N is None:
-        z_NK, rest_N, lse_N = _widen(linear_gather(hidden_ND, weight_VD, ids_NK, head=head, impl=impl))
-        return Student(z_NK, lse_N, rest_N - lse_N, None, None)
-    label_NK = (ids_NK == label_N[:, None]) & (label_N >= 0)[:, None]
-    stored_N = label_NK.any(dim=1)
-    outside_N = (label_N >= 0) & ~stored_N
-    index = torch.cat([ids_NK, label_N.masked_fill(stored_N, -1)[:, None]], dim=1)
-    z, rest_N, lse_N = _widen(linear_gather(hidden_ND, weight_VD, index, head=head, impl=impl))
+        return ids_NK
+    stored_N = _label_column(ids_NK, label_N).any(dim=1)
+    return torch.cat([ids_NK, label_N.masked_fill(stored_N, -1)[:, None]], dim=1)
+
+
+def student_of(result: GatherResult, ids_NK: torch.Tensor, label_N: torch.Tensor | None) -> Student:
+    """The student's side from the primitive's results at `ids_to_gather(ids_NK, label_N)`."""
+    z, rest_N, lse_N = _widen(result)
+    if label_N is None:
+        return Student(z, lse_N, rest_N - lse_N, None, None)
+    label_NK = _label_column(ids_NK, label_N)
+    outside_N = (label_N >= 0) & ~label_NK.any(dim=1)
     # Rows without the extra column put 0 in its place: -inf with -inf would have a NaN gradient.
     z_NK, z_extra_N = z[:, :-1], torch.where(outside_N, z[:, -1], 0.0)
     log_rest_N = torch.where(outside_N, torch.logaddexp(rest_N, z_extra_N), rest_N) - lse_N
     z_label_N = torch.where(label_NK, z_NK, 0.0).sum(dim=1) + z_extra_N
     log_p_label_N = torch.where(label_N >= 0, z_label_N - lse_N, 0.0)
     return Student(z_NK, lse_N, log_rest_N, log_p_label_N, label_NK)
+
+
+def _label_column(ids_NK: torch.Tensor, label_N: torch.Tensor) -> torch.Tensor:
+    return (ids_NK == label_N[:, None]) & (label_N >= 0)[:, None]
 
 
 def _widen(result: GatherResult) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

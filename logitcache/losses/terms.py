@@ -1,24 +1,14 @@
-"""Per-row cross entropy and divergence from one pass over the head, and how they become one loss.
-
-Legend: N rows (token positions), D width, V rows of the head, K stored ids per row, +1 the label's own column.
-"""
+"""Per-row cross entropy and divergence, and how they are mixed and reduced. Legend: N rows (token positions)."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 
 from logitcache.errors import ObjectiveError
-from logitcache.kernels import HeadOptions, accumulation_dtype, check_head
-from logitcache.losses.checks import check_label_values, check_labels, device_targets, has_exact_head
-from logitcache.losses.divergence import DIVERGENCES, gather_terms
-from logitcache.losses.objective import Objective, check_alpha
-from logitcache.losses.student import gather_student
-from logitcache.targets import DeviceTargets, SparseTargets
-
-REDUCTIONS = ("mean", "sum", "none")
+from logitcache.losses.objective import check_alpha
+from logitcache.losses.options import check_reduction, denominator
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +22,7 @@ class DistillationTerms:
         counted: bool [N], False where the label is ignore_index.
         temperature: T.
         dtype: type of the loss.
+        z_loss: [N] the coefficient of the z-loss times lse^2, which is added to the mix; None when there is none.
     """
 
     ce: torch.Tensor | None
@@ -39,6 +30,7 @@ class DistillationTerms:
     counted: torch.Tensor
     temperature: float
     dtype: torch.dtype
+    z_loss: torch.Tensor | None = None
 
     def loss(
         self,
@@ -46,13 +38,20 @@ class DistillationTerms:
         reduction: str = "mean",
         normalizer: float | torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """(1 - alpha) * ce + alpha * T^2 * divergence, reduced; see `distillation_loss`."""
+        """(1 - alpha) * ce + alpha * T^2 * divergence + z_loss, reduced; see `distillation_loss`."""
         check_reduction(reduction, normalizer)
-        return reduce_rows(self.rows(alpha), self.counted, reduction, normalizer).to(self.dtype)
+        rows_N = self.rows(alpha)
+        if reduction == "none":
+            return rows_N.to(self.dtype)
+        return (rows_N.sum() / denominator(self.counted, reduction, normalizer)).to(self.dtype)
 
     def rows(self, alpha: float | torch.Tensor = 0.9) -> torch.Tensor:
         """[N] the mixed loss of each row. Of a term with weight exactly 0 (a Python number) nothing enters."""
         check_alpha(alpha)
+        mixed_N = self._mixed(alpha)
+        return mixed_N if self.z_loss is None else mixed_N + self.z_loss
+
+    def _mixed(self, alpha: float | torch.Tensor) -> torch.Tensor:
         if self.divergence is None or (not isinstance(alpha, torch.Tensor) and alpha == 0):
             return self._need(self.ce, "cross entropy")
         divergence_N = self.divergence * self.temperature**2
@@ -70,85 +69,7 @@ class DistillationTerms:
             raise ObjectiveError(f"alpha needs the {name}, which was not computed; ask for it with with_ce=True")
         return term
 
-
-def check_reduction(reduction: str, normalizer: float | torch.Tensor | None) -> None:
-    """Raise ObjectiveError for an unknown reduction or a normalizer that cannot divide."""
-    if reduction not in REDUCTIONS:
-        raise ObjectiveError(f"reduction is {reduction!r}; use one of {', '.join(REDUCTIONS)}")
-    if normalizer is None:
-        return
-    if reduction != "mean":
-        raise ObjectiveError(f"normalizer divides the mean only, but reduction is {reduction!r}; leave one of them out")
-    if not isinstance(normalizer, torch.Tensor) and not (math.isfinite(normalizer) and normalizer > 0):
-        raise ObjectiveError(f"normalizer is {normalizer}; it must be a finite number above 0")
-    if isinstance(normalizer, torch.Tensor) and normalizer.numel() != 1:
-        raise ObjectiveError(f"normalizer has shape {tuple(normalizer.shape)}; it must be one number")
-
-
-def reduce_rows(
-    rows_N: torch.Tensor, counted_N: torch.Tensor, reduction: str, normalizer: float | torch.Tensor | None
-) -> torch.Tensor:
-    """Reduce per-row losses that are already 0 where they do not count; nothing counted gives 0, not NaN."""
-    if reduction == "none":
-        return rows_N
-    total = rows_N.sum()
-    if reduction == "sum":
-        return total
-    if normalizer is None:
-        return total / counted_N.sum().clamp(min=1)
-    return total / (normalizer.reshape(()) if isinstance(normalizer, torch.Tensor) else normalizer)
-
-
-def distillation_terms(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    labels: torch.Tensor,
-    targets: SparseTargets | DeviceTargets | None,
-    objective: Objective | None = None,
-    temperature: float = 1.0,
-    impl: str = "auto",
-    *,
-    head: HeadOptions | None = None,
-    ignore_index: int = -100,
-    with_ce: bool = True,
-) -> DistillationTerms:
-    """Cross entropy and divergence of each row from one pass over the head, for training and for logging.
-
-    Args:
-        hidden, weight, labels, targets, objective, temperature, impl, ignore_index: as in `distillation_loss`.
-        head: bias, softcap, logit_scale and valid_vocab.
-        with_ce: False leaves the cross entropy out; the labels' values are then not read (except by tail='label').
-
-    Returns:
-        DistillationTerms; `terms.loss(alpha)` is what `distillation_loss` returns.
-
-    Raises:
-        ObjectiveError, TargetsError: as in `distillation_loss`.
-    """
-    head = head or HeadOptions()
-    check_head(hidden, weight, head)
-    check_labels(labels, hidden)
-    objective = objective or Objective.default_for(bool(getattr(targets, "unbiased", False)))
-    if not isinstance(objective, Objective):
-        raise ObjectiveError(f"objective is {objective!r}; build one, for example Objective.forward_kl(tail='bucket')")
-    tail, columns = objective.tail, head.columns(weight)
-    stored = None if tail is None else device_targets(targets, hidden, columns)
-    if stored is not None:
-        objective.check(stored.unbiased, temperature, has_exact_head=has_exact_head(stored))
-        stored = stored.exact_head() if tail == "bucket" else stored
-    else:
-        objective.check(False, temperature)
-    counted_N = labels != ignore_index
-    label_N = None
-    if with_ce or tail in (None, "label"):
-        check_label_values(labels, counted_N, columns)
-        label_N = labels.masked_fill(~counted_N, -1)
-    ids_NK = labels.new_empty((len(labels), 0)) if stored is None else stored.ids
-    student = gather_student(hidden, weight, ids_NK, label_N, head, impl)
-    ce_N = divergence_N = None
-    if student.log_p_label_N is not None and (with_ce or tail is None):
-        ce_N = torch.where(counted_N, -student.log_p_label_N, 0.0)
-    if stored is not None and tail is not None:
-        divergence_N = DIVERGENCES[tail](gather_terms(student, stored), temperature)
-        divergence_N = torch.where(counted_N, divergence_N, 0.0)
-    return DistillationTerms(ce_N, divergence_N, counted_N, temperature, accumulation_dtype(hidden, weight))
+    @property
+    def all_columns(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """ce, divergence and z_loss."""
+        return self.ce, self.divergence, self.z_loss

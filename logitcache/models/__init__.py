@@ -1,6 +1,7 @@
 """Models and tokenizers: where they come from, what identifies them, and how their logits are made."""
 
-from logitcache.models.head import LMHead, body_hidden, check_split, head_logits, split_model
+from logitcache.models.check import check_split
+from logitcache.models.head import LMHead, body_hidden, head_logits, split_model
 from logitcache.models.identity import model_identity, tokenizer_identity
 from logitcache.models.loading import (
     DEVICES,
@@ -12,6 +13,7 @@ from logitcache.models.loading import (
     resolve_source,
     weight_files,
 )
+from logitcache.models.operands import causal_lm, with_head
 from logitcache.models.saving import convert_gguf, save_model
 
 __all__ = [
@@ -19,6 +21,7 @@ __all__ = [
     "DTYPES",
     "LMHead",
     "body_hidden",
+    "causal_lm",
     "check_split",
     "choose_device",
     "convert_gguf",
@@ -32,4 +35,5 @@ __all__ = [
     "split_model",
     "tokenizer_identity",
     "weight_files",
+    "with_head",
 ]

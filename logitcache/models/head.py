@@ -48,21 +48,47 @@ def split_model(model: Any) -> tuple[Any, LMHead]:
     name = type(model).__name__
     if hasattr(model, "get_base_model"):
         raise ModelError(f"{name} wears an adapter; merge it first with merge_and_unload()")
-    body, linear = model.base_model, model.get_output_embeddings()
-    if body is model or not isinstance(linear, torch.nn.Linear) or hasattr(linear, "base_layer"):
+    body = model.base_model
+    if body is model:
+        raise ModelError(f"{name} is a body without an LM head; choose a causal language model")
+    weight, bias = plain_linear(name, model.get_output_embeddings())
+    check_place(model)
+    return body, LMHead(weight, bias, *head_options(model.config))
+
+
+def plain_linear(name: str, linear: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight [V, D] and bias [V] of a linear layer; ModelError, naming the model, for anything else."""
+    if not isinstance(linear, torch.nn.Linear) or type(linear).forward is not torch.nn.Linear.forward:
         raise ModelError(
             f"{name} has {type(linear).__name__} where logitcache needs a plain linear LM head; "
-            "merge adapters first, or choose another architecture"
+            "merge adapters first, load it without quantisation, or choose another architecture"
         )
     weight = linear.weight
-    if not weight.is_floating_point():
-        raise ModelError(f"{name} has an LM head quantised to {weight.dtype}; load the model without quantisation")
+    if type(weight).__name__ == "DTensor":
+        raise ModelError(
+            f"the LM head of {name} is a DTensor that nothing gathers; under FSDP call the sharded model itself, under "
+            "tensor parallelism use distillation_loss with shard=VocabularyShard.of(...)"
+        )
+    if not weight.is_floating_point() or type(weight) not in (torch.Tensor, torch.nn.Parameter):
+        raise ModelError(
+            f"{name} has an LM head quantised to {weight.dtype} ({type(weight).__name__}); load the model without "
+            "quantisation, or at least its head"
+        )
+    return weight, linear.bias
+
+
+def check_place(model: Any) -> None:
+    """Raise ModelError unless all of the model lies on one device, with memory."""
     places = sorted({str(parameter.device) for parameter in model.parameters()})
     if len(places) > 1 or places == ["meta"]:
-        raise ModelError(f"{name} lies on {', '.join(places)}; load it whole on one device")
-    config = model.config.get_text_config()
+        raise ModelError(f"{type(model).__name__} lies on {', '.join(places)}; load it whole on one device")
+
+
+def head_options(config: Any) -> tuple[float | None, float | None]:
+    """(softcap, logit_scale) of a transformers config, None where it has none."""
+    config = config.get_text_config()
     softcap = next(filter(None, (_number(config, field) for field in _SOFTCAPS)), None)
-    return body, LMHead(weight, linear.bias, softcap, _logit_scale(config))
+    return softcap, _logit_scale(config)
 
 
 def _number(config: Any, field: str) -> float | None:
@@ -97,66 +123,3 @@ def head_logits(hidden: torch.Tensor, head: LMHead) -> torch.Tensor:
     if head.logit_scale is not None:
         logits = logits * head.logit_scale
     return logits if head.softcap is None else torch.tanh(logits / head.softcap) * head.softcap
-
-
-@torch.no_grad()
-def check_split(model: Any) -> None:
-    """Run a few tokens and compare `head_logits(body_hidden(...))` with the model's own logits.
-
-    Raises:
-        ModelError: they differ, a position sees later tokens, or the model does not run on text alone.
-    """
-    name, (_, head) = type(model).__name__, split_model(model)
-    rows = min(head.weight.shape[0], model.get_input_embeddings().weight.shape[0])
-    ids = (torch.arange(8, device=head.weight.device) * max(1, rows // 11) % rows).repeat(2, 1)
-    ids[1, -1] = (ids[0, -1] + 1) % rows
-    training = model.training
-    model.eval()
-    try:
-        hidden = body_hidden(model, ids)
-        gain, logits = _loud_logits(model, ids, hidden, head)
-    except Exception as error:
-        raise ModelError(
-            f"{name} does not run on token ids alone ({type(error).__name__}: {error}); choose another model"
-        ) from error
-    finally:
-        model.train(training)
-    if not (bool(torch.isfinite(hidden).all()) and bool(torch.isfinite(logits).all())):
-        raise ModelError(
-            f"{name} computes NaN or infinity in {head.weight.dtype}; check its weights or try another --dtype"
-        )
-    tolerance = 1e-4 if head.weight.dtype in (torch.float32, torch.float64) else 3e-2
-    if not _close(hidden[0, :-1], hidden[1, :-1], tolerance):
-        raise ModelError(f"{name} lets a position see the tokens after it, so it is no causal language model")
-    if not _close(head_logits(hidden * gain, head), logits, tolerance):
-        raise ModelError(
-            f"{name} (model type {model.config.model_type!r}) computes its logits in a way logitcache does not know; "
-            "choose another architecture, or report this one"
-        )
-
-
-def _loud_logits(model: Any, ids: torch.Tensor, hidden: torch.Tensor, head: LMHead) -> tuple[float, torch.Tensor]:
-    """The model's own logits with the head's input multiplied by a gain: (gain, logits).
-
-    A softcap hardly bends the small logits of an odd input or a young model; at 40 nats nothing stays hidden.
-    """
-    largest = float(head_logits(hidden, LMHead(head.weight)).abs().max())
-    gain, applied = (40 / largest if largest > 0 else 1.0), []
-
-    def amplify(_module: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        applied.append(True)
-        return (args[0] * gain, *args[1:])
-
-    hook = model.get_output_embeddings().register_forward_pre_hook(amplify)
-    try:
-        logits = model(input_ids=ids, use_cache=False).logits
-    finally:
-        hook.remove()
-    return (gain if applied else 1.0), logits
-
-
-def _close(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
-    if one.shape != other.shape:
-        return False
-    one, other = one.float(), other.float()
-    return bool((one - other).abs().max() <= tolerance * max(float(other.abs().max()), 1e-6))

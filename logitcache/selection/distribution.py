@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from logitcache.targets import offsets_of
+
 # Columns of which the largest is taken before searching the top K.
 TOP_GROUP = 64
 
@@ -87,4 +89,4 @@ def sorted_rows(
     order_nK = torch.where(keep_nK, ids_nK, torch.iinfo(ids_nK.dtype).max).argsort(1)
     kept = keep_nK.gather(1, order_nK).cpu().numpy()
     ids, weights = ids_nK.gather(1, order_nK).cpu().numpy(), weights_nK.gather(1, order_nK).cpu().numpy()
-    return np.concatenate([[0], np.cumsum(kept.sum(1))]), ids[kept], weights[kept]
+    return offsets_of(kept.sum(1)), ids[kept], weights[kept]

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from logitcache.selection.distribution import Distribution
-from logitcache.targets import SparseTargets
+from logitcache.targets import SparseTargets, offsets_of
 
 # Columns summed together before drawing: a draw first picks a group, then a column in it, so that only
 # V + draws * GROUP numbers are summed instead of a float64 running sum over all V.
@@ -93,7 +93,7 @@ def count_draws(draws_nK: NDArray[np.int64]) -> SparseTargets:
     first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
     starts = np.flatnonzero(first)
     counts = np.diff(starts, append=ordered.size)
-    offsets = np.concatenate([[0], np.cumsum(first.sum(1))])
+    offsets = offsets_of(first.sum(1))
     return SparseTargets(offsets, ordered.ravel()[starts], counts / np.float32(draws_nK.shape[1]), unbiased=True)
 
 
@@ -119,5 +119,5 @@ def sample(dist: Distribution, uniforms_nK: torch.Tensor, exponent: float | None
     ratios = dist.probs[rows, ids] / proposal[rows, ids].to(torch.float64) * scale_n[rows]
     weights = (targets.weights * ratios.cpu().numpy()).astype(np.float32)
     kept = weights > 0
-    offsets = np.concatenate([[0], np.cumsum(kept)])[targets.offsets]
+    offsets = offsets_of(kept)[targets.offsets]
     return SparseTargets(offsets, targets.ids[kept], weights[kept], unbiased=True)

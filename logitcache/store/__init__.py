@@ -2,6 +2,7 @@
 
 from logitcache.store.cache import Blocks, Cache, ChunkRef, open_cache
 from logitcache.store.convert import convert
+from logitcache.store.differences import Wording
 from logitcache.store.garbage import Leftover, collect_garbage
 from logitcache.store.layout import ContainerKind, Layout
 from logitcache.store.location import cache_home
@@ -30,6 +31,7 @@ __all__ = [
     "StoredSelection",
     "TokenFile",
     "Transfer",
+    "Wording",
     "cache_home",
     "check_folder",
     "collect_garbage",

@@ -60,8 +60,12 @@ class CacheFiles(ABC):
         """Size of the file of the tables."""
 
     @abstractmethod
-    def num_document_bytes(self) -> int:
-        """Bytes of all files that are not shards."""
+    def num_bytes(self, shards: Sequence[Shard]) -> int:
+        """Bytes of these shards and of all other files that are there."""
+
+    @abstractmethod
+    def missing_shards(self, shards: Sequence[Shard]) -> list[str]:
+        """Names of those whose files are known not to be there; nothing is read."""
 
     @abstractmethod
     def prefetch(self, shards: Sequence[Shard]) -> None:
@@ -98,10 +102,13 @@ class LocalFiles(CacheFiles):
     def codebook_bytes(self) -> int:
         return self._layout.codebook.stat().st_size
 
-    def num_document_bytes(self) -> int:
-        files = [self._layout.manifest, self._layout.plan, self._layout.codebook]
-        files += list(self._layout.commits.glob("*.json"))
-        return sum(path.stat().st_size for path in files if path.exists())
+    def num_bytes(self, shards: Sequence[Shard]) -> int:
+        files = [self._layout.manifest, self._layout.plan, self._layout.codebook, *self._layout.commits.glob("*.json")]
+        files += [self._layout.shards / shard.file for shard in shards]
+        return sum(path.stat().st_size for path in files if path.is_file())
+
+    def missing_shards(self, shards: Sequence[Shard]) -> list[str]:
+        return [shard.file for shard in shards if not (self._layout.shards / shard.file).is_file()]
 
     def prefetch(self, shards: Sequence[Shard]) -> None:
         pass

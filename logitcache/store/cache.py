@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from logitcache.codec import Codebook, CodedRows, RowCodec
 from logitcache.errors import CacheError, DamagedCacheError, FormatVersionError, TargetsError
+from logitcache.selection import Selection
 from logitcache.store.access import CacheFiles, LocalFiles
 from logitcache.store.container import Container, Plane
 from logitcache.store.layout import Layout
@@ -112,6 +113,11 @@ class Cache:
         return self.manifest.fingerprint
 
     @property
+    def selection(self) -> Selection:
+        """What was kept of each row."""
+        return Selection.from_dict(self.manifest.identity.selection.model_dump())
+
+    @property
     def unbiased(self) -> bool:
         """Whether the stored weights are unbiased estimates: of `sample` and `varopt` caches."""
         return self.manifest.identity.selection.unbiased
@@ -123,8 +129,13 @@ class Cache:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all files that belong to the cache."""
-        return sum(shard.num_bytes for shard in self.manifest.shards) + self.files.num_document_bytes()
+        """Bytes of all files that belong to the cache and are there; of remote shards the manifest's sizes."""
+        return self.files.num_bytes(self.manifest.shards)
+
+    @property
+    def missing_shards(self) -> list[str]:
+        """Names of shards whose files are not there; nothing is read. Of a remote cache nobody looks: always empty."""
+        return self.files.missing_shards(self.manifest.shards)
 
     @property
     def codebook_bytes(self) -> int:

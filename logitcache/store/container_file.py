@@ -57,15 +57,13 @@ class Container(ABC):
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            status = path.stat()
-            if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+            mode = path.stat().st_mode
+            if not stat.S_ISREG(mode):
                 # Opening a pipe would wait for ever.
-                raise self._damaged("it is not a file")
+                raise self._damaged("it is a folder" if stat.S_ISDIR(mode) else "it is not a file")
             self._file = path.open("rb")
         except FileNotFoundError as error:
             raise DamagedCacheError(f"{path} is missing; restore it", shard=path.name) from error
-        except IsADirectoryError as error:
-            raise self._damaged("it is a folder") from error
         except OSError as error:
             raise CacheError(f"{path} cannot be read: {error.strerror}") from error
         weakref.finalize(self, self._file.close)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from logitcache.errors import DamagedCacheError, UsageError
 from logitcache.store.cache import Cache, ChunkRef, open_cache
-from logitcache.store.layout import ContainerKind, Layout
+from logitcache.store.differences import Wording
+from logitcache.store.layout import ContainerKind, Layout, refuse_sources
 from logitcache.store.location import local_root
 from logitcache.store.schema import Ancestor, Manifest, Plan
 from logitcache.store.writer import CacheWriter, read_commits
@@ -31,7 +32,7 @@ def convert(
         progress: called with the numbers of finished and of all units.
 
     Raises:
-        UsageError: the cache has that container already, or `out` lies in it.
+        UsageError: the cache has that container already, or `out` is it or lies inside it.
         PlanMismatchError: `out` holds another cache.
         CacheError, DamagedCacheError: the source cannot be read, or `out` not be written.
     """
@@ -40,12 +41,11 @@ def convert(
     identity = cache.manifest.identity
     if identity.container == container:
         raise UsageError(f"{cache.root} has container {container} already; choose the other --container")
-    if cache.root.resolve() in (out.resolve(), *out.resolve().parents):
-        raise UsageError(f"{out} lies inside the cache that is converted; choose another --out")
+    refuse_sources(out, [cache.root])
     counters = _counters(cache)
     step = Ancestor(operation="convert", arguments={"container": container}, parents=[cache.fingerprint])
-    changes = {"container": container, "ancestry": [*identity.ancestry, step]}
-    writer = CacheWriter.open(out, identity.model_copy(update=changes), cache.manifest.origin)
+    converted = identity.model_copy(update={"container": container, "ancestry": [*identity.ancestry, step]})
+    writer = CacheWriter.open(out, converted, cache.manifest.origin, Wording.of_step(converted))
     if writer.read_codebook() is None:
         writer.publish_codebook(cache.read_codebook())
     pending, total = writer.pending_units(), writer.geometry.num_units

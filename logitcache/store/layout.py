@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import errno
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from logitcache.errors import CacheError
+from logitcache.errors import CacheError, UsageError
 from logitcache.store.location import refuse_url
 
 ContainerKind = Literal["zarr", "arrow"]
@@ -69,11 +69,23 @@ def unit_name(unit: int) -> str:
 
 
 def refuse_inside_cache(root: Path) -> None:
-    """Raise CacheError when a new folder would lie inside a cache, whose files are only its own, or is a URL."""
+    """Raise UsageError when a new folder would lie inside a cache, whose files are only its own.
+
+    Raises CacheError when it is a URL.
+    """
     refuse_url(root)
-    for parent in root.absolute().parents:
+    for parent in root.resolve().parents:
         if (parent / "plan.json").is_file() and (parent / "commits").is_dir():
-            raise CacheError(f"{root} lies inside the cache {parent}; choose another folder for --out")
+            raise UsageError(f"{root} lies inside the cache {parent}; choose another folder for --out")
+
+
+def refuse_sources(root: Path, sources: Iterable[Path]) -> None:
+    """Raise UsageError when a new folder would be one of the caches that are read, or lie inside one."""
+    for source in sources:
+        if root.resolve() == source.resolve():
+            raise UsageError(f"{root} is the cache to read from; choose another folder for --out")
+        if source.resolve() in root.resolve().parents:
+            raise UsageError(f"{root} lies inside the cache {source}; choose another folder for --out")
 
 
 @contextmanager

@@ -108,7 +108,13 @@ class RemoteFiles(CacheFiles):
             raise DamagedCacheError(f"{self.codebook_name} is missing; restore it, or push the cache again")
         return num_bytes
 
-    def num_document_bytes(self) -> int:
+    def num_bytes(self, shards: Sequence[Shard]) -> int:
+        return sum(shard.num_bytes for shard in shards) + self._num_document_bytes()
+
+    def missing_shards(self, shards: Sequence[Shard]) -> list[str]:
+        return []  # to look for them is a request for each
+
+    def _num_document_bytes(self) -> int:
         named = {MANIFEST, PLAN, self._codebook.as_posix()}
         try:
             found = [

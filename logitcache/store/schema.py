@@ -24,6 +24,10 @@ MAX_CHUNKS = 1 << 22
 MAX_ROW_ENTRIES = 65_535
 # No container holds a chunk in fewer bytes.
 LEAST_CHUNK_BYTES = 64
+# What a new cache's geometry is planned for.
+CHUNK_TOKENS = 1 << 16
+CHUNK_ENTRIES = 1 << 20
+LEAST_UNIT_TOKENS, MOST_UNIT_TOKENS = 1 << 14, 1 << 22
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, lt=1 << 62)]
@@ -64,6 +68,30 @@ class Geometry(Document):
         if blocks != sorted(set(blocks)) or (blocks and blocks[-1] >= self.num_blocks - 1):
             raise ValueError("short blocks must be listed once each, ascending, and lie before the last block")
         return self
+
+    @classmethod
+    def planned(cls, num_tokens: int, block_length: int, row_size: int, unit_tokens: int | None = None) -> Geometry:
+        """Chunks of at most 65,536 tokens, fewer where rows are long; units of about 1/32 of the corpus.
+
+        Units do not depend on the rows, and a smaller chunk divides a larger one: caches that are dumped together are
+        those that would have been dumped apart.
+
+        Args:
+            row_size: entries that a row may have.
+            unit_tokens: tokens to commit at once, instead of that share.
+        """
+        longest = _power_of_two(CHUNK_TOKENS // block_length)
+        wanted = unit_tokens or min(max(num_tokens // 32, LEAST_UNIT_TOKENS), MOST_UNIT_TOKENS)
+        unit_blocks = max(1, wanted // block_length)
+        if unit_blocks >= longest:
+            unit_blocks -= unit_blocks % longest
+        chunk_blocks = min(longest, _power_of_two(CHUNK_ENTRIES // row_size // block_length))
+        return cls(
+            num_tokens=num_tokens,
+            block_length=block_length,
+            chunk_blocks=min(chunk_blocks, unit_blocks),
+            unit_blocks=unit_blocks,
+        )
 
     @classmethod
     def of_blocks(cls, tokens: Sequence[int], block_length: int, chunk_blocks: int, unit_blocks: int) -> Geometry:
@@ -120,6 +148,11 @@ class Geometry(Document):
     def _missing_before(self, stop: int | None) -> int:
         """Positions without a token in the short blocks below `stop`, or in all of them."""
         return sum(self.block_length - tokens for block, tokens in self.short_blocks if stop is None or block < stop)
+
+
+def _power_of_two(number: int) -> int:
+    """The largest one that is not above `number`, at least 1."""
+    return 1 << max(number, 1).bit_length() - 1
 
 
 class StoredSelection(Document):
@@ -180,6 +213,12 @@ class Identity(Document):
     geometry: Geometry
     container: ContainerKind = "zarr"
     ancestry: list[Ancestor] = []
+
+    @property
+    def mean_tail_mass(self) -> float | None:
+        """Mass that draws from stored probabilities left out, on average; None where none were made of them."""
+        masses = [step.arguments["mean_tail_mass"] for step in self.ancestry if "mean_tail_mass" in step.arguments]
+        return masses[0] if masses else None
 
 
 class Origin(Document):

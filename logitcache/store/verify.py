@@ -30,7 +30,15 @@ class Problem:
 
 @dataclass
 class Report:
-    """What `verify` found; `ok` when there is no problem."""
+    """What `verify` found; `ok` when there is no problem.
+
+    Args:
+        problems: all that is wrong.
+        shards: shards that were checked.
+        tokens: tokens of those that are whole.
+        num_bytes: of all files that were checked: shards, tables, commit records, plan and manifest.
+        unfinished: whether units are still to be committed.
+    """
 
     problems: list[Problem] = field(default_factory=list)
     shards: int = 0
@@ -70,16 +78,10 @@ def verify(location: str | Path) -> Report:
 
 def _check(cache: Cache, report: Report) -> None:
     """Check tables and shards."""
-    report.unfinished = not cache.manifest.complete
-    try:
-        if cache.manifest.shards:
-            cache.codebook()
-    except CacheError as error:
-        report.problems.append(Problem("", "codebook", None, str(error)))
-    readable = not any(problem.array == "codebook" for problem in report.problems)
+    report.unfinished, report.num_bytes = not cache.manifest.complete, cache.num_bytes
+    readable = _check_codebook(cache, report)
     for number, shard in enumerate(cache.manifest.shards):
         report.shards += 1
-        report.num_bytes += shard.num_bytes
         found = len(report.problems)
         _check_shard(cache, number, report, decode=readable)
         if len(report.problems) == found:
@@ -109,6 +111,17 @@ def _check_objects(cache: Cache, objects: Objects, report: Report) -> None:
             read()
         except CacheError as error:
             report.problems.append(Problem("", "", None, str(error)))
+
+
+def _check_codebook(cache: Cache, report: Report) -> bool:
+    """Whether shards can be decoded."""
+    try:
+        if cache.manifest.shards:
+            cache.codebook()
+    except CacheError as error:
+        report.problems.append(Problem("", "codebook", None, str(error)))
+        return False
+    return True
 
 
 def _check_shard(cache: Cache, number: int, report: Report, decode: bool) -> None:

@@ -17,6 +17,7 @@ from logitcache.codec import Codebook, CodedRows, Planes, RowCodec
 from logitcache.errors import CacheError, DamagedCacheError, FormatVersionError, PlanMismatchError, TargetsError
 from logitcache.selection import chunk_uniforms
 from logitcache.store.container import Container, Plane, open_container, write_container
+from logitcache.store.differences import Wording, diff_identities
 from logitcache.store.files import (
     checked_json,
     failpoint,
@@ -62,11 +63,14 @@ class CacheWriter:
         weakref.finalize(self, hold_shared(layout.plan).close)
 
     @classmethod
-    def open(cls, root: Path, identity: Identity, origin: Origin | None = None) -> CacheWriter:
-        """Create the cache at `root`, or resume it.
+    def open(
+        cls, root: Path, identity: Identity, origin: Origin | None = None, wording: Wording | None = None
+    ) -> CacheWriter:
+        """Create the cache at `root`, or resume it. `wording` is for the message about another plan.
 
         Raises:
             PlanMismatchError: the folder holds a cache of another plan; `differences` says how it differs.
+            UsageError: the folder lies inside another cache.
             CacheError: the folder holds something else, or cannot be written.
         """
         layout = Layout(root, identity.container)
@@ -78,9 +82,9 @@ class CacheWriter:
                 publish(write_temporary_bytes(root, "plan.json", plan_json), layout.plan)
             failpoint("plan.written")
         plan = load_document(layout.plan, Plan)
-        differences = diff(plan.identity.model_dump(mode="json"), identity.model_dump(mode="json"))
+        differences = diff_identities(plan.identity, identity)
         if differences:
-            lines = "".join(f"\n  {field}: the cache has {old!r}, this run {new!r}" for field, old, new in differences)
+            lines = "".join(f"\n  {line}" for line in (wording or Wording()).lines(plan.identity, identity))
             raise PlanMismatchError(
                 f"{root} was begun with other arguments; repeat those or choose another --out. The difference:{lines}",
                 differences,
@@ -124,10 +128,9 @@ class CacheWriter:
         `tokens` int64 [N] are those at the positions of the pilot's N rows.
         """
         tables = Codebook.from_pilot(tokens, targets, self.identity.vocab_size, self.codec.needs_contexts)
-        self.publish_codebook(tables.to_planes())
-        codebook = self.codebook()
-        assert codebook is not None
-        return codebook
+        stored = self.publish_codebook(tables.to_planes())
+        self._codebook = parse_codebook(self.layout.codebook, stored, self.identity.vocab_size)
+        return self._codebook
 
     def read_codebook(self) -> dict[str, Plane] | None:
         """The tables' planes, or None when they are not written yet. Raises DamagedCacheError."""
@@ -155,15 +158,23 @@ class CacheWriter:
         return stored
 
     def encode(self, first_block: int, tokens: NDArray[np.int64], targets: SparseTargets) -> Planes:
-        """Planes of one chunk. Raises TargetsError.
+        """Planes of one chunk. The cache's first chunk is the pilot that its tables are counted from.
 
         Args:
             first_block: number of the chunk's first block; with the seed it settles how values are rounded.
             tokens: int64 [N], the chunk's real tokens.
             targets: their N rows.
+
+        Raises:
+            TargetsError: a value cannot be stored; the message names the row.
         """
-        coded = self.codec.code(targets, chunk_uniforms(self.identity.seed, first_block))
-        return self.pack(tokens, coded)
+        if self.codebook() is None:
+            self.publish_pilot(tokens, targets)
+        return self.pack(tokens, self.code(first_block, targets))
+
+    def code(self, first_block: int, targets: SparseTargets) -> CodedRows:
+        """The rows from `first_block` on as integers, rounded as `encode` rounds them. Raises TargetsError."""
+        return self.codec.code(targets, chunk_uniforms(self.identity.seed, first_block))
 
     def pack(self, tokens: NDArray[np.int64], coded: CodedRows) -> Planes:
         """Planes of one chunk whose rows are coded already, perhaps in another cache: nothing is rounded again."""
@@ -202,29 +213,39 @@ class CacheWriter:
             )
             failpoint("commit.after_write")
             sha256, num_bytes = sha256_of_file(temporary), temporary.stat().st_size
-            shard = self.layout.shard(unit, sha256)
+        record = Commit(
+            plan=self.plan.fingerprint,
+            codebook_sha256=self._codebook_sha256,
+            unit=name,
+            file=self.layout.shard(unit, sha256).name,
+            sha256=sha256,
+            num_bytes=num_bytes,
+            first_block=first,
+            num_blocks=stop - first,
+            num_tokens=num_tokens,
+            num_entries=entries,
+            counters=dict(counters or {}),
+        )
+        return num_bytes if self.commit_file(temporary, record) else 0
+
+    def commit_file(self, temporary: Path, record: Commit) -> bool:
+        """Give a finished temporary file in `shards/` its name, then write the record that commits it.
+
+        Returns False when another worker was first.
+        """
+        shard = self.layout.shards / record.file
+        with writing(self.layout.root):
             replace(temporary, shard)
+            # Renaming one hard link of a file onto another leaves both.
+            temporary.unlink(missing_ok=True)
             failpoint("commit.after_rename")
-            record = Commit(
-                plan=self.plan.fingerprint,
-                codebook_sha256=self._codebook_sha256,
-                unit=name,
-                file=shard.name,
-                sha256=sha256,
-                num_bytes=num_bytes,
-                first_block=first,
-                num_blocks=stop - first,
-                num_tokens=num_tokens,
-                num_entries=entries,
-                counters=dict(counters or {}),
-            )
             data = checked_json(record.model_dump(mode="json"))
-            pending = write_temporary_bytes(self.layout.commits, name, data)
+            pending = write_temporary_bytes(self.layout.commits, record.unit, data)
             failpoint("commit.before_link")
-            won = publish(pending, self.layout.commit(unit))
+            won = publish(pending, self.layout.commit(int(record.unit)))
             fsync_folder(self.layout.root)
             failpoint("commit.after_link")
-        return num_bytes if won else 0
+        return won
 
     def commits(self) -> list[Commit]:
         """Every commit record there is, in unit order, checked against the plan."""
@@ -271,7 +292,7 @@ def _check_integers(what: str, chunks: Sequence[Mapping[str, Plane]], limit: int
 
 
 def check_folder(layout: Layout) -> None:
-    """Raise CacheError when the folder cannot become, or is not, a cache."""
+    """Raise CacheError when the folder cannot become, or is not, a cache; UsageError when it lies inside one."""
     root = layout.root
     refuse_inside_cache(root)
     if root.exists() and not root.is_dir():
@@ -365,21 +386,3 @@ def assemble_manifest(layout: Layout, plan: Plan) -> Manifest:
         counters=counters,
         shards=shards,
     )
-
-
-def diff(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tuple[str, object, object]]:
-    """Fields in which two nested documents differ: (dotted name, old value, new value)."""
-    rows: list[tuple[str, object, object]] = []
-    for key in sorted({*old, *new}):
-        mine, theirs = _numbered(old.get(key)), _numbered(new.get(key))
-        if isinstance(mine, dict) and isinstance(theirs, dict):
-            rows += diff(mine, theirs, f"{prefix}{key}.")
-        elif mine != theirs:
-            rows.append((f"{prefix}{key}", mine, theirs))
-    return rows
-
-
-def _numbered(value: Any) -> Any:
-    """A list of objects as an object, so that a difference inside one of them is named."""
-    objects = isinstance(value, list) and value and all(isinstance(item, dict) for item in value)
-    return {str(number): item for number, item in enumerate(value)} if objects else value

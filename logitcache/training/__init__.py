@@ -1,7 +1,7 @@
 """Batches -> a trained student: transformers.Trainer with the fused loss, schedules and evaluation."""
 
 from logitcache.training.evaluation import evaluate_blocks
-from logitcache.training.schedules import AlphaSchedule
+from logitcache.training.schedules import AlphaSchedule, BlendSchedule
 from logitcache.training.trainer import DistillationSettings, DistillationTrainer
 
-__all__ = ["AlphaSchedule", "DistillationSettings", "DistillationTrainer", "evaluate_blocks"]
+__all__ = ["AlphaSchedule", "BlendSchedule", "DistillationSettings", "DistillationTrainer", "evaluate_blocks"]

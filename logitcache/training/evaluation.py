@@ -48,11 +48,10 @@ def evaluate_blocks(
         the student's most probable id is the teacher's; for sampled rows, the id of most weight), `ece` (expected
         calibration error of the student's most probable id, 15 bins: Guo et al. 2017) and `tokens`.
     """
-    _, head = models.split_model(model)
-    options = HeadOptions(bias=head.bias, softcap=head.softcap, logit_scale=head.logit_scale)
     sums, calibration = Sums(), Calibration()
     for batch in batches:
-        hidden_ND, labels_N = _forward(model, batch, device)
+        hidden_ND, head, labels_N = _forward(model, batch, device)
+        options = HeadOptions(bias=head.bias, softcap=head.softcap, logit_scale=head.logit_scale)
         stats = head_statistics(hidden_ND, head.weight, labels_N.clamp(min=0).unsqueeze(1), head=options)
         counted_N = labels_N >= 0
         sums.tokens += float(counted_N.sum())
@@ -75,9 +74,13 @@ def evaluate_blocks(
     return metrics
 
 
-def _forward(model: Any, batch: dict[str, Any], device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
-    hidden = models.body_hidden(model, batch["input_ids"].to(device))
-    return hidden.flatten(0, 1), batch["labels"].to(device).flatten()
+def _forward(
+    model: Any, batch: dict[str, Any], device: torch.device | str
+) -> tuple[torch.Tensor, models.LMHead, torch.Tensor]:
+    """Hidden states [N, D] with the head to multiply them with, and labels [N]."""
+    hidden = models.body_hidden(models.causal_lm(model), batch["input_ids"].to(device)).flatten(0, 1)
+    hidden, head = models.with_head(model, hidden, lambda hidden, head: (hidden, head))
+    return hidden, head, batch["labels"].to(device).flatten()
 
 
 class Calibration:

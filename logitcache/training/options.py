@@ -10,14 +10,27 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from logitcache.errors import UsageError
 
-Tail = Literal["auto", "bucket", "renormalised", "teacher_renormalised", "unnormalised", "label", "unbiased"]
+ObjectiveName = Literal[
+    "auto",
+    "cross-entropy",
+    "forward-kl",
+    "reverse-kl",
+    "jsd",
+    "skew-kl",
+    "tvd",
+    "decoupled",
+    "mse",
+    "policy-gradient",
+]
+Tail = Literal["auto", "bucket", "renormalised", "teacher_renormalised", "unnormalised", "label", "unbiased", "blend"]
 
 
 class TrainOptions(BaseModel):
     """Everything `logitcache train` can be told; also the form of `--config` files.
 
     Sizes are in tokens, rounded to whole blocks of the cache. `epochs`, `max_tokens` and `max_steps` each bound the
-    run; the last one given in that order wins.
+    run; the last one given in that order wins. `tail`, `beta`, `reverse` and `clip` belong to some objectives only,
+    `blend` and `blend_end` to tail='blend': see docs/objectives.md.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -25,8 +38,14 @@ class TrainOptions(BaseModel):
     cache: str
     student: str
     out: str
-    objective: Literal["auto", "forward-kl", "cross-entropy"] = "auto"
+    objective: ObjectiveName = "auto"
     tail: Tail = "auto"
+    beta: float | None = None
+    reverse: bool | None = None
+    clip: float | None = None
+    blend: float | None = Field(None, ge=0, le=1)
+    blend_end: float | None = Field(None, ge=0, le=1)
+    z_loss: float = Field(0.0, ge=0)
     alpha: float = Field(0.9, ge=0, le=1)
     temperature: float = Field(1.0, gt=0)
     alpha_schedule: Literal["constant", "linear", "wsd"] = "constant"
@@ -53,7 +72,7 @@ class TrainOptions(BaseModel):
     seed: int = Field(0, ge=0, lt=2**32)
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    impl: Literal["auto", "reference", "split"] = "auto"
+    impl: Literal["auto", "reference", "split", "chunk", "triton"] = "auto"
     report_to: tuple[str, ...] = ()
 
     @field_validator("eval_text", "report_to", mode="before")

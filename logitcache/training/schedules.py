@@ -1,4 +1,4 @@
-"""How the weight of the distillation term moves over a run."""
+"""How the weights of the loss's terms move over a run."""
 
 from __future__ import annotations
 
@@ -52,3 +52,29 @@ class AlphaSchedule:
         if done <= 1 - self.decay or self.decay == 0:
             return self.peak
         return self.peak + (self.final - self.peak) * min(1.0, (done - 1 + self.decay) / self.decay)
+
+
+@dataclass(frozen=True)
+class BlendSchedule:
+    """Share of the unbiased term of tail='blend' at each optimiser step, from `start` to `end` in a straight line.
+
+    The bucket has no sampling noise, the unbiased term no truncation bias; docs/objectives.md has what was measured.
+
+    Args:
+        start: value at the first step, in [0, 1].
+        end: value at the last step; None: `start`, so that it is constant.
+    """
+
+    start: float = 0.5
+    end: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("start", self.start), ("end", self.end)):
+            if value is not None and not 0 <= value <= 1:
+                raise UsageError(f"blend schedule: {name} is {value}; it must lie in [0, 1]")
+
+    def at(self, step: int, total_steps: int) -> float:
+        """The share at optimiser step `step` (0-based) of `total_steps`."""
+        end = self.start if self.end is None else self.end
+        done = min(1.0, step / max(1, total_steps - 1))
+        return (1 - done) * self.start + done * end

@@ -13,10 +13,9 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainingArguments
 
 from logitcache import models
-from logitcache.losses import DistillationTerms, Objective
+from logitcache.losses import DistillationOutput, LossSettings, Objective, pack_targets, patch_forward
 from logitcache.targets import DeviceTargets
-from logitcache.training.schedules import AlphaSchedule
-from logitcache.training.student import DistillationCall, attach_distillation
+from logitcache.training.schedules import AlphaSchedule, BlendSchedule
 
 
 @dataclass(frozen=True)
@@ -30,6 +29,8 @@ class DistillationSettings:
         unbiased: whether the batches' targets are unbiased samples.
         has_exact_head: whether those samples say which of them are exact (varopt); None: look, where that is free.
         impl: of the loss: "auto", "reference" or "split".
+        blend: share of the unbiased term over the run; of tail='blend' only.
+        z_loss: coefficient of lse^2, added whatever alpha is.
     """
 
     objective: Objective
@@ -38,11 +39,25 @@ class DistillationSettings:
     unbiased: bool = False
     impl: str = "auto"
     has_exact_head: bool | None = None
+    blend: BlendSchedule = field(default_factory=BlendSchedule)
+    z_loss: float = 0.0
 
     @property
     def labels_only(self) -> bool:
         """Whether the teacher's rows are not read at all."""
-        return self.objective.kind == "cross_entropy" or (self.alpha.kind == "constant" and self.alpha.peak == 0)
+        return not self.objective.reads_targets or (self.alpha.kind == "constant" and self.alpha.peak == 0)
+
+    @property
+    def of_a_step(self) -> LossSettings:
+        """What the patched model is told once; alpha and blend come with each step."""
+        return LossSettings(
+            Objective.cross_entropy() if self.labels_only else self.objective,
+            temperature=self.temperature,
+            impl=self.impl,
+            z_loss=self.z_loss,
+            unbiased=self.unbiased,
+            has_exact_head=self.has_exact_head,
+        )
 
 
 class DistillationTrainer(Trainer):
@@ -56,7 +71,8 @@ class DistillationTrainer(Trainer):
         evaluator: called as evaluator(model) for `evaluate`; returns metrics without the "eval_" prefix.
         Further keywords go to transformers.Trainer.
 
-    Logged besides Trainer's own values: `ce` and `divergence` (nats per counted token), `alpha`, `tokens_per_second`.
+    Logged besides Trainer's own values: `ce` and `divergence` (nats per counted token), `z_loss` where there is one
+    (with its coefficient, per counted token), `alpha`, `blend` where the objective has one, `tokens_per_second`.
     """
 
     def __init__(
@@ -68,7 +84,7 @@ class DistillationTrainer(Trainer):
         evaluator: Callable[[Any], dict[str, float]] | None = None,
         **kwargs: Any,
     ) -> None:
-        attach_distillation(model)
+        patch_forward(model, settings.of_a_step)
         if evaluator is not None:
             # Trainer wants a dataset before it calls `evaluate`; ours asks the evaluator instead.
             kwargs.setdefault("eval_dataset", [])
@@ -108,35 +124,38 @@ class DistillationTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        terms: DistillationTerms = model(input_ids=inputs["input_ids"], distillation=self._call(inputs))
-        alpha = self.settings.alpha.at(self.state.global_step, self.state.max_steps)
-        # A batch of one padded block may count no token at all; its loss is 0, not 0 / 0.
-        normalizer = num_items_in_batch.clamp(min=1) if isinstance(num_items_in_batch, torch.Tensor) else None
-        loss = terms.loss(alpha=alpha if terms.divergence is not None else 0.0, normalizer=normalizer)
+        step, last = self.state.global_step, self.state.max_steps
+        output: Any = model(
+            input_ids=inputs["input_ids"],
+            shift_labels=inputs["labels"],
+            teacher_targets=self._targets(inputs),
+            alpha=None if self.settings.labels_only else self.settings.alpha.at(step, last),
+            blend=self.settings.blend.at(step, last),
+            num_items_in_batch=num_items_in_batch,
+        )
+        loss = output.loss
         # With tokens counted over all ranks, DDP's mean over ranks must be undone.
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes
-        self._record(terms)
-        return (loss, terms) if return_outputs else loss
+        self._record(output)
+        return (loss, output) if return_outputs else loss
 
-    def _call(self, inputs: dict[str, Any]) -> DistillationCall:
-        targets, objective = None, self.settings.objective
+    def _targets(self, inputs: dict[str, Any]) -> dict[str, Any] | None:
+        """The teacher's rows, packed: mixed precision of a wrapper must not round them."""
         if self.settings.labels_only:
-            objective = Objective.cross_entropy()
-        else:
-            targets = DeviceTargets(
-                **inputs["targets"], unbiased=self.settings.unbiased, has_exact_head=self.settings.has_exact_head
-            )
-        return DistillationCall(inputs["labels"], targets, objective, self.settings.temperature, self.settings.impl)
+            return None
+        settings = self.settings
+        return pack_targets(
+            DeviceTargets(**inputs["targets"], unbiased=settings.unbiased, has_exact_head=settings.has_exact_head)
+        )
 
-    def _record(self, terms: DistillationTerms) -> None:
+    def _record(self, output: DistillationOutput) -> None:
         """Add up what will be logged, on the device and without a synchronisation."""
-        with torch.no_grad():
-            values = {"tokens": terms.counted.sum(), "ce": None if terms.ce is None else terms.ce.sum()}
-            values["divergence"] = None if terms.divergence is None else terms.divergence.sum()
-            for name, value in values.items():
-                if value is not None:
-                    self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
+        values = {"tokens": output.counted, "ce": output.ce, "divergence": output.divergence, "z_loss": output.z_loss}
+        for name, column in values.items():
+            if column is not None:
+                total = column.sum()
+                self._sums[name] = self._sums.get(name, torch.zeros_like(total)) + total
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._sums:
@@ -145,7 +164,10 @@ class DistillationTrainer(Trainer):
             logs |= {name: value / tokens for name, value in totals.items()}
             logs["tokens_per_second"] = tokens / (time.perf_counter() - self._clock)
             self._clock = time.perf_counter()
-            logs["alpha"] = self.settings.alpha.at(max(0, self.state.global_step - 1), self.state.max_steps)
+            done = max(0, self.state.global_step - 1), self.state.max_steps
+            logs["alpha"] = self.settings.alpha.at(*done)
+            if self.settings.objective.tail == "blend" and not self.settings.labels_only:
+                logs["blend"] = self.settings.blend.at(*done)
             self._sums = {}
         super().log(logs, start_time)
 

@@ -12,20 +12,8 @@ from logitcache.selection import Selection
 from logitcache.store import verify
 from tests.algebra.caches import PROSE, two_corpora, workers
 from tests.caches import random_cache
-from tests.faults import forkserver, run_killed
+from tests.faults import FAILPOINTS, forkserver, run_killed
 from tests.store.caches import files_of
-
-FAILPOINTS = [
-    "plan.written",
-    "codebook.written",
-    "commit.before_write",
-    "commit.after_write",
-    "commit.after_rename",
-    "commit.before_link",
-    "commit.after_link",
-    "manifest.before_write",
-    "manifest.written",
-]
 
 
 def thin(sources: Path, root: Path) -> None:

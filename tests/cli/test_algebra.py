@@ -38,14 +38,16 @@ def test_derive_says_what_draws_miss(logitcache: Main, dumped: Dumped, tmp_path:
     accepted = logitcache(*line, "--max-tail-mass", "1")
     assert accepted.status == 0
     assert "Mean tail mass, which no draw could hit: 0." in accepted.out
-    assert "mean_tail_mass=0." in logitcache("inspect", tmp_path / "new").out
+    shown = logitcache("inspect", tmp_path / "new")
+    assert "mean_tail_mass=0." in shown.out
+    assert json.loads(logitcache("inspect", tmp_path / "new", "--json").out)["tail mass left out"] > 0.01
 
 
 def test_merge(logitcache: Main, tmp_path: Path) -> None:
     folders = workers(tmp_path, [[2], [0]])
     shown = logitcache("merge", *folders, "--out", tmp_path / "new")
     assert shown.status == 0
-    assert "1 units are missing" in shown.out
+    assert "1 unit is missing; merge the caches" in shown.out
     facts = json.loads(logitcache("merge", *folders, "--out", tmp_path / "new", "--json").out)
     assert facts["missing_units"] == [1]
     assert facts["complete"] is False

@@ -16,6 +16,7 @@ from logitcache.store import open_cache
 from tests.caches import Dumped, student_yaml
 from tests.cli.conftest import Main
 from tests.faults import flip_bit
+from tests.store.caches import files_of
 from tests.tiny import save_tiny
 
 Line = Callable[[Path, Dumped], list[Any]]
@@ -125,6 +126,7 @@ CASES: dict[str, tuple[int, str, Line]] = {
         "is not a logitcache cache|not a logitcache cache",
         lambda r, d: dump(r, d, out=folder(r, "a")),
     ),
+    "inside another cache": (2, "lies inside the cache", lambda r, d: dump(r, d, out=d.top_k / "new")),
     "a file as cache": (1, "is a file", lambda r, d: dump(r, d, out=d.corpus)),
     # verify and inspect
     "verify nothing": (1, "does not exist", lambda r, d: ["verify", r / "nothing"]),
@@ -186,6 +188,27 @@ def test_one_sentence(name: str, logitcache: Main, dumped: Dumped, tmp_path: Pat
     ran = logitcache(*line(tmp_path, dumped))
     assert ran.status == status, ran.err
     assert re.search(message, ran.sentence), ran.sentence
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["convert", "--container", "arrow"],
+        ["derive", "--drop", "entropy"],
+        ["subset", "--blocks", "0:3"],
+        ["merge"],
+        ["export", "--to", "parquet"],
+    ],
+    ids=lambda line: line[0],
+)
+def test_a_cache_is_not_written_into_itself(line: list[str], logitcache: Main, dumped: Dumped) -> None:
+    before = files_of(dumped.top_k)
+    for out, what in ((dumped.top_k, "is the cache to read from"), (dumped.top_k / "sub" / "new", "lies inside")):
+        ran = logitcache(line[0], dumped.top_k, *line[1:], "--out", out)
+        assert ran.status == 2
+        assert ran.sentence.startswith(f"error: {out} {what}")
+        assert ran.sentence.endswith("; choose another folder for --out")
+    assert files_of(dumped.top_k) == before
 
 
 def test_verify_lists_the_damage(logitcache: Main, dumped: Dumped, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,11 +14,14 @@ from typing import Any
 
 import pytest
 
+from logitcache.cli.console import out
 from logitcache.store import open_cache
 from tests.caches import Dumped, corpus_text, student_yaml
 from tests.cli.conftest import Main
+from tests.golden.rows import DRAWS, HEADS_AND_TAILS, LONGEST
 from tests.tiny import tiny_tokenizer
 
+GOLDEN = Path(__file__).parent.parent / "golden" / "v1"
 SCRIPT = [sys.executable, "-m", "logitcache.cli.main"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
@@ -59,7 +63,7 @@ def test_dump_into_arrow_files(logitcache: Main, dumped: Dumped, tmp_path: Path)
     assert logitcache("verify", tmp_path / "cache").status == 0
     ran = logitcache(*dump_line(dumped, tmp_path / "cache"))
     assert ran.status == 1
-    assert "container: the cache has 'arrow', this run 'zarr'" in ran.err
+    assert "\n  --container: the cache has 'arrow', this run 'zarr'" in ran.err
 
 
 def test_dump_with_other_arguments(logitcache: Main, dumped: Dumped, tmp_path: Path) -> None:
@@ -68,8 +72,8 @@ def test_dump_with_other_arguments(logitcache: Main, dumped: Dumped, tmp_path: P
     ran = logitcache(*dump_line(dumped, tmp_path / "cache", "--seed", "4", "--select", "top-k:5"))
     assert ran.status == 1
     assert "was begun with other arguments" in ran.err
-    assert "seed: the cache has 0, this run 4" in ran.err
-    assert "selection.size: the cache has 4, this run 5" in ran.err
+    assert "\n  --seed: the cache has 0, this run 4" in ran.err
+    assert "\n  --select: the cache has 'top-k:4', this run 'top-k:5'" in ran.err
     assert "Traceback" not in ran.err
 
 
@@ -82,6 +86,7 @@ def test_verify(logitcache: Main, dumped: Dumped) -> None:
     assert report["ok"] is True
     assert report["problems"] == []
     assert report["tokens"] == cache.num_tokens
+    assert report["num_bytes"] == cache.num_bytes
 
 
 def test_inspect_facts(logitcache: Main, dumped: Dumped) -> None:
@@ -96,6 +101,36 @@ def test_inspect_facts(logitcache: Main, dumped: Dumped) -> None:
     assert facts["ids per token"] == 8
     assert facts["block length"] == 32
     assert facts["complete"] is True
+    assert facts["shards"] == facts["shard files"] == 7
+    assert shown.err == ""
+
+
+def test_inspect_says_that_shards_are_missing(logitcache: Main, dumped: Dumped, tmp_path: Path) -> None:
+    shutil.copytree(dumped.top_k, tmp_path / "cache")
+    lost = sorted((tmp_path / "cache" / "shards").iterdir())[2:4]
+    for path in lost:
+        path.unlink()
+    shown = logitcache("inspect", tmp_path / "cache")
+    assert shown.status == 0
+    assert shown.err == (
+        f"warning: 2 of 7 shard files are missing, for example {lost[0].name}; restore what is missing, or run the "
+        "same dump again\n"
+    )
+    facts = json.loads(logitcache("inspect", tmp_path / "cache", "--json").out)
+    assert (facts["shards"], facts["shard files"]) == (7, 5)
+    assert facts["bytes"] == sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize(
+    ("name", "spec"),
+    [
+        ("sample-exponent-small-zarr", f"sample:{DRAWS}:0.75"),
+        ("top-p-fast-arrow", f"top-p:0.95:{LONGEST}"),
+        ("varopt-small-arrow", f"varopt:{HEADS_AND_TAILS}"),
+    ],
+)
+def test_selections_are_spelled_as_they_are_given(logitcache: Main, name: str, spec: str) -> None:
+    assert json.loads(logitcache("inspect", GOLDEN / name, "--json").out)["select"] == spec
 
 
 @pytest.mark.parametrize("position", [0, 31, 40, -1])
@@ -119,6 +154,18 @@ def test_inspect_position(logitcache: Main, dumped: Dumped, position: int) -> No
     assert shown.status == 0
     assert "5 more entries" in shown.out
     assert ("there is no next token" in shown.out) == (label < 0)
+
+
+def test_inspect_on_a_narrow_terminal(logitcache: Main, dumped: Dumped, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines are folded; no id, weight or hash is cut."""
+    monkeypatch.setattr(out, "_width", 40)
+    facts = logitcache("inspect", dumped.top_k).out
+    assert open_cache(dumped.top_k).fingerprint in re.sub(r"\s", "", facts)
+    shown = logitcache("inspect", dumped.top_k, "--position", 40).out
+    assert "…" not in facts + shown
+    row = open_cache(dumped.top_k).read_blocks(1, 2).targets.slice(8, 9)
+    for token, weight in zip(row.ids, row.weights, strict=True):
+        assert re.search(rf"^ *{token} .* {weight:.4f} *$", shown, re.MULTILINE)
 
 
 def test_inspect_says_which_weights_are_exact(logitcache: Main, dumped: Dumped, tmp_path: Path) -> None:
@@ -196,6 +243,27 @@ def test_options_in_a_config_file(logitcache: Main, dumped: Dumped, tmp_path: Pa
     options = json.loads((tmp_path / "run" / "run.json").read_text())["options"]
     chosen = {name: options[name] for name in ("alpha", "batch_tokens", "max_steps", "warmup", "log_every", "seed")}
     assert chosen == {"alpha": 0.5, "batch_tokens": 128, "max_steps": 4, "warmup": 0.5, "log_every": 2, "seed": 6}
+
+
+def test_an_objective_on_the_command_line(logitcache: Main, dumped: Dumped, tmp_path: Path) -> None:
+    line = train_line(dumped, tmp_path)
+    chosen = ["--objective", "skew-kl", "--tail", "renormalised", "--beta", "0.2", "--reverse", "--z-loss", "1e-4"]
+    assert logitcache(*line, *chosen, "--temperature", "2").status == 0
+    options = json.loads((tmp_path / "run" / "run.json").read_text())["options"]
+    names = ("objective", "tail", "beta", "reverse", "clip", "blend", "blend_end", "z_loss")
+    assert [options[name] for name in names] == ["skew-kl", "renormalised", 0.2, True, None, None, None, 1e-4]
+    refused = logitcache(*line, *chosen, "--temperature", "2", "--resume", "--beta", "0.3")
+    assert refused.status == 1
+    assert "beta: the run has 0.2, now 0.3" in refused.err
+    for given, status, words in (
+        (("--objective", "tvd", "--clip", "3"), 1, "tvd has no clip, but clip is 3.0; leave it out"),
+        (("--tail", "blend"), 1, "dump a cache with --select varopt:K"),
+        (("--blend", "0.3"), 2, "only tail 'blend' mixes two terms"),
+        (("--blend", "3"), 2, "less than or equal to 1"),
+    ):
+        refused = logitcache(*line, *given, "--set", f"out={tmp_path / 'other'}")
+        assert refused.status == status
+        assert words in refused.sentence
 
 
 # ----------------------------------------------------------------------------------------- real processes

@@ -49,7 +49,7 @@ def test_gc(logitcache: Main, dumped: Dumped, tmp_path: Path) -> None:
     listed = logitcache("gc", cache)
     assert listed.status == 0
     assert "shards/000000-ffffffffffff.zarr.zip" in listed.out
-    assert f"{cache}: 1 files of 1,234 bytes left over; --delete removes them" in listed.out
+    assert f"{cache}: 1 file of 1,234 bytes left over; --delete removes them" in listed.out
     facts = json.loads(logitcache("gc", cache, "--json").out)
     assert facts["deleted"] is False
     assert orphan.exists()

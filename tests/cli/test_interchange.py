@@ -62,7 +62,7 @@ CASES: dict[str, tuple[int, str, list[Any]]] = {
     "wide layout": (
         2, "only 8; lower k", ["export", "{top_k}", "--to", "distillkit", "--layout", "budget", "--out", "{tmp}/out"],
     ),
-    "used folder": (1, "is not empty", ["export", "{top_k}", "--to", "trl", "--out", "{top_k}"]),
+    "used folder": (1, "is not empty", ["export", "{top_k}", "--to", "trl", "--out", "{sample}"]),
     "target": (2, "is not one of", ["export", "{top_k}", "--to", "csv", "--out", "{tmp}/out"]),
     "no capture": (
         1, "does not exist", ["import", "--from", "distillkit", "{tmp}/a", "--out", "{tmp}/b", "--tokenizer", "{tmp}"],

@@ -21,12 +21,11 @@ from logitcache.interchange import (
     ImportReport,
     export_cache,
     import_distillkit,
-    importing,
     read_layout,
 )
 from logitcache.interchange.decoding import decode_sequence, probabilities
 from logitcache.interchange.sequences import parquet_files, scan
-from logitcache.store import Cache, ContainerKind, open_cache, verify
+from logitcache.store import Cache, ContainerKind, open_cache, schema, verify
 from logitcache.targets import SparseTargets
 from tests.caches import Dumped
 from tests.faults import flip_bit
@@ -213,7 +212,7 @@ class Breaks:
 
 def test_resumes(tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several files and row groups; what is committed is not converted again, and the end is the same."""
-    monkeypatch.setattr(importing, "LEAST_UNIT_TOKENS", 20)
+    monkeypatch.setattr(schema, "LEAST_UNIT_TOKENS", 20)
     source = tmp_path / "in"
     for number in range(3):
         write_capture(source, [sequence(8 * number + row, 5) for row in range(8)], f"data_{number}.parquet")
@@ -223,7 +222,7 @@ def test_resumes(tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         import_distillkit(options, Breaks(50))
     with pytest.raises(CacheError, match="unfinished"):
         open_cache(tmp_path / "cache")
-    with pytest.raises(PlanMismatchError, match="vocab_size: the cache has 300, this run 301"):
+    with pytest.raises(PlanMismatchError, match=r"\n  --vocab-size: the cache has 300, this run 301$"):
         run(source, tmp_path / "cache", tokenizer, vocab_size=301)
     counted = Breaks(10**9)
     assert import_distillkit(options, counted).manifest.fingerprint == whole.fingerprint

@@ -6,8 +6,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from logitcache.kernels import GatherResult, HeadOptions, linear_gather
+from logitcache.kernels import IMPLEMENTATIONS, GatherResult, HeadOptions, linear_gather, split
+from logitcache.kernels.plan import GatherPlan
 
+# Triton's kernels have no float64; tests/kernels/test_triton.py holds them against these.
+EXACT = tuple(impl for impl in IMPLEMENTATIONS if impl != "triton")
 HEADS = {
     "plain": HeadOptions(),
     "softcap": HeadOptions(softcap=2.0),
@@ -53,11 +56,23 @@ def make_problem(
     return Problem(hidden, weight, bias, random_ids(n, columns or v, k, g))
 
 
+@torch.no_grad()
+def bare_split(problem: Problem, head: HeadOptions, temperature: float = 1.0, slice_width: int | None = None) -> None:
+    """Forward and backward of 'split' outside its operator, whose insides dispatch modes do not see."""
+    head = replace(head, bias=problem.bias)
+    plan = GatherPlan.of(problem.hidden, problem.weight, head, temperature, slice_width)
+    tensors = (*problem.leaves, problem.ids)
+    results = split.forward(*tensors, plan)
+    grads = tuple(None if result is None else torch.ones_like(result) for result in results)
+    wants = tuple(leaf.requires_grad for leaf in problem.leaves)
+    split.backward(grads, *tensors, *results, plan, wants)
+
+
 def mix(result: GatherResult, seed: int = 1) -> torch.Tensor:
     """A scalar with random weights of both signs on every finite output."""
     g = torch.Generator().manual_seed(seed)
     total = result.z.new_zeros(())
     for value in result:
-        weights = torch.randn(value.shape, generator=g, dtype=torch.float64).to(value.dtype)
+        weights = torch.randn(value.shape, generator=g, dtype=torch.float64).to(value)
         total = total + (torch.where(torch.isfinite(value), value, 0.0) * weights).sum()
     return total

@@ -46,6 +46,16 @@ def swap(**fields: object) -> DeviceTargets:
         ({"normalizer": torch.ones(2)}, ObjectiveError, "normalizer has shape \\(2,\\)"),
         ({"normalizer": 3, "reduction": "sum"}, ObjectiveError, "normalizer divides the mean only"),
         ({"bias": torch.zeros(4)}, ObjectiveError, "bias has shape \\(4,\\)"),
+        ({"objective": "jsd"}, ObjectiveError, "objective is 'jsd'; build one"),
+        ({"blend": 1.5}, ObjectiveError, "blend is 1.5; it must be a number in \\[0, 1\\]"),
+        ({"blend": True}, ObjectiveError, "blend is True"),
+        ({"blend": torch.zeros(3)}, ObjectiveError, "blend has shape \\(3,\\)"),
+        ({"z_loss": -1e-4}, ObjectiveError, "z_loss is -0.0001; it must be a finite number, 0 or above"),
+        ({"z_loss": float("nan")}, ObjectiveError, "z_loss is nan"),
+        ({"z_loss": -1, "alpha": 0}, ObjectiveError, "z_loss is -1"),
+        ({"objective": Objective.forward_kl("blend")}, ObjectiveError, "--select varopt:K"),
+        ({"objective": Objective.policy_gradient(), "temperature": 2.0}, ObjectiveError, "policy_gradient has none"),
+        ({"objective": Objective.policy_gradient()}, TargetsError, "label_logprob is nan in row 0.*policy_gradient"),
         ({"softcap": -1.0}, ObjectiveError, "softcap is -1.0"),
         ({"valid_vocab": 9}, ObjectiveError, "valid_vocab is 9"),
         ({"valid_vocab": 4}, TargetsError, "row 0 holds token id 4"),
@@ -58,6 +68,7 @@ def swap(**fields: object) -> DeviceTargets:
         ({"targets": swap(weights=DEVICE.ids)}, TargetsError, "floating point"),
         ({"targets": swap(tail_mass=torch.zeros(1))}, TargetsError, "targets.tail_mass is"),
         ({"targets": swap(threshold=torch.zeros(1))}, TargetsError, "targets.threshold is"),
+        ({"targets": swap(label_logprob=torch.zeros(1))}, TargetsError, "targets.label_logprob is"),
         ({"targets": swap(entropy=torch.zeros(2).to("meta"))}, TargetsError, "targets.entropy is on meta"),
         ({"targets": swap(ids=torch.tensor([[4, 0], [1, -1]]))}, TargetsError, "not ascending.*row 0"),
         ({"targets": swap(ids=torch.tensor([[0, 4], [1, 1]]))}, TargetsError, "not ascending and unique.*row 1"),
@@ -75,6 +86,18 @@ def test_refused(change, error, words):
         with pytest.raises(error, match=words) as caught:
             distillation_loss(*positional, impl=impl, **arguments)
         assert isinstance(caught.value, LogitcacheError)
+
+
+def test_a_policy_gradient_names_the_first_counted_row_without_a_log_probability():
+    given = swap(label_logprob=torch.tensor([-1.0, float("nan")]))
+    labels, objective = torch.tensor([1, 2]), Objective.policy_gradient()
+    with pytest.raises(TargetsError, match=r"label_logprob is nan in row 1, whose label counts.*ignore_index"):
+        distillation_loss(HIDDEN, WEIGHT, labels, given, objective, alpha=1.0)
+    assert torch.isfinite(distillation_loss(HIDDEN, WEIGHT, LABELS, given, objective, alpha=1.0))
+    with pytest.raises(TargetsError, match="label_logprob is -inf in row 0"):
+        distillation_loss(HIDDEN, WEIGHT, LABELS, swap(label_logprob=torch.full((2,), -torch.inf)), objective)
+    with pytest.raises(ObjectiveError, match="labels holds 7 in row 0"):
+        distillation_loss(HIDDEN, WEIGHT, torch.tensor([7, 0]), given, objective, alpha=1.0)
 
 
 def test_terms_without_cross_entropy_cannot_be_mixed_with_it():

@@ -10,36 +10,27 @@ import pytest
 import torch
 
 from logitcache.errors import ObjectiveError, TargetsError
-from logitcache.kernels import IMPLEMENTATIONS
 from logitcache.losses import Objective, distillation_loss
 from logitcache.losses.dense import dense_loss
 from logitcache.selection import Selection
 from logitcache.selection.distribution import Distribution
 from logitcache.selection.select import select
 from logitcache.targets import DeviceTargets, SparseTargets
-from tests.losses.problems import HEADS, N, Problem, V, from_rows
+from tests.kernels.problems import EXACT as IMPLEMENTATIONS
+from tests.losses.problems import (
+    HEADS,
+    OF_HEADS,
+    N,
+    Problem,
+    V,
+    from_rows,
+    name_of,
+    teacher_probs,
+    varopt_targets,
+)
 from tests.losses.test_gradients import assert_same
 
 BUCKET = Objective.forward_kl("bucket")
-K = 6
-
-
-def teacher_probs(columns: int) -> np.ndarray:
-    """float32 [N - 1, V]: rows with heads of many lengths, none (flat), all (few possible ids), and a confident one."""
-    rng = np.random.default_rng(5)
-    rows = [rng.dirichlet(np.full(columns, scale)) for scale in (0.05, 0.2, 0.5, 1.0)]
-    rows.append(np.full(columns, 1 / columns))
-    rows.append(np.pad([0.5, 0.3, 0.2], (2, columns - 5)))
-    rows.append(np.full(columns, 1e-9))
-    rows[-1][4] = 1
-    return np.stack(rows).astype(np.float32)
-
-
-def varopt_targets(probs: np.ndarray) -> SparseTargets:
-    """`varopt:6` rows of these distributions, and one of padding, as a reader adds it: no entries, threshold inf."""
-    dist = Distribution.from_logits(torch.from_numpy(probs).log())
-    kept = select(Selection("varopt", K), dist, np.linspace(0.05, 0.95, len(probs))[:, None])
-    return SparseTargets.concatenate([kept, SparseTargets([0, 0], [], [], unbiased=True)])
 
 
 def by_hand(probs: np.ndarray, targets: SparseTargets) -> SparseTargets:
@@ -69,6 +60,45 @@ def test_the_bucket_loss_of_a_varopt_row_is_that_of_its_head(impl: str, head: st
     for given in (targets, targets.to_device(), replace(targets.to_device(), has_exact_head=None)):
         mine = problem.loss(targets=given, impl=impl, alpha=alpha, reduction="none")
         assert_same(mine, problem.dense(alpha), problem.leaves)
+
+
+@pytest.mark.parametrize(("objective", "temperature"), OF_HEADS, ids=name_of)
+def test_objectives_over_classes_read_the_head_too(objective: Objective, temperature: float) -> None:
+    problem = Problem(objective, temperature)
+    targets = varopt_targets(teacher_probs(V))
+    problem.targets = targets.exact_head()
+    mine = problem.loss(targets=targets, alpha=0.7, reduction="none")
+    assert_same(mine, problem.dense(0.7), problem.leaves)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("head", HEADS)
+def test_the_ends_of_a_blend(impl: str, head: str) -> None:
+    """One pass over the head for both terms, and at its ends what each of them is alone."""
+    problem = Problem(Objective.forward_kl("blend"), head=HEADS[head])
+    for share, tail in (
+        (0.0, "bucket"),
+        (1.0, "unbiased"),
+        (torch.zeros(N), "bucket"),
+        (torch.tensor(1.0), "unbiased"),
+    ):
+        mine = problem.loss(impl=impl, alpha=0.8, reduction="none", blend=share)
+        end = problem.loss(impl=impl, alpha=0.8, reduction="none", objective=Objective.forward_kl(tail))
+        torch.testing.assert_close(mine, end, rtol=1e-12, atol=1e-13)
+        for a, b in zip(
+            torch.autograd.grad(mine.sum(), problem.leaves), torch.autograd.grad(end.sum(), problem.leaves), strict=True
+        ):
+            assert (a - b).norm() <= 1e-12 * b.norm()
+
+
+def test_a_blend_moves_with_its_rows() -> None:
+    problem = Problem(Objective.forward_kl("blend"))
+    ends = [problem.loss(alpha=1.0, reduction="none", blend=share) for share in (0.0, 1.0)]
+    share = torch.linspace(0, 1, N)
+    mixed = problem.loss(alpha=1.0, reduction="none", blend=share)
+    torch.testing.assert_close(mixed, (1 - share) * ends[0] + share * ends[1])
+    assert (ends[0][:4] - ends[1][:4]).abs().min() > 1e-3
+    torch.testing.assert_close(problem.loss(blend=torch.tensor(0.25)), problem.loss(blend=0.25))
 
 
 def test_the_head_is_what_the_distribution_says() -> None:
@@ -116,9 +146,10 @@ def test_what_was_not_looked_at_cannot_train_in_silence() -> None:
     zero, inf = torch.zeros(2), torch.full((2,), math.inf)
     ids, weights = torch.tensor([[1, 3], [-1, -1]]), torch.tensor([[0.5, 0.5], [0.0, 0.0]])
     believed = DeviceTargets(ids, weights, zero, zero, zero, inf, unbiased=True, has_exact_head=True)
-    arguments = torch.ones(2, 3), torch.ones(5, 3), torch.tensor([1, 2]), believed, BUCKET
-    loss = distillation_loss(*arguments, reduction="none")
-    assert loss.isnan().tolist() == [True, False]
+    for objective, _ in [*OF_HEADS, (Objective.forward_kl("blend"), 1.0)]:
+        arguments = torch.ones(2, 3), torch.ones(5, 3), torch.tensor([1, 2]), believed, objective
+        loss = distillation_loss(*arguments, reduction="none")
+        assert loss.isnan().tolist() == [True, False], objective
 
 
 def test_the_mean_gradient_of_varopt_rows_is_that_of_the_full_divergence() -> None:

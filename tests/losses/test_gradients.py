@@ -5,12 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from logitcache.kernels import IMPLEMENTATIONS, slices
+from logitcache.kernels import slices
 from logitcache.losses import Objective
-from tests.losses.problems import HEADS, OBJECTIVES, N, Problem
+from tests.kernels.problems import EXACT as IMPLEMENTATIONS
+from tests.losses.problems import HEADS, OBJECTIVES, N, Problem, name_of
+
+WIDTHS = [1, 5, 1024]
 
 
-@pytest.fixture(autouse=True, params=[1, 5, 1024])
+@pytest.fixture(autouse=True, params=[5])
 def narrow_slices(request, monkeypatch):
     monkeypatch.setattr(slices, "MIN_COLUMNS", request.param)
     monkeypatch.setattr(slices, "TILE_BYTES_CPU", 0)
@@ -26,34 +29,50 @@ def assert_same(mine: torch.Tensor, right: torch.Tensor, leaves: tuple[torch.Ten
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize(("objective", "temperature"), OBJECTIVES)
-@pytest.mark.parametrize("alpha", [1.0, 0.7, "rows"])
-def test_objective_is_its_definition(impl, head, objective, temperature, alpha):
+@pytest.mark.parametrize(("objective", "temperature"), OBJECTIVES, ids=name_of)
+def test_objective_is_its_definition(impl, head, objective, temperature):
     problem = Problem(objective, temperature, HEADS[head])
-    alpha = torch.linspace(0, 1, N, dtype=torch.float64) if alpha == "rows" else alpha
-    assert_same(problem.loss(impl=impl, alpha=alpha, reduction="none"), problem.dense(alpha), problem.leaves)
+    options = {"blend": torch.linspace(0, 1, N, dtype=torch.float64), "z_loss": 0.01}
+    alpha = torch.linspace(0.1, 1, N, dtype=torch.float64)
+    mine = problem.loss(impl=impl, alpha=alpha, reduction="none", **options)
+    assert_same(mine, problem.dense(alpha, **options), problem.leaves)
+
+
+@pytest.mark.parametrize("narrow_slices", WIDTHS, indirect=True)
+@pytest.mark.parametrize(("head", "alpha"), [("plain", 1.0), ("all", 0.7)])
+@pytest.mark.parametrize(("objective", "temperature"), OBJECTIVES, ids=name_of)
+def test_slices_of_any_width(head, objective, temperature, alpha):
+    problem = Problem(objective, temperature, HEADS[head])
+    assert_same(problem.loss(impl="split", alpha=alpha, reduction="none"), problem.dense(alpha), problem.leaves)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("head", HEADS)
-def test_cross_entropy_is_its_definition(impl, head):
+@pytest.mark.parametrize("z_loss", [0.0, 0.01])
+def test_cross_entropy_is_its_definition(impl, head, z_loss):
     problem = Problem(Objective.cross_entropy(), 1.0, HEADS[head])
-    assert_same(problem.loss(impl=impl, reduction="none", targets=None), problem.dense(0.5), problem.leaves)
+    mine = problem.loss(impl=impl, reduction="none", targets=None, z_loss=z_loss)
+    assert_same(mine, problem.dense(0.5, z_loss=z_loss), problem.leaves)
+
+
+# The advantage of a policy gradient is held fixed in its gradient, not in its value.
+WHOLE_GRADIENTS = [pair for pair in OBJECTIVES if pair[0].kind != "policy_gradient"]
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize(("objective", "temperature"), OBJECTIVES)
+@pytest.mark.parametrize(("objective", "temperature"), WHOLE_GRADIENTS, ids=name_of)
 def test_gradient_is_that_of_the_reported_loss(impl, objective, temperature):
     """Central differences of the number the user sees: catches a T^2 in one of value and gradient only."""
     problem = Problem(objective, temperature)
-    grad = torch.autograd.grad(problem.loss(impl=impl), problem.weight)[0]
+    options = {"impl": impl, "z_loss": 0.01, "blend": 0.3}
+    grad = torch.autograd.grad(problem.loss(**options), problem.weight)[0]
     direction = torch.randn(grad.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     with torch.no_grad():
         start, step = problem.weight.clone(), 1e-6
         ends = []
         for sign in (1, -1):
             problem.weight.copy_(start + sign * step * direction)
-            ends.append(problem.loss(impl=impl))
+            ends.append(problem.loss(**options))
     slope = (ends[0] - ends[1]) / (2 * step)
     torch.testing.assert_close(slope, (grad * direction).sum(), rtol=1e-6, atol=1e-9)
 

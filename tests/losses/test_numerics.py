@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from logitcache.kernels import IMPLEMENTATIONS
 from logitcache.losses import Objective, distillation_loss
 from logitcache.losses.dense import dense_loss
 from logitcache.targets import DeviceTargets, SparseTargets
+from tests.kernels.problems import EXACT as IMPLEMENTATIONS
 from tests.losses.problems import BIASED, from_rows
 
 V = 12

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from logitcache.errors import ObjectiveError
-from logitcache.losses import TAILS, Objective
+from logitcache.losses import KINDS, TAILS, Objective
+from tests.losses.problems import OBJECTIVES, name_of
 
-ALL = [Objective.cross_entropy(), *(Objective.forward_kl(tail) for tail in TAILS)]
+ALL = [Objective.cross_entropy(), *(pair[0] for pair in OBJECTIVES)]
+SAMPLED = [Objective.forward_kl("unbiased"), Objective.forward_kl("blend")]
 
 
 @pytest.mark.parametrize("objective", ALL)
@@ -23,6 +25,29 @@ def test_stored_form():
     """Run records hold these literally."""
     assert Objective.cross_entropy().to_dict() == {"kind": "cross_entropy"}
     assert Objective.forward_kl().to_dict() == {"kind": "forward_kl", "tail": "bucket"}
+    assert Objective.reverse_kl().to_dict() == {"kind": "reverse_kl", "tail": "bucket"}
+    assert Objective.jsd().to_dict() == {"kind": "jsd", "tail": "bucket", "beta": 0.5}
+    assert Objective.skew_kl().to_dict() == {"kind": "skew_kl", "tail": "bucket", "beta": 0.1, "reverse": False}
+    assert Objective.tvd("renormalised").to_dict() == {"kind": "tvd", "tail": "renormalised"}
+    assert Objective.decoupled().to_dict() == {"kind": "decoupled"}
+    assert Objective.mse().to_dict() == {"kind": "mse"}
+    assert Objective.policy_gradient(5).to_dict() == {"kind": "policy_gradient", "clip": 5}
+    assert Objective.policy_gradient().to_dict() == {"kind": "policy_gradient", "clip": None}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_named_gives_what_the_constructor_gives(kind):
+    assert Objective.named(kind) == getattr(Objective, kind)()
+    assert {objective.kind for objective in ALL} == set(KINDS)
+
+
+def test_named_with_options():
+    assert Objective.named("jsd", beta=0.3) == Objective.jsd(0.3)
+    assert Objective.named("skew_kl", reverse=True, tail="renormalised") == Objective.skew_kl(0.1, True, "renormalised")
+    with pytest.raises(ObjectiveError, match="mse has no tail, but tail is 'bucket'; leave it out"):
+        Objective.named("mse", tail="bucket")
+    with pytest.raises(ObjectiveError, match="'hinge' does not exist; use one of cross_entropy, forward_kl"):
+        Objective.named("hinge", tail="bucket")
 
 
 def test_defaults():
@@ -33,10 +58,17 @@ def test_defaults():
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"kind": "reverse_kl"}, "'reverse_kl' does not exist; use one of cross_entropy, forward_kl"),
-        ({"kind": "forward_kl", "tail": "head"}, "tail 'head' does not exist; use one of bucket"),
+        ({"kind": "hinge"}, "'hinge' does not exist; use one of cross_entropy, forward_kl"),
+        ({"kind": "hinge", "margin": 1}, "'hinge' does not exist"),
+        ({"kind": ["jsd"]}, "does not exist"),
+        ({"kind": "forward_kl", "tail": "head"}, "tail 'head' does not exist for forward_kl; use one of bucket"),
         ({"kind": "forward_kl"}, "tail None does not exist"),
-        ({"kind": "cross_entropy", "tail": "bucket"}, "cross_entropy has no tail"),
+        ({"kind": "tvd", "tail": "unbiased"}, "'unbiased' does not exist for tvd; use one of bucket, renormalised"),
+        ({"kind": "jsd", "tail": "bucket"}, "beta is None"),
+        ({"kind": "jsd", "tail": "bucket", "clip": 1}, "unknown keys clip; jsd has kind, tail, beta"),
+        ({"kind": "decoupled", "tail": "bucket"}, "unknown keys tail; decoupled has kind"),
+        ({"kind": "skew_kl", "tail": "bucket", "beta": 0.1}, "reverse is None; it must be True or False"),
+        ({"kind": "cross_entropy", "tail": "bucket"}, "unknown keys tail; cross_entropy has kind"),
         ({"kind": "cross_entropy", "beta": 1}, "unknown keys beta"),
         ({"tail": "bucket"}, "no 'kind'"),
         ("forward_kl", "is a mapping"),
@@ -45,6 +77,27 @@ def test_defaults():
 def test_unknown_values_are_refused(values, words):
     with pytest.raises(ObjectiveError, match=words):
         Objective.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        *((lambda beta=beta: Objective.jsd(beta), f"beta is {beta}.*\\(0, 1\\)") for beta in (0, 1, -0.1, 2, None)),
+        *((lambda beta=beta: Objective.skew_kl(beta), f"beta is {beta}.*\\[0, 1\\)") for beta in (1, -0.1, True)),
+        (lambda: Objective.jsd(float("nan")), "beta is nan"),
+        (lambda: Objective.skew_kl("0.1"), "beta is '0.1'"),
+        (lambda: Objective.skew_kl(reverse=1), "reverse is 1"),
+        *((lambda clip=clip: Objective.policy_gradient(clip), f"clip is {clip}") for clip in (0, -1.0, True)),
+        (lambda: Objective.policy_gradient(float("inf")), "clip is inf; .*above 0, or None"),
+        (lambda: Objective("cross_entropy", "bucket"), "cross_entropy has no tail"),
+        (lambda: Objective("reverse_kl", "bucket", beta=0.5), "reverse_kl has no beta, but beta is 0.5; leave it out"),
+        (lambda: Objective("mse", reverse=False), "mse has no reverse"),
+        (lambda: Objective("jsd", "bucket", 0.5, clip=1.0), "jsd has no clip"),
+    ],
+)
+def test_options_out_of_range(build, words):
+    with pytest.raises(ObjectiveError, match=words):
+        build()
 
 
 @pytest.mark.parametrize(
@@ -88,6 +141,81 @@ def test_what_an_exact_head_does_not_allow(tail, temperature, words):
         Objective.forward_kl(tail).check(unbiased=True, temperature=temperature, has_exact_head=True)
 
 
+@pytest.mark.parametrize(
+    ("objective", "options", "words"),
+    [
+        (Objective.forward_kl("blend"), {}, "hold probabilities of top-k.*use tail='bucket'.*--select varopt:K$"),
+        (
+            Objective.forward_kl("blend"),
+            {"unbiased": True},
+            "none of these samples is exact; use tail='unbiased', or dump a cache with --select varopt:K$",
+        ),
+        (
+            Objective.forward_kl("blend"),
+            {"unbiased": True, "has_exact_head": True, "temperature": 2.0},
+            "unbiased at temperature 1 only",
+        ),
+        *(
+            (
+                objective,
+                {"unbiased": True},
+                "needs exact probabilities.*use forward_kl with tail='unbiased', or dump .* varopt:K, top-k:K or top-p",
+            )
+            for objective in (Objective.decoupled(), Objective.mse())
+        ),
+        *(
+            (
+                objective,
+                {"unbiased": True},
+                "exact.*use forward_kl with tail='unbiased', or dump .* varopt:K \\(it serves",
+            )
+            for objective in (Objective.jsd(), Objective.reverse_kl())
+        ),
+        (
+            Objective.tvd("renormalised"),
+            {"unbiased": True},
+            "tvd with tail='renormalised' needs probabilities.*use forward_kl with tail='unbiased', or dump .* top-k",
+        ),
+        (
+            Objective.tvd("renormalised"),
+            {"unbiased": True, "has_exact_head": True},
+            "needs probabilities, but these targets are unbiased samples; use tail='bucket', or",
+        ),
+        *(
+            (
+                objective,
+                {"temperature": 2.0},
+                "with tail='bucket' needs the teacher's tail mass at that .*use tail='renormalised', or temperature=1",
+            )
+            for objective in (Objective.jsd(), Objective.reverse_kl(), Objective.skew_kl(), Objective.tvd())
+        ),
+        (Objective.mse(), {"temperature": 2.0}, "temperature is 2.0, but mse has none; use temperature=1"),
+        (Objective.policy_gradient(), {"temperature": 0.5}, "policy_gradient has none; use temperature=1"),
+        (
+            Objective.policy_gradient(),
+            {"has_label_logprob": False},
+            "needs the teacher's log-probability of every label",
+        ),
+    ],
+)
+def test_what_other_objectives_ask_of_a_cache(objective, options, words):
+    with pytest.raises(ObjectiveError, match=words):
+        objective.check(**{"unbiased": False, **options})
+    objective.check(**{"unbiased": False, **options}, alpha=0)
+
+
+@pytest.mark.parametrize(("objective", "temperature"), OBJECTIVES, ids=name_of)
+def test_objectives_have_a_meaning_where_they_are_tested(objective, temperature):
+    objective.check(unbiased=objective in SAMPLED, temperature=temperature, has_exact_head=True)
+    if objective.reads_exact_head:
+        objective.check(unbiased=True, temperature=temperature, has_exact_head=True)
+
+
+def test_policy_gradients_read_any_cache():
+    for unbiased in (True, False):
+        Objective.policy_gradient().check(unbiased=unbiased)
+
+
 @pytest.mark.parametrize("alpha", [-0.1, 1.1, float("nan"), float("inf"), True, "0.5", None])
 def test_alpha_out_of_range(alpha):
     for objective in ALL:
@@ -97,7 +225,8 @@ def test_alpha_out_of_range(alpha):
 
 def test_combinations_with_a_meaning():
     for tail in TAILS:
-        Objective.forward_kl(tail).check(unbiased=tail == "unbiased", alpha=torch.tensor(3.0))
+        sampled = tail in ("unbiased", "blend")
+        Objective.forward_kl(tail).check(unbiased=sampled, alpha=torch.tensor(3.0), has_exact_head=tail == "blend")
     for temperature in (0.1, 1, 2.0, 100.0):
         Objective.forward_kl("renormalised").check(unbiased=False, temperature=temperature)
     for tail in ("bucket", "unbiased"):

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 
 import logitcache
-from logitcache.kernels import IMPLEMENTATIONS
 from logitcache.losses import HeadOptions, Objective, distillation_loss, distillation_terms
 from logitcache.targets import SparseTargets
-from tests.losses.problems import OBJECTIVES, D, N, Problem, V
+from tests.kernels.problems import EXACT as IMPLEMENTATIONS
+from tests.losses.problems import OBJECTIVES, D, N, Problem, V, name_of
 
 BUCKET = Objective.forward_kl("bucket")
 
@@ -55,9 +55,11 @@ def test_alpha_zero_on_split_is_the_cross_entropy_objective():
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("tail", ["bucket", "renormalised", "teacher_renormalised", "unnormalised"])
-def test_alpha_one_reads_no_label(impl, tail):
-    problem = Problem(Objective.forward_kl(tail))
+@pytest.mark.parametrize(
+    "objective", [objective for objective, _ in OBJECTIVES if not objective.reads_labels], ids=name_of
+)
+def test_alpha_one_reads_no_label(impl, objective):
+    problem = Problem(objective)
     one = gradients(problem.loss(alpha=1.0, impl=impl), problem)
     other = torch.where(problem.labels == -100, -100, 10**6)
     assert_equal(one, gradients(problem.loss(alpha=1.0, impl=impl, labels=other), problem))
@@ -91,7 +93,7 @@ def test_reductions(impl, alpha):
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize(("objective", "temperature"), [*OBJECTIVES, (Objective.cross_entropy(), 1.0)])
+@pytest.mark.parametrize(("objective", "temperature"), [*OBJECTIVES, (Objective.cross_entropy(), 1.0)], ids=name_of)
 def test_ignored_rows_count_for_neither_term(impl, objective, temperature):
     problem = Problem(objective, temperature)
     full = problem.loss(impl=impl, reduction="sum")
@@ -136,7 +138,7 @@ def test_device_targets_and_sparse_targets_are_the_same():
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
-@pytest.mark.parametrize(("objective", "temperature"), OBJECTIVES)
+@pytest.mark.parametrize(("objective", "temperature"), OBJECTIVES, ids=name_of)
 def test_terms_compose_the_loss(alpha, objective, temperature):
     problem = Problem(objective, temperature)
     terms = distillation_terms(
@@ -148,11 +150,27 @@ def test_terms_compose_the_loss(alpha, objective, temperature):
         temperature,
         head=HeadOptions(problem.bias),
     )
+    assert terms.z_loss is None
     assert terms.counted.tolist() == [True] * 7 + [False]
     torch.testing.assert_close(terms.ce, problem.loss(alpha=0.0, reduction="none"))
     torch.testing.assert_close(terms.divergence * temperature**2, problem.loss(alpha=1.0, reduction="none"))
     torch.testing.assert_close(terms.loss(alpha), problem.loss(alpha=alpha))
     torch.testing.assert_close(terms.loss(alpha, normalizer=3.0), problem.loss(alpha=alpha, normalizer=3.0))
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("objective", [Objective.cross_entropy(), BUCKET, Objective.tvd()])
+def test_z_loss_is_a_term_of_its_own(impl, objective):
+    """c * lse^2 on every counted row, added after the mix: alpha does not scale it."""
+    problem = Problem(objective)
+    arguments = problem.hidden, problem.weight, problem.labels, problem.targets, objective
+    terms = distillation_terms(*arguments, impl=impl, head=HeadOptions(problem.bias), z_loss=0.25)
+    expected = 0.25 * problem.logits().logsumexp(1) ** 2 * terms.counted
+    torch.testing.assert_close(terms.z_loss, expected)
+    for alpha in (0.0, 0.3, 1.0):
+        with_z, without = (problem.loss(alpha=alpha, impl=impl, reduction="none", z_loss=c) for c in (0.25, 0.0))
+        torch.testing.assert_close(with_z - without, expected)
+        torch.testing.assert_close(terms.loss(alpha), problem.loss(alpha=alpha, impl=impl, z_loss=0.25))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

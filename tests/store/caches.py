@@ -94,8 +94,6 @@ def commit(writer: CacheWriter, unit: int, tokens: NDArray[np.int64], targets: S
         low = begin * geometry.block_length
         rows = targets.slice(low, low + geometry.tokens_in(begin, end))
         chunk_tokens = tokens[low : low + len(rows)]
-        if writer.codebook() is None:
-            writer.publish_pilot(chunk_tokens, rows)
         chunks.append(writer.encode(begin, chunk_tokens, rows))
     return writer.commit_unit(unit, chunks)
 

@@ -116,9 +116,10 @@ def test_what_is_refused(tmp_path: Path) -> None:
     before = files_of(tmp_path)
     with pytest.raises(UsageError, match=r"cache has container zarr already; choose the other --container$"):
         convert(made.root, tmp_path / "new", "zarr")
-    for out in (made.root, made.root / "inside"):
-        with pytest.raises(UsageError, match=r"lies inside the cache that is converted; choose another --out$"):
-            convert(made.root, out, "arrow")
+    with pytest.raises(UsageError, match=r"cache is the cache to read from; choose another folder for --out$"):
+        convert(made.root, made.root, "arrow")
+    with pytest.raises(UsageError, match=r"lies inside the cache .*cache; choose another folder for --out$"):
+        convert(made.root, made.root / "inside", "arrow")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     with pytest.raises(CacheError, match=r"is not empty and not a logitcache cache \(it holds 'notes.txt'\)"):

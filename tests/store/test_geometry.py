@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from logitcache.errors import DamagedCacheError
-from logitcache.store import CacheWriter, Geometry, open_cache, verify
+from logitcache.store import CacheWriter, Geometry, open_cache, schema, verify
 from logitcache.store.layout import Layout
 from tests.codec.rows import assert_equal
 from tests.store.caches import VOCABULARY, commit, content, identity, rewrite, stored
@@ -33,6 +33,17 @@ def test_geometry_of_any_blocks(counts: list[int], chunk_blocks: int, unit_block
             assert geometry.block_tokens(first, stop) == counts[first:stop]
     places = [(block, place) for block, count in enumerate(counts) for place in range(count)]
     assert [geometry.locate(position) for position in range(sum(counts))] == places
+
+
+@given(st.integers(1, 1 << 34), st.integers(2, 1 << 17), st.lists(st.integers(1, 65_535), min_size=2, max_size=2))
+def test_planned_geometries_of_one_corpus_fit_together(num_tokens: int, length: int, sizes: list[int]) -> None:
+    """Equal units, chunks that divide each other, none that holds more than a chunk should."""
+    one, two = sorted((Geometry.planned(num_tokens, length, size) for size in sizes), key=lambda it: it.chunk_blocks)
+    assert one.unit_blocks == two.unit_blocks >= two.chunk_blocks
+    assert two.chunk_blocks == two.unit_blocks or two.chunk_blocks % one.chunk_blocks == 0
+    assert one.chunk_blocks * length <= schema.CHUNK_TOKENS or one.chunk_blocks == 1
+    assert one.chunk_blocks * length * max(sizes) <= schema.CHUNK_ENTRIES or one.chunk_blocks == 1
+    assert one.unit_blocks * length <= schema.MOST_UNIT_TOKENS or one.unit_blocks == 1
 
 
 def test_a_geometry_without_short_blocks_is_as_before() -> None:

@@ -1,4 +1,4 @@
-"""AlphaSchedule: values worked out by hand."""
+"""AlphaSchedule and BlendSchedule: values worked out by hand."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from logitcache.errors import UsageError
-from logitcache.training import AlphaSchedule
+from logitcache.training import AlphaSchedule, BlendSchedule
 
 
 def values(steps: int, **fields: Any) -> list[float]:
@@ -57,3 +57,22 @@ def test_runs_of_one_step_and_steps_past_the_end(kind: str) -> None:
 def test_errors(fields: dict[str, Any], named: str) -> None:
     with pytest.raises(UsageError, match=named):
         AlphaSchedule(**fields)
+
+
+def test_a_blend_moves_in_a_straight_line() -> None:
+    def values(*ends: Any, steps: int = 5) -> list[float]:
+        schedule = BlendSchedule(*ends)
+        return [schedule.at(step, steps) for step in range(steps)]
+
+    assert values() == [0.5] * 5
+    assert values(0.3) == pytest.approx([0.3] * 5)
+    assert values(0.0, 1.0) == [0, 0.25, 0.5, 0.75, 1]
+    assert values(1.0, 0.2) == pytest.approx([1, 0.8, 0.6, 0.4, 0.2])
+    assert values(0.2, 1.0, steps=1) == [0.2]
+    assert BlendSchedule(0.0, 1.0).at(30, 11) == 1
+
+
+@pytest.mark.parametrize(("ends", "named"), [((1.1,), "start is 1.1"), ((0.5, -0.1), "end is -0.1")])
+def test_blends_out_of_range(ends: tuple[float, ...], named: str) -> None:
+    with pytest.raises(UsageError, match=named):
+        BlendSchedule(*ends)

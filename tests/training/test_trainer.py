@@ -13,7 +13,7 @@ from logitcache.errors import ObjectiveError
 from logitcache.losses import Objective
 from logitcache.reader import CacheDataset, ReaderOptions, batch_targets
 from logitcache.store import open_cache
-from logitcache.training import AlphaSchedule, DistillationSettings, DistillationTrainer
+from logitcache.training import AlphaSchedule, BlendSchedule, DistillationSettings, DistillationTrainer
 from tests.caches import Dumped
 from tests.tiny import tiny_model
 from tests.training.batches import dense_terms, logged, mask_labels, read_batches, trainer_of, weights_of
@@ -182,6 +182,65 @@ def test_evaluation_leaves_training_as_it_was(dumped: Dumped, tmp_path: Path) ->
 def test_without_an_evaluator(dumped: Dumped, tmp_path: Path) -> None:
     trainer = trainer_of(tiny_model("llama"), read_batches(dumped.top_k, 2, 1), settings(), tmp_path, 1)
     assert trainer.evaluate() == {}
+
+
+def test_blend_follows_its_schedule(dumped: Dumped, tmp_path: Path) -> None:
+    """The same student and batches at a learning rate of 0: the divergence moves with the share alone."""
+    batches = read_batches(dumped.varopt, 2, 1) * 5
+    blended = Objective.forward_kl("blend")
+    kind = {"unbiased": True, "has_exact_head": True}
+    runs = []
+    for chosen in (
+        settings(1.0, objective=blended, blend=BlendSchedule(0.0, 1.0), **kind),
+        settings(1.0, **kind),
+        settings(1.0, objective=Objective.forward_kl("unbiased"), **kind),
+    ):
+        runs.append(trainer_of(tiny_model("llama", seed=5), batches, chosen, tmp_path, 5, learning_rate=0.0))
+        runs[-1].train()
+    assert logged(runs[0], "blend") == [0, 0.25, 0.5, 0.75, 1]
+    assert not logged(runs[1], "blend")
+    bucket, unbiased = (logged(run, "divergence")[0] for run in runs[1:])
+    expected = [(1 - share) * bucket + share * unbiased for share in (0, 0.25, 0.5, 0.75, 1)]
+    assert logged(runs[0], "divergence") == pytest.approx(expected, rel=1e-6)
+    assert abs(bucket - unbiased) > 1e-3
+
+
+@pytest.mark.parametrize("objective", [BUCKET, Objective.cross_entropy()])
+def test_z_loss_is_logged_and_added(objective: Objective, dumped: Dumped, tmp_path: Path) -> None:
+    batches = read_batches(dumped.top_k, 2, 3)
+    mask_labels(batches)
+    trainer = trainer_of(tiny_model("llama", seed=5), batches, settings(objective=objective, z_loss=0.01), tmp_path, 3)
+    trainer.train()
+    with torch.no_grad():
+        logits = tiny_model("llama", seed=5)(input_ids=batches[0]["input_ids"]).logits
+    lse = logits[batches[0]["labels"] != -100].double().logsumexp(-1)
+    assert logged(trainer, "z_loss")[0] == pytest.approx(0.01 * float((lse**2).mean()), rel=1e-5)
+    divergence = logged(trainer, "divergence") or logged(trainer, "ce")
+    mixed = [
+        0.1 * ce + 0.9 * other + z
+        for ce, other, z in zip(logged(trainer, "ce"), divergence, logged(trainer, "z_loss"), strict=True)
+    ]
+    assert logged(trainer, "loss") == pytest.approx(mixed, rel=1e-4)
+
+
+def test_a_policy_gradient_reads_the_teacher_of_the_label(dumped: Dumped, tmp_path: Path) -> None:
+    """In a plain loop: -A log p(label), with A held fixed."""
+    batches = read_batches(dumped.sample, 4, 3)
+    mask_labels(batches)
+    chosen = settings(1.0, objective=Objective.policy_gradient(0.5), unbiased=True, has_exact_head=False)
+    trainer = trainer_of(tiny_model("llama", seed=5), batches, chosen, tmp_path, 3)
+    trainer.train()
+
+    def policy_gradient(model: Any, batch: Any) -> torch.Tensor:
+        mask = batch["labels"] != -100
+        log_p = model(input_ids=batch["input_ids"]).logits[mask].log_softmax(-1)
+        log_p = log_p.gather(1, batch["labels"][mask][:, None]).squeeze(1)
+        teacher = batch["targets"]["label_logprob"].unflatten(0, mask.shape)[mask]
+        return -((teacher - log_p.detach()).clamp(-0.5, 0.5) * log_p).mean()
+
+    by_hand = tiny_model("llama", seed=5)
+    assert logged(trainer, "loss") == pytest.approx(plain_loop(by_hand, batches, policy_gradient), rel=1e-4)
+    assert_same_weights(trainer.model, by_hand)
 
 
 @pytest.mark.parametrize(("cache", "tail"), [("dense", "bucket"), ("top_k", "renormalised"), ("sample", "unbiased")])

@@ -1,0 +1,52 @@
+"""Options that several commands have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+Command = Callable[..., Any]
+
+
+def teacher_options(command: Command) -> Command:
+    """Add `--teacher`, `--gguf-file` and `--corpus`: what a dump reads."""
+    command = click.option(
+        "--corpus", required=True, multiple=True, metavar="PATH", help="File, folder or glob; may be repeated."
+    )(command)
+    command = click.option("--gguf-file", metavar="FILE", help="GGUF file inside the teacher's folder.")(command)
+    return click.option(
+        "--teacher", required=True, metavar="DIR_OR_ID", help="Folder or hub id of a causal language model."
+    )(command)
+
+
+def new_cache_option(command: Command) -> Command:
+    """Add `--out`, as `root`, to a command that makes a cache of others."""
+    return click.option(
+        "--out",
+        "root",
+        required=True,
+        type=click.Path(path_type=Path),
+        metavar="CACHE",
+        help="The new cache; no cache that is read, nor a folder inside one.",
+    )(command)
+
+
+def cache_options(command: Command) -> Command:
+    """Add `--codec` and `--container`: how a new cache is stored."""
+    command = click.option(
+        "--container",
+        default="zarr",
+        show_default=True,
+        type=click.Choice(["zarr", "arrow"]),
+        help="Files of the cache: Zarr v3 zips (smaller) or Arrow IPC (any Arrow reader opens them).",
+    )(command)
+    return click.option(
+        "--codec",
+        default="small",
+        show_default=True,
+        type=click.Choice(["small", "fast"]),
+        help="small: fewest bytes; fast: fastest to read.",
+    )(command)

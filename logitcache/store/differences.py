@@ -1,0 +1,95 @@
+"""What two plans differ in, and how that is said to whoever runs a command again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from logitcache.selection import Selection
+from logitcache.store.schema import Identity
+
+# Dotted name of a field, and its values in two documents.
+Difference = tuple[str, object, object]
+
+STEP_OPTIONS: dict[str, tuple[str, ...]] = {
+    "convert": ("container",),
+    "derive": ("select", "drop", "codec", "seed"),
+    "merge": (),
+    "subset": ("blocks",),
+}
+
+
+@dataclass(frozen=True)
+class Wording:
+    """How a command calls what settles the fields of its plan.
+
+    Fields are given by their dotted name or the beginning of it; of those that fit the longest counts, "" fits all.
+
+    Args:
+        options: the option that settles a field.
+        follows: fields that others settle, listed only where nothing else differs.
+    """
+
+    options: Mapping[str, str] = field(default_factory=dict)
+    follows: tuple[str, ...] = ()
+
+    @classmethod
+    def of_step(cls, identity: Identity) -> Wording:
+        """Of the command that makes a cache of others: all follows from them and from what the step was told."""
+        last, operation = f"ancestry.{len(identity.ancestry) - 1}", identity.ancestry[-1].operation
+        options = {f"{last}.arguments.{name}": f"--{name}" for name in STEP_OPTIONS[operation]}
+        return cls({**options, f"{last}.parents": "CACHE"}, ("",))
+
+    def lines(self, stored: Identity, given: Identity) -> list[str]:
+        """One for each option, or field without one, in which the plans of a cache and of this run differ."""
+        differences = diff_identities(stored, given)
+        causes = [row for row in differences if not self._follows(row[0])]
+        lines: dict[str, str] = {}
+        for name, old, new in causes or differences:
+            option = self.options.get(_fitting(self.options, name) or name)
+            if option is None:
+                option = label = name
+            elif name.startswith("selection."):
+                label, old, new = option, _spelled(stored), _spelled(given)
+            else:
+                label = option if name.endswith(option.removeprefix("--").replace("-", "_")) else f"{option} ({name})"
+            lines.setdefault(option, f"{label}: the cache has {old!r}, this run {new!r}")
+        return list(lines.values())
+
+    def _follows(self, name: str) -> bool:
+        option, follows = _fitting(self.options, name), _fitting(self.follows, name)
+        return follows is not None and (option is None or len(option) <= len(follows))
+
+
+def diff_identities(old: Identity, new: Identity) -> list[Difference]:
+    """Fields in which two identities differ."""
+    return diff(old.model_dump(mode="json"), new.model_dump(mode="json"))
+
+
+def diff(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[Difference]:
+    """Fields in which two nested documents differ: (dotted name, old value, new value)."""
+    rows: list[Difference] = []
+    for key in sorted({*old, *new}):
+        mine, theirs = _numbered(old.get(key)), _numbered(new.get(key))
+        if isinstance(mine, dict) and isinstance(theirs, dict):
+            rows += diff(mine, theirs, f"{prefix}{key}.")
+        elif mine != theirs:
+            rows.append((f"{prefix}{key}", mine, theirs))
+    return rows
+
+
+def _fitting(beginnings: Iterable[str], name: str) -> str | None:
+    """The longest of some beginnings of dotted names that is one of `name`."""
+    found = (part for part in beginnings if not part or f"{name}.".startswith(f"{part}."))
+    return max(found, key=len, default=None)
+
+
+def _spelled(identity: Identity) -> str:
+    return str(Selection.from_dict(identity.selection.model_dump()))
+
+
+def _numbered(value: Any) -> Any:
+    """A list of objects as an object, so that a difference inside one of them is named."""
+    objects = isinstance(value, list) and value and all(isinstance(item, dict) for item in value)
+    return {str(number): item for number, item in enumerate(value)} if objects else value
