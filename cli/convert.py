@@ -21,12 +21,12 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 
 
 @click.command(epilog=EXAMPLE)
-@click.argument("source", type=click.Path(path_type=Path), metavar="CACHE")
+@click.argument("source", type=click.Path(), metavar="CACHE")
 @new_cache_option
 @click.option("--container", required=True, type=click.Choice(["zarr", "arrow"]), help="Kind of file to write.")
 @json_option
 @debug_option
-def convert(source: Path, root: Path, container: str, as_json: bool) -> None:
+def convert(source: str, root: Path, container: str, as_json: bool) -> None:
     """Copy a cache into another kind of file, without loss."""
     from rich.progress import Progress
 

@@ -35,7 +35,7 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 
 
 @click.command(epilog=EXAMPLE)
-@click.argument("source", type=click.Path(path_type=Path), metavar="CACHE")
+@click.argument("source", type=click.Path(), metavar="CACHE")
 @new_cache_option
 @click.option("--select", metavar="SPEC", help="What to keep, for example top-k:12; by default all that is stored.")
 @click.option(
@@ -51,7 +51,7 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 )
 @json_option
 @debug_option
-def derive(source: Path, root: Path, select: str | None, as_json: bool, **rest: Any) -> None:
+def derive(source: str, root: Path, select: str | None, as_json: bool, **rest: Any) -> None:
     """Make a smaller cache from one that is stored, without a teacher."""
     from logitcache.algebra import Derivation, derive_cache
     from logitcache.selection import Selection

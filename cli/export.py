@@ -29,7 +29,7 @@ Columns and what is lost: docs/interchange.md. Exit status: 0 done, 1 failed, 2 
 
 
 @click.command(epilog=EXAMPLE)
-@click.argument("cache", type=click.Path(path_type=Path))
+@click.argument("cache", type=click.Path())
 @click.option("--to", "target", required=True, type=click.Choice(["parquet", "distillkit", "trl"]), help="For whom.")
 @click.option("--out", "folder", required=True, type=click.Path(path_type=Path), metavar="FOLDER", help="New folder.")
 @click.option("--blocks", metavar="A:B", help="Only blocks A to B - 1.")
@@ -41,7 +41,7 @@ Columns and what is lost: docs/interchange.md. Exit status: 0 done, 1 failed, 2 
 )
 @json_option
 @debug_option
-def export(cache: Path, target: str, folder: Path, blocks: str | None, layout: str | None, as_json: bool) -> None:
+def export(cache: str, target: str, folder: Path, blocks: str | None, layout: str | None, as_json: bool) -> None:
     """Write a cache as Parquet files that other tools read."""
     from logitcache.store import open_cache
 

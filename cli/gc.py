@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 
 import click
 from rich.table import Table
@@ -21,11 +20,11 @@ Exit status: 0 done, 1 failed or no cache, 2 wrong usage.
 
 
 @click.command(epilog=EXAMPLE)
-@click.argument("cache", type=click.Path(path_type=Path))
+@click.argument("cache", type=click.Path())
 @click.option("--delete", is_flag=True, help="Remove the files; refused while a run writes to the cache.")
 @json_option
 @debug_option
-def gc(cache: Path, delete: bool, as_json: bool) -> None:
+def gc(cache: str, delete: bool, as_json: bool) -> None:
     """List files that killed runs left in a cache and that nothing names, or remove them."""
     from logitcache.store import collect_garbage
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -33,7 +32,7 @@ Exit status: 0 done, 1 damaged or no cache, 2 wrong usage.
 
 
 @click.command(epilog=EXAMPLE)
-@click.argument("cache", type=click.Path(path_type=Path))
+@click.argument("cache", type=click.Path())
 @click.option(
     "--position", type=int, metavar="N", help="Show the teacher's distribution after the N-th token (from 0)."
 )
@@ -43,7 +42,7 @@ Exit status: 0 done, 1 damaged or no cache, 2 wrong usage.
 @json_option
 @debug_option
 def inspect(
-    cache: Path, position: int | None, block: int | None, tokenizer: str | None, rows: int, as_json: bool
+    cache: str, position: int | None, block: int | None, tokenizer: str | None, rows: int, as_json: bool
 ) -> None:
     """Show what is in a cache: its facts, or one position or block decoded to text."""
     from logitcache.store import open_cache
@@ -69,7 +68,7 @@ def show_facts(cache: Cache, as_json: bool) -> None:
     entries = sum(shard.num_entries for shard in manifest.shards)
     packing = identity.corpus.get("packing", {})
     facts: dict[str, Any] = {
-        "cache": str(cache.root),
+        "cache": cache.location,
         "complete": manifest.complete,
         "teacher": identity.teacher.get("name"),
         "teacher dtype": identity.teacher.get("dtype"),
@@ -116,7 +115,7 @@ def show_position(cache: Cache, position: int, decoder: _Decoder, rows: int, as_
     """The text before a position and the teacher's tokens after it, most probable first."""
     if not 0 <= position < cache.manifest.identity.geometry.num_tokens:
         last = cache.manifest.identity.geometry.num_tokens - 1
-        raise UsageError(f"position {position} is outside {cache.root}; choose 0 to {last}")
+        raise UsageError(f"position {position} is outside {cache.location}; choose 0 to {last}")
     block, place = cache.manifest.identity.geometry.locate(position)
     blocks = cache.read_blocks(block, block + 1)
     row = blocks.targets.slice(place, place + 1)
@@ -188,7 +187,7 @@ def show_block(cache: Cache, block: int, decoder: _Decoder, as_json: bool) -> No
     """A block's text and averages over its positions."""
 
     if not 0 <= block < cache.num_blocks:
-        raise UsageError(f"block {block} is outside {cache.root}; choose 0 to {cache.num_blocks - 1}")
+        raise UsageError(f"block {block} is outside {cache.location}; choose 0 to {cache.num_blocks - 1}")
     blocks: Blocks = cache.read_blocks(block, block + 1)
     valid = blocks.valid[0]
     targets = blocks.targets

@@ -17,6 +17,8 @@ from .gc import gc
 from .import_ import import_
 from .inspect import inspect
 from .merge import merge
+from .pull import pull
+from .push import push
 from .subset import subset
 from .train import train
 from .verify import verify
@@ -32,7 +34,12 @@ def cli() -> None:
     """
 
 
-for command in (dump, train, inspect, verify, derive, merge, subset, convert, export, import_, gc, bench, demo):
+COMMANDS = (
+    *(dump, train, inspect, verify),
+    *(derive, merge, subset, convert, export, import_, push, pull),
+    *(gc, bench, demo),
+)
+for command in COMMANDS:
     cli.add_command(command)
 
 

@@ -31,11 +31,11 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 
 
 @click.command(epilog=EXAMPLE)
-@click.argument("sources", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="CACHE...")
+@click.argument("sources", nargs=-1, required=True, type=click.Path(), metavar="CACHE...")
 @new_cache_option
 @json_option
 @debug_option
-def merge(sources: tuple[Path, ...], root: Path, as_json: bool) -> None:
+def merge(sources: tuple[str, ...], root: Path, as_json: bool) -> None:
     """Put shards of several runs, or caches of several corpora, together."""
     from logitcache.algebra import merge_caches
 

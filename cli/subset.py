@@ -25,12 +25,12 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 
 
 @click.command(epilog=EXAMPLE)
-@click.argument("source", type=click.Path(path_type=Path), metavar="CACHE")
+@click.argument("source", type=click.Path(), metavar="CACHE")
 @click.option("--blocks", required=True, metavar="RANGES", help="Ranges, or @FILE with one range a line.")
 @new_cache_option
 @json_option
 @debug_option
-def subset(source: Path, blocks: str, root: Path, as_json: bool) -> None:
+def subset(source: str, blocks: str, root: Path, as_json: bool) -> None:
     """Make a cache of some blocks of another."""
     from logitcache.algebra import BlockRanges, subset_cache
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 
 import click
 from rich.table import Table
@@ -20,10 +19,10 @@ Exit status: 0 whole, 1 damaged or no cache, 2 wrong usage.
 
 
 @click.command(epilog=EXAMPLE)
-@click.argument("cache", type=click.Path(path_type=Path))
+@click.argument("cache", type=click.Path())
 @json_option
 @debug_option
-def verify(cache: Path, as_json: bool) -> None:
+def verify(cache: str, as_json: bool) -> None:
     """Check every byte of a cache and list what is damaged."""
     from logitcache.store import verify as verify_cache
 

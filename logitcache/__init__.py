@@ -23,7 +23,8 @@ __all__ = ["Blocks", "Cache", "SparseTargets", "__version__", "errors", "losses"
 
 if TYPE_CHECKING:
     from logitcache import errors, losses
-    from logitcache.store import Blocks, Cache, open_cache, verify
+    from logitcache.store import Blocks, Cache, open_cache
+    from logitcache.store.verify import verify
     from logitcache.targets import SparseTargets
 
 

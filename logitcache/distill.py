@@ -21,6 +21,7 @@ from logitcache.corpus import expand_paths, iter_documents, pack, resolve_policy
 from logitcache.errors import LogitcacheError, TrainingError, UsageError
 from logitcache.reader import CacheDataset, ReaderOptions, make_batch
 from logitcache.store import open_cache
+from logitcache.store.location import refuse_url
 from logitcache.training import DistillationTrainer, evaluate_blocks
 from logitcache.training.load import check_fits, load_student
 from logitcache.training.options import TrainOptions
@@ -79,6 +80,7 @@ class _Run:
     def __init__(self, options: TrainOptions, resume: bool) -> None:
         self.options = options
         self.out = Path(options.out)
+        refuse_url(self.out)
         self.record_path, self.result_path = self.out / "run.json", self.out / "result.json"
         self.cache = open_cache(options.cache)
         self.held_out_cache = open_cache(options.held_out_cache) if options.held_out_cache else None
@@ -154,8 +156,9 @@ class _Run:
         mine, theirs = self.cache.manifest.identity.tokenizer, other.manifest.identity.tokenizer
         if mine.get("sha256") != theirs.get("sha256"):
             raise TrainingError(
-                f"the held-out cache {other.root} was made with another tokenizer ({str(theirs.get('sha256'))[:12]}) "
-                f"than {self.cache.root} ({str(mine.get('sha256'))[:12]}); dump it with the same teacher"
+                f"the held-out cache {other.location} was made with another tokenizer "
+                f"({str(theirs.get('sha256'))[:12]}) than {self.cache.location} ({str(mine.get('sha256'))[:12]}); "
+                "dump it with the same teacher"
             )
 
     def _split(self) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -163,7 +166,7 @@ class _Run:
         total = self.cache.num_blocks
         if self.cache.num_tokens == total:
             raise TrainingError(
-                f"{self.cache.root} holds one token a block and so no next token to learn; dump a larger corpus"
+                f"{self.cache.location} holds one token a block and so no next token to learn; dump a larger corpus"
             )
         if self.held_out_cache is not None:
             return (0, total), (0, self.held_out_cache.num_blocks)
@@ -171,7 +174,7 @@ class _Run:
         held = max(1, held) if self.options.held_out > 0 else 0
         if held >= total:
             raise TrainingError(
-                f"{self.cache.root} has only {total} blocks, too few to hold some out; "
+                f"{self.cache.location} has only {total} blocks, too few to hold some out; "
                 "use --held-out 0 or a larger cache"
             )
         return (0, total - held), (total - held, total)

@@ -55,6 +55,10 @@ class PlanMismatchError(CacheError):
         self.differences = differences
 
 
+class RemoteError(LogitcacheError):
+    """An object store cannot be reached, or refuses; the message names the object and the endpoint."""
+
+
 class InterchangeError(LogitcacheError):
     """A file of another tool cannot be read or written as asked."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,6 +16,7 @@ if not torch.cuda.is_available():
 
 if TYPE_CHECKING:
     from tests.caches import Dumped
+    from tests.s3 import Proxy
 
 
 @pytest.fixture(scope="session")
@@ -32,3 +34,36 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def s3_port() -> Iterator[int]:
+    """Port of a real S3 server, moto's, in a process of its own."""
+    from tests.s3 import s3_server
+
+    with s3_server() as port:
+        yield port
+
+
+@pytest.fixture
+def proxy(s3_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """The server behind a proxy that can fail, with all that is needed to reach it in the environment."""
+    from tests.s3 import proxied
+
+    with proxied(s3_port) as proxy:
+        for name in [name for name in os.environ if name.startswith("AWS_")]:
+            monkeypatch.delenv(name)
+        environment = {
+            "AWS_ENDPOINT_URL": proxy.url,
+            "AWS_ACCESS_KEY_ID": "an-access-key-id",
+            "AWS_SECRET_ACCESS_KEY": "a-secret-access-key",
+            "AWS_MAX_ATTEMPTS": "2",
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "AWS_CONFIG_FILE": str(tmp_path / "no-config"),
+            "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "no-credentials"),
+            "NO_PROXY": "127.0.0.1",
+            "LOGITCACHE_LOCAL_DIR": str(tmp_path / "local"),
+        }
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        yield proxy

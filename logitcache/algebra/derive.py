@@ -88,10 +88,12 @@ def derive_cache(
     identity = cache.manifest.identity
     old = cache.selection
     new = derivation.select or old
-    operation = operation_for(old, new, str(cache.root))
+    operation = operation_for(old, new, cache.location)
     layout = derivation.codec or cache.codec.layout
     if operation == "keep" and not derivation.drop and layout == cache.codec.layout:
-        raise UsageError(f"nothing of {cache.root} would change; give another --select, --codec, or a column to --drop")
+        raise UsageError(
+            f"nothing of {cache.location} would change; give another --select, --codec, or a column to --drop"
+        )
     arguments: dict[str, Any] = {} if new == old else {"select": str(new), "from": str(old)}
     if derivation.drop:
         arguments["drop"] = sorted(set(derivation.drop))
@@ -215,14 +217,14 @@ def _checked_tail_mass(cache: Cache, limit: float) -> float:
         blocks = cache.read_chunk(ref)
         if (blocks.targets.row_lengths[blocks.valid.ravel()] == 0).any():
             raise CacheError(
-                f"{cache.root} has rows without any id from block {ref.first_block} on; nothing can be drawn"
+                f"{cache.location} has rows without any id from block {ref.first_block} on; nothing can be drawn"
             )
         total += float(blocks.targets.tail_mass[blocks.valid.ravel()].sum(dtype=np.float64))
     mean = round(total / cache.num_tokens, 6)
     if mean > limit:
         raise CacheError(
-            f"{cache.root} leaves on average {mean:.4f} of the teacher's probability in the tails, over {limit:g}, and "
-            "no draw from it can hit a tail; dump with --select sample:N for unbiased draws, or accept the bias with "
-            "a larger --max-tail-mass"
+            f"{cache.location} leaves on average {mean:.4f} of the teacher's probability in the tails, over {limit:g}, "
+            "and no draw from it can hit a tail; dump with --select sample:N for unbiased draws, or accept the bias "
+            "with a larger --max-tail-mass"
         )
     return mean

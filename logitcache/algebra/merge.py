@@ -14,6 +14,7 @@ from logitcache.store import Cache, Geometry, Identity, Plan, open_cache
 from logitcache.store.differences import diff
 from logitcache.store.files import digest
 from logitcache.store.layout import refuse_sources
+from logitcache.store.location import local_root
 
 # The same weights under another name or in another version of the engine are the same teacher.
 NOT_TEACHER = ("name", "revision", "torch", "transformers")
@@ -39,7 +40,8 @@ def merge_caches(sources: Sequence[str | Path], root: str | Path, progress: Prog
     if not sources:
         raise UsageError("there is nothing to merge; give one cache or more")
     root, progress = Path(root), progress or Silent()
-    caches = [open_cache(source, partial=True) for source in sources]
+    # Units are copied as files, so a folder is needed.
+    caches = [open_cache(local_root(source), partial=True) for source in sources]
     refuse_sources(root, [cache.root for cache in caches])
     _refuse_twice([str(cache.root.resolve()) for cache in caches], caches)
     plans = {Plan(identity=cache.manifest.identity).fingerprint for cache in caches}

@@ -11,7 +11,7 @@ from pathlib import Path
 from logitcache.algebra.rewrite import Result
 from logitcache.progress import Progress
 from logitcache.store import Cache, CacheWriter, Layout, Manifest
-from logitcache.store.cache import check_shard_file
+from logitcache.store.access import check_shard_file
 from logitcache.store.files import failpoint, fsync_folder, publish, sha256_of_file, write_temporary
 from logitcache.store.layout import writing
 from logitcache.store.schema import Commit

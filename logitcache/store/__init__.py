@@ -5,8 +5,10 @@ from logitcache.store.convert import convert
 from logitcache.store.differences import Wording
 from logitcache.store.garbage import Leftover, collect_garbage
 from logitcache.store.layout import ContainerKind, Layout
+from logitcache.store.location import cache_home
 from logitcache.store.schema import Ancestor, Geometry, Identity, Manifest, Origin, Plan, StoredSelection, load_document
 from logitcache.store.tokenfile import TokenFile
+from logitcache.store.transfer import Transfer, pull, push
 from logitcache.store.verify import Problem, Report, verify
 from logitcache.store.writer import CacheWriter, check_folder
 
@@ -28,11 +30,15 @@ __all__ = [
     "Report",
     "StoredSelection",
     "TokenFile",
+    "Transfer",
     "Wording",
+    "cache_home",
     "check_folder",
     "collect_garbage",
     "convert",
     "load_document",
     "open_cache",
+    "pull",
+    "push",
     "verify",
 ]

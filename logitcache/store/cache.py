@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import bisect
-import stat
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +16,10 @@ from numpy.typing import NDArray
 from logitcache.codec import Codebook, CodedRows, RowCodec
 from logitcache.errors import CacheError, DamagedCacheError, FormatVersionError, TargetsError
 from logitcache.selection import Selection
-from logitcache.store.container import Container, Plane, open_container
-from logitcache.store.files import sha256_of_file
-from logitcache.store.layout import Layout, local_root
+from logitcache.store.access import CacheFiles, LocalFiles
+from logitcache.store.container import Container, Plane
+from logitcache.store.layout import Layout
+from logitcache.store.location import S3Location, parse_location
 from logitcache.store.schema import Geometry, Manifest, Plan, Shard, load_document, most_integers
 from logitcache.store.writer import assemble_manifest, check_attributes, parse_codebook, read_codebook
 from logitcache.targets import SparseTargets
@@ -65,23 +65,28 @@ class Cache:
     manifest says. May be used from several threads and after a fork.
     """
 
-    def __init__(self, root: Path, manifest: Manifest, kept_chunks: int = 4) -> None:
+    def __init__(self, root: Path, manifest: Manifest, kept_chunks: int = 4, files: CacheFiles | None = None) -> None:
         self.root, self.manifest = root, manifest
+        self.files = files or LocalFiles(Layout(root, manifest.identity.container))
         self.codec = RowCodec.from_dict(manifest.identity.codec)
         selection = manifest.identity.selection
         if not self.codec.stores(selection.method, selection.size, selection.exponent):
             raise FormatVersionError(
-                f"{root} stores selection {selection.method}:{selection.size} with codec "
+                f"{self.location} stores selection {selection.method}:{selection.size} with codec "
                 f"{manifest.identity.codec}, which is unknown to this version; upgrade logitcache"
             )
-        self._layout = Layout(root, manifest.identity.container)
         self._kept_chunks = kept_chunks
         self._codebook: Codebook | None = None
         self._verified: set[int] = set()
-        self._containers: dict[int, Container] = {}
+        self._containers: OrderedDict[int, Container] = OrderedDict()
         self._decoded: OrderedDict[ChunkRef, Blocks] = OrderedDict()
         self.chunks = self._list_chunks()
         self._chunk_starts = [chunk.first_block for chunk in self.chunks]
+
+    @property
+    def location(self) -> str:
+        """The path or URL it was opened from; `root` is a folder even for a remote one, of this machine's copies."""
+        return self.files.location
 
     @property
     def num_tokens(self) -> int:
@@ -124,20 +129,18 @@ class Cache:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all files that belong to the cache and are there."""
-        files = [self._layout.manifest, self._layout.plan, self._layout.codebook, *self._layout.commits.glob("*.json")]
-        files += [self._layout.shards / shard.file for shard in self.manifest.shards]
-        return sum(path.stat().st_size for path in files if path.is_file())
+        """Bytes of all files that belong to the cache and are there; of remote shards the manifest's sizes."""
+        return self.files.num_bytes(self.manifest.shards)
 
     @property
     def missing_shards(self) -> list[str]:
-        """Names of shards whose files are not there; nothing is read."""
-        return [shard.file for shard in self.manifest.shards if not (self._layout.shards / shard.file).is_file()]
+        """Names of shards whose files are not there; nothing is read. Of a remote cache nobody looks: always empty."""
+        return self.files.missing_shards(self.manifest.shards)
 
     @property
     def codebook_bytes(self) -> int:
         """Bytes of the file of the codec's tables."""
-        return self._layout.codebook.stat().st_size
+        return self.files.codebook_bytes()
 
     def stored_bytes(self) -> dict[str, int]:
         """Bytes that the compressed chunks of each plane take in all shards. Raises DamagedCacheError."""
@@ -149,10 +152,10 @@ class Cache:
         return total
 
     def __repr__(self) -> str:
-        return f"Cache({str(self.root)!r}, {self.num_tokens:,} tokens in {self.num_blocks:,} blocks)"
+        return f"Cache({self.location!r}, {self.num_tokens:,} tokens in {self.num_blocks:,} blocks)"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_containers": {}, "_decoded": OrderedDict()}
+        return {**self.__dict__, "_containers": OrderedDict(), "_decoded": OrderedDict()}
 
     def read_blocks(self, start: int, stop: int) -> Blocks:
         """Blocks [start, stop).
@@ -162,7 +165,8 @@ class Cache:
             DamagedCacheError: stored bytes differ from what was committed.
         """
         if not 0 <= start < stop <= self.num_blocks:
-            raise CacheError(f"blocks [{start}, {stop}) are outside {self.root}, which holds [0, {self.num_blocks})")
+            held = f"[0, {self.num_blocks})"
+            raise CacheError(f"blocks [{start}, {stop}) are outside {self.location}, which holds {held}")
         parts = []
         position = start
         while position < stop:
@@ -189,6 +193,10 @@ class Cache:
         """Keep at least `count` decoded chunks in memory (about 12 bytes for each of their entries)."""
         self._kept_chunks = max(self._kept_chunks, count)
 
+    def prefetch(self, shards: Iterable[int]) -> None:
+        """Say which shards (numbers) are read next: those of a remote cache begin to be fetched. A hint: no errors."""
+        self.files.prefetch([self.manifest.shards[number] for number in shards])
+
     def close(self) -> None:
         """Release open files and decoded chunks; reading opens them again."""
         for container in self._containers.values():
@@ -208,7 +216,8 @@ class Cache:
         """The chunk that holds a block. Raises CacheError when it is not dumped yet."""
         index = bisect.bisect_right(self._chunk_starts, block) - 1
         if index < 0 or block >= self.chunks[index].first_block + self.chunks[index].num_blocks:
-            raise CacheError(f"block {block} of {self.root} is not dumped yet; run the same dump again to finish it")
+            where = f"block {block} of {self.location}"
+            raise CacheError(f"{where} is not dumped yet; run the same dump again to finish it")
         return self.chunks[index]
 
     def _decode(self, ref: ChunkRef) -> Blocks:
@@ -243,7 +252,7 @@ class Cache:
         except (DamagedCacheError, TargetsError, KeyError) as error:
             shard = self.manifest.shards[ref.shard]
             raise DamagedCacheError(
-                f"{self._layout.shards / shard.file}, chunk {ref.chunk} is damaged: {error}",
+                f"{self.files.shard_name(shard)}, chunk {ref.chunk} is damaged: {error}",
                 shard=shard.file,
                 chunk=ref.chunk,
             ) from error
@@ -254,25 +263,20 @@ class Cache:
 
     def read_codebook(self) -> dict[str, Plane]:
         """The planes of the codec's tables, checked against the manifest. Raises DamagedCacheError."""
-        path = self._layout.codebook
-        if not path.exists() or sha256_of_file(path) != self.manifest.codebook_sha256:
-            raise DamagedCacheError(f"{path} is missing or differs from the manifest; restore the file")
-        return read_codebook(self._layout, Plan(identity=self.manifest.identity).fingerprint)
+        with self.files.codebook(self.manifest.codebook_sha256) as path:
+            return read_codebook(path, Plan(identity=self.manifest.identity).fingerprint)
 
     def codebook(self) -> Codebook:
         """The codec's tables. Raises DamagedCacheError."""
         if self._codebook is None:
-            self._codebook = parse_codebook(self._layout.codebook, self.read_codebook(), self.vocab_size)
+            self._codebook = parse_codebook(self.files.codebook_name, self.read_codebook(), self.vocab_size)
         return self._codebook
 
     def _container(self, number: int) -> Container:
         container = self._containers.get(number)
         if container is None:
             shard = self.manifest.shards[number]
-            path = self._layout.shards / shard.file
-            if number not in self._verified:
-                check_shard_file(path, shard)
-            container = open_container(path)
+            container = self.files.open_shard(shard, check=number not in self._verified)
             try:
                 self._check_shard(container, shard)
             except CacheError:
@@ -283,6 +287,11 @@ class Cache:
             if kept is not container:  # another thread opened it at the same time
                 container.close()
             container = kept
+            while len(self._containers) > self.files.open_shards:
+                with suppress(KeyError):  # whoever reads it still, in another thread, keeps it open
+                    self._containers.popitem(last=False)
+        with suppress(KeyError):
+            self._containers.move_to_end(number)
         return container
 
     def _check_shard(self, container: Container, shard: Shard) -> None:
@@ -304,18 +313,33 @@ class Cache:
             )
 
 
-def open_cache(location: str | Path, *, partial: bool = False) -> Cache:
+def open_cache(
+    location: str | Path,
+    *,
+    partial: bool = False,
+    local_dir: str | Path | None = None,
+    local_bytes: int | None = None,
+) -> Cache:
     """Open a cache for reading; reads the manifest only.
 
     Args:
-        location: a folder path or file:// URL.
-        partial: also open a cache whose dump has not finished, up to its commits at this moment.
+        location: a folder path, a file:// URL, or s3://bucket/prefix.
+        partial: also open a cache whose dump has not finished, up to its commits at this moment; not of s3://.
+        local_dir: where shards of a remote cache are kept, shared by all processes of the machine; by default
+            `$LOGITCACHE_LOCAL_DIR`, else `remote` in `cache_home()`.
+        local_bytes: how many bytes that folder may hold; by default `$LOGITCACHE_LOCAL_SIZE`, else 50 GB.
 
     Raises:
         CacheError: there is no cache, or it is unfinished and `partial` is False.
         DamagedCacheError, FormatVersionError: as they say.
+        RemoteError: the object store cannot be reached, or refuses.
     """
-    layout = Layout(local_root(location))
+    place = parse_location(location)
+    if isinstance(place, S3Location):
+        from logitcache.store.remote import open_remote
+
+        return open_remote(place, local_dir, local_bytes)
+    layout = Layout(place)
     if not layout.root.is_dir():
         raise CacheError(f"{layout.root} does not exist or is not a folder; give the folder that `dump --out` wrote")
     if layout.manifest.exists():
@@ -330,31 +354,14 @@ def open_cache(location: str | Path, *, partial: bool = False) -> Cache:
     else:
         plan = load_document(layout.plan, Plan)
         source, manifest = layout.commits, assemble_manifest(Layout(layout.root, plan.identity.container), plan)
+    return Cache(layout.root, uncontradicted(manifest, source))
+
+
+def uncontradicted(manifest: Manifest, source: str | Path) -> Manifest:
+    """The manifest found at `source`. Raises DamagedCacheError when it contradicts itself."""
     if (contradiction := manifest.contradiction()) is not None:
         raise DamagedCacheError(f"{source} contradicts itself: {contradiction}; restore the file")
-    return Cache(layout.root, manifest)
-
-
-def check_shard_file(path: Path, shard: Shard) -> None:
-    """Raise DamagedCacheError unless the file has the committed size and SHA-256."""
-    try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise DamagedCacheError(f"{path} is not a file; remove it and dump again", shard=shard.file)
-        size = status.st_size
-        sha256 = sha256_of_file(path) if size == shard.num_bytes else ""
-    except FileNotFoundError as error:
-        raise DamagedCacheError(f"{path} is missing; restore it or dump again", shard=shard.file) from error
-    except OSError as error:
-        raise CacheError(f"{path} cannot be read: {error.strerror}") from error
-    if size != shard.num_bytes:
-        raise DamagedCacheError(
-            f"{path} has {size} bytes, not {shard.num_bytes}; restore it, or remove it and dump again", shard=shard.file
-        )
-    if sha256 != shard.sha256:
-        raise DamagedCacheError(
-            f"{path} is damaged: its SHA-256 differs; restore it, or remove it and dump again", shard=shard.file
-        )
+    return manifest
 
 
 def _to_blocks(ref: ChunkRef, geometry: Geometry, tokens: NDArray[np.int64], targets: SparseTargets) -> Blocks:

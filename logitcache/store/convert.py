@@ -9,6 +9,7 @@ from logitcache.errors import DamagedCacheError, UsageError
 from logitcache.store.cache import Cache, ChunkRef, open_cache
 from logitcache.store.differences import Wording
 from logitcache.store.layout import ContainerKind, Layout, refuse_sources
+from logitcache.store.location import local_root
 from logitcache.store.schema import Ancestor, Manifest, Plan
 from logitcache.store.writer import CacheWriter, read_commits
 
@@ -35,7 +36,8 @@ def convert(
         PlanMismatchError: `out` holds another cache.
         CacheError, DamagedCacheError: the source cannot be read, or `out` not be written.
     """
-    cache = open_cache(source)
+    # Counters stand in the commit records, which a folder has.
+    cache = open_cache(local_root(source))
     identity = cache.manifest.identity
     if identity.container == container:
         raise UsageError(f"{cache.root} has container {container} already; choose the other --container")

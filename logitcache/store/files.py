@@ -130,14 +130,19 @@ def read_checked_json(path: Path) -> dict[str, Any]:
         data = path.read_bytes()
     except OSError as error:
         raise CacheError(f"{path} cannot be read: {error.strerror}") from error
+    return parse_checked_json(data, path)
+
+
+def parse_checked_json(data: bytes, where: str | Path) -> dict[str, Any]:
+    """What `checked_json` wrote, found at `where`. Raises DamagedCacheError."""
     try:
         fields = strict_json(data)
         stored = fields.pop("checksum")
         intact = stored == digest(fields)
     except (ValueError, RecursionError, KeyError, TypeError) as error:
-        raise DamagedCacheError(f"{path} is damaged: it is not a checksummed JSON object; restore the file") from error
+        raise DamagedCacheError(f"{where} is damaged: it is not a checksummed JSON object; restore the file") from error
     if not intact:
-        raise DamagedCacheError(f"{path} is damaged: its content differs from its checksum; restore the file")
+        raise DamagedCacheError(f"{where} is damaged: its content differs from its checksum; restore the file")
     return fields
 
 

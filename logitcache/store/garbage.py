@@ -10,7 +10,8 @@ from pathlib import Path
 from logitcache.errors import CacheError
 from logitcache.store.cache import open_cache
 from logitcache.store.files import fsync_folder
-from logitcache.store.layout import Layout, local_root, writing
+from logitcache.store.layout import Layout, writing
+from logitcache.store.location import local_root
 from logitcache.store.lock import held_alone
 from logitcache.store.schema import Plan
 from logitcache.store.writer import read_commits

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-from urllib.request import url2pathname
 
 from logitcache.errors import CacheError, UsageError
+from logitcache.store.location import refuse_url
 
 ContainerKind = Literal["zarr", "arrow"]
 SUFFIXES: dict[ContainerKind, str] = {"zarr": ".zarr.zip", "arrow": ".arrow"}
@@ -68,19 +68,12 @@ def unit_name(unit: int) -> str:
     return f"{unit:06d}"
 
 
-def local_root(location: str | Path) -> Path:
-    """The folder of a path or file:// URL. Raises CacheError for other schemes."""
-    text = str(location)
-    if text.startswith("file://"):
-        return Path(url2pathname(text.removeprefix("file://")))
-    scheme, separator, _ = text.partition("://")
-    if separator:
-        raise CacheError(f"{text} cannot be opened: {scheme}:// is not supported; copy the cache to a local folder")
-    return Path(text)
-
-
 def refuse_inside_cache(root: Path) -> None:
-    """Raise UsageError when a new folder would lie inside a cache, whose files are only its own."""
+    """Raise UsageError when a new folder would lie inside a cache, whose files are only its own.
+
+    Raises CacheError when it is a URL.
+    """
+    refuse_url(root)
     for parent in root.resolve().parents:
         if (parent / "plan.json").is_file() and (parent / "commits").is_dir():
             raise UsageError(f"{root} lies inside the cache {parent}; choose another folder for --out")

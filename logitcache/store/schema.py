@@ -16,7 +16,7 @@ from pydantic import (
 )
 
 from logitcache.errors import DamagedCacheError, FormatVersionError
-from logitcache.store.files import digest, read_checked_json
+from logitcache.store.files import digest, parse_checked_json, read_checked_json
 from logitcache.store.layout import SUFFIXES, ContainerKind
 
 FORMAT_VERSION: Literal[1] = 1
@@ -329,10 +329,19 @@ def load_document(path: Path, model: type[Model]) -> Model:
     """Read and validate one JSON document of a cache.
 
     Raises:
+        CacheError: the file cannot be read.
         FormatVersionError: a newer version wrote it.
         DamagedCacheError: it does not have the documented form.
     """
-    fields = read_checked_json(path)
+    return _validated(read_checked_json(path), path, path.name, model)
+
+
+def parse_document(data: bytes, where: str, model: type[Model]) -> Model:
+    """`load_document` of bytes that were found at `where`, a URL."""
+    return _validated(parse_checked_json(data, where), where, where.rpartition("/")[2], model)
+
+
+def _validated(fields: dict[str, Any], path: str | Path, name: str, model: type[Model]) -> Model:
     version = fields.get("format_version")
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise FormatVersionError(
@@ -342,5 +351,5 @@ def load_document(path: Path, model: type[Model]) -> Model:
         return model.model_validate(fields)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the document"
-        raise DamagedCacheError(f"{path} is not a valid {path.name}: {where}: {first['msg']}") from error
+        field = ".".join(str(part) for part in first["loc"]) or "the document"
+        raise DamagedCacheError(f"{path} is not a valid {name}: {field}: {first['msg']}") from error

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from logitcache.errors import CacheError, DamagedCacheError
-from logitcache.store.cache import Cache, check_shard_file, open_cache
+from logitcache.store.cache import Cache, open_cache
 from logitcache.store.container import open_container
-from logitcache.store.layout import Layout, local_root
+from logitcache.store.documents import read_commit, read_plan
+from logitcache.store.layout import Layout
+from logitcache.store.location import S3Location, parse_location
+from logitcache.store.objects import Objects
 from logitcache.store.schema import Plan, Shard, load_document
 from logitcache.store.writer import read_commits
 
@@ -49,18 +54,31 @@ class Report:
 def verify(location: str | Path) -> Report:
     """Check manifest, plan, commits, tables and every chunk of every shard of a cache.
 
-    An unfinished cache is checked up to its commits. Raises CacheError only when there is no cache at all or it
-    cannot be read; damage is listed in the report.
+    An unfinished cache is checked up to its commits. Of a remote cache every object is fetched anew, one shard at a
+    time. Raises CacheError only when there is no cache at all or it cannot be read, and RemoteError; damage is listed
+    in the report.
     """
     report = Report()
-    layout = Layout(local_root(location))
+    place = parse_location(location)
     try:
-        cache = open_cache(location, partial=True)
+        if isinstance(place, S3Location):
+            from logitcache.store.remote import fetched_anew
+
+            with fetched_anew(place) as (cache, objects):
+                _check_objects(cache, objects, report)
+                _check(cache, report)
+        else:
+            cache = open_cache(place, partial=True)
+            _check_documents(cache, Layout(place), report)
+            _check(cache, report)
     except DamagedCacheError as error:
         report.problems.append(Problem("", "", None, str(error)))
-        return report
+    return report
+
+
+def _check(cache: Cache, report: Report) -> None:
+    """Check tables and shards."""
     report.unfinished, report.num_bytes = not cache.manifest.complete, cache.num_bytes
-    _check_documents(cache, layout, report)
     readable = _check_codebook(cache, report)
     for number, shard in enumerate(cache.manifest.shards):
         report.shards += 1
@@ -68,7 +86,7 @@ def verify(location: str | Path) -> Report:
         _check_shard(cache, number, report, decode=readable)
         if len(report.problems) == found:
             report.tokens += shard.num_tokens
-    return report
+        cache.close()
 
 
 def _check_documents(cache: Cache, layout: Layout, report: Report) -> None:
@@ -82,6 +100,17 @@ def _check_documents(cache: Cache, layout: Layout, report: Report) -> None:
             report.problems.append(Problem("", "", None, f"{layout.commits} differs from the manifest's shard list"))
     except CacheError as error:
         report.problems.append(Problem("", "", None, str(error)))
+
+
+def _check_objects(cache: Cache, objects: Objects, report: Report) -> None:
+    """Plan and commits of a remote cache."""
+    readers: list[Callable[[], object]] = [partial(read_plan, objects, cache.manifest)]
+    readers += [partial(read_commit, objects, cache.manifest, shard) for shard in cache.manifest.shards]
+    for read in readers:
+        try:
+            read()
+        except CacheError as error:
+            report.problems.append(Problem("", "", None, str(error)))
 
 
 def _check_codebook(cache: Cache, report: Report) -> bool:
@@ -101,11 +130,10 @@ def _check_shard(cache: Cache, number: int, report: Report, decode: bool) -> Non
     Without its codebook, which is a problem by itself, nothing can be decoded: `decode` is False.
     """
     shard = cache.manifest.shards[number]
-    path = Layout(cache.root).shards / shard.file
     try:
-        check_shard_file(path, shard)
+        cache.files.check_shard(shard)
     except CacheError as error:
-        located = _damaged_chunks(path)
+        located = _damaged_chunks(Layout(cache.root).shards / shard.file)
         report.problems += located or [Problem(shard.file, "", None, str(error))]
         return
     if not decode:
@@ -119,7 +147,8 @@ def _check_shard(cache: Cache, number: int, report: Report, decode: bool) -> Non
             report.problems.append(Problem(shard.file, where.array, ref.chunk, str(error)))
             return
     if entries != shard.num_entries:
-        what = f"{path} holds {entries} entries, not the {shard.num_entries} that were committed"
+        name = cache.files.shard_name(shard)
+        what = f"{name} holds {entries} entries, not the {shard.num_entries} that were committed"
         report.problems.append(Problem(shard.file, "", None, what))
 
 

@@ -136,7 +136,7 @@ class CacheWriter:
         """The tables' planes, or None when they are not written yet. Raises DamagedCacheError."""
         if not self.layout.codebook.exists():
             return None
-        planes = read_codebook(self.layout, self.plan.fingerprint)
+        planes = read_codebook(self.layout.codebook, self.plan.fingerprint)
         self._codebook_sha256 = sha256_of_file(self.layout.codebook)
         return planes
 
@@ -304,19 +304,19 @@ def check_folder(layout: Layout) -> None:
         raise CacheError(f"{root} is not empty and not a logitcache cache (it holds {example!r}); choose another --out")
 
 
-def read_codebook(layout: Layout, plan_fingerprint: str) -> dict[str, Plane]:
+def read_codebook(path: Path, plan_fingerprint: str) -> dict[str, Plane]:
     """Read the tables' planes. Raises DamagedCacheError when they are damaged or of another cache."""
-    container = open_container(layout.codebook)
+    container = open_container(path)
     try:
         check_attributes(container, role="codebook", plan=plan_fingerprint)
         if container.num_chunks != 1 or sum(row[0] for row in container.sizes.values()) > MAX_CODEBOOK_INTEGERS:
-            raise DamagedCacheError(f"{layout.codebook} claims more than a codebook holds; restore the right file")
+            raise DamagedCacheError(f"{path} claims more than a codebook holds; restore the right file")
         return container.read_chunk(0)
     finally:
         container.close()
 
 
-def parse_codebook(path: Path, planes: Mapping[str, Plane], vocab_size: int) -> Codebook:
+def parse_codebook(path: str | Path, planes: Mapping[str, Plane], vocab_size: int) -> Codebook:
     """The tables among the planes of the codebook at `path`. Raises DamagedCacheError."""
     try:
         return Codebook.from_planes(dict(planes), vocab_size)

@@ -30,7 +30,7 @@ class Ran:
         assert "error: unexpected" not in self.err
         *before, said = self.err.strip().splitlines()
         # Only stages of the work may stand before it.
-        stages = ("dump: ", "train: ", "derive: ", "merge: ", "subset: ", "export: ", "import: ")
+        stages = ("dump: ", "train: ", "derive: ", "merge: ", "subset: ", "export: ", "import: ", "push: ", "pull: ")
         assert all(line.startswith((*stages, "Usage:", "Try ")) or not line for line in before), before
         assert said.lower().startswith("error: ")
         return said

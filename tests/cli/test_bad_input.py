@@ -132,7 +132,7 @@ CASES: dict[str, tuple[int, str, Line]] = {
     "verify nothing": (1, "does not exist", lambda r, d: ["verify", r / "nothing"]),
     "verify a folder": (1, "is not a logitcache cache", lambda r, d: ["verify", folder(r, "a.txt")]),
     "verify a file": (1, "not a folder", lambda r, d: ["verify", d.corpus]),
-    "verify a bucket": (1, "s3:// is not supported|does not exist", lambda r, d: ["verify", "s3://bucket/cache"]),
+    "verify a web page": (1, "https:// is not supported", lambda r, d: ["verify", "https://host/cache"]),
     "inspect nothing": (1, "does not exist", lambda r, d: ["inspect", r / "nothing"]),
     "inspect a folder": (1, "is not a logitcache cache", lambda r, d: ["inspect", folder(r, "a.txt")]),
     "inspect damage": (1, "its SHA-256 differs", lambda r, d: ["inspect", damaged(r, d), "--position", 5]),

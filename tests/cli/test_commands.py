@@ -320,4 +320,4 @@ def modules_of(*arguments: Any) -> set[str]:
 
 def test_quick_commands_load_no_torch(dumped: Dumped) -> None:
     for arguments in (["--help"], *([name, dumped.top_k] for name in ("inspect", "verify", "gc"))):
-        assert not modules_of(*arguments) & {"torch", "transformers", "matplotlib", "pyarrow"}, arguments
+        assert not modules_of(*arguments) & {"torch", "transformers", "matplotlib", "pyarrow", "botocore"}, arguments

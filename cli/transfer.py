@@ -1,0 +1,35 @@
+"""What `push` and `pull` show while they run and say when they are done."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from .console import out, print_json
+from .progress import View
+
+if TYPE_CHECKING:
+    from logitcache.store import Transfer
+
+
+class TransferView(View):
+    """A bar of bytes."""
+
+    def moved(self, done: int, total: int) -> None:
+        """See `logitcache.store.push`."""
+        rate = done / max(self.seconds_since_start(), 1e-9)
+        facts = f"{done / 1e6:,.1f} of {total / 1e6:,.1f} MB, {rate / 1e6:,.1f} MB/s"
+        self.bar(done, total, facts, (total - done) / rate if rate else None)
+
+
+def print_transfer(done: Transfer, source: str, destination: str, as_json: bool) -> None:
+    """One line, or JSON."""
+    if as_json:
+        print_json({"source": source, "destination": destination, **asdict(done)})
+        return
+    there = done.files - done.sent
+    skipped = f"; {there} of {done.files} files were there" if there else ""
+    out.print(
+        f"{destination}: {done.num_bytes / 1e6:,.2f} MB of {done.fingerprint[:12]}, {done.sent_bytes / 1e6:,.2f} MB "
+        f"copied in {done.seconds:,.1f} s{skipped}"
+    )
