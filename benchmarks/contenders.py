@@ -37,7 +37,7 @@ class Contender:
         task: one of `head_problem.TASKS`.
         products: matrix products of forward and backward, the live teacher's included.
         make: problem -> job.
-        everywhere: whether it also runs at the shapes and K that only the essential contenders see.
+        everywhere: essential: it also runs where only few do, at further K and, on a CPU, at the large shapes.
         cuda_only: kernels that have no CPU version.
     """
 
@@ -205,13 +205,15 @@ def _ours(impl: str, task: str) -> Contender:
             problem.hidden_ND, problem.weight_VD, problem.labels_N, targets, OBJECTIVES[task], ALPHA, impl=impl
         )
 
-    return Contender(f"logitcache {impl}", task, OUR_PRODUCTS[impl], make, everywhere=impl in ("split", "auto"))
+    return Contender(
+        f"logitcache {impl}", task, OUR_PRODUCTS[impl], make, everywhere=task == BUCKET and impl in ("split", "auto")
+    )
 
 
 def contenders() -> list[Contender]:
     """Everything there is, in the order of the table."""
     return [
-        Contender(EAGER, CE, 3, _plain(eager_ce, CE, False), everywhere=True),
+        Contender(EAGER, CE, 3, _plain(eager_ce, CE, False)),
         Contender(COMPILED, CE, 3, _plain(eager_ce, CE, True)),
         Contender("F.linear_cross_entropy, chunked", CE, 3, torch_linear_ce),
         Contender("cut-cross-entropy torch_compile", CE, 3, _cut("torch_compile")),

@@ -138,7 +138,7 @@ def test_peak_is_what_was_held_at_once() -> None:
 def test_table_and_targets(tmp_path: Path) -> None:
     """The whole command, at a shape of seconds: all K for the essential contenders, the middle one for the others."""
     out = tmp_path / "kernels.md"
-    options = ["--shape", "50000,8,3", "--k", "2", "--k", "4", "--k", "7", "--rounds", "2", "--without", "compile"]
+    options = ["--shape", "50000,3,4", "--k", "2", "--k", "4", "--k", "7", "--rounds", "2", "--without", "compile"]
     kernels.main([*options, "--device", "cpu", "--out", str(out)])
     text = out.read_text()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
@@ -149,8 +149,22 @@ def test_table_and_targets(tmp_path: Path) -> None:
     assert {row[2] for row in rows if "reference" in row[1] and row[0] == BUCKET} == {"4"}
     assert sum(row[7] == "1.00" and row[1] == contenders.EAGER for row in rows) == 5
     assert text.count("target at most") == 4
-    assert "V 50,000, D 8, N 3, float32" in text
+    assert "V 50,000, D 3, N 4, float32" in text
     assert "Liger fused linear CE: its kernels are for CUDA" in text
+
+
+def test_essential_contenders_and_no_targets(capsys: pytest.CaptureFixture[str]) -> None:
+    """A batch of fewer rows than the head is wide says why it has no targets."""
+    kernels.main(["--shape", "50000,8,3", "--k", "4", "--rounds", "2", "--essential", "--device", "cpu"])
+    text = capsys.readouterr().out
+    rows = [line.split("|")[1:3] for line in text.splitlines() if line.startswith("| CE")]
+    assert [(task.strip(), name.strip()) for task, name in rows] == [
+        (BUCKET, contenders.EAGER),
+        (BUCKET, "logitcache split"),
+        (BUCKET, "logitcache auto"),
+    ]
+    assert "No targets for batches of fewer rows" in text
+    assert "target at most" not in text
 
 
 def test_needs_nothing_but_torch() -> None:
