@@ -39,7 +39,7 @@ def swap(**fields: object) -> DeviceTargets:
         ({"temperature": 0}, ObjectiveError, "temperature is 0"),
         ({"temperature": 2.0}, ObjectiveError, "use tail='renormalised', or temperature=1"),
         ({"objective": Objective.forward_kl("unbiased")}, ObjectiveError, "--select sample:N"),
-        ({"impl": "triton"}, ObjectiveError, "auto, reference, split"),
+        ({"impl": "fast"}, ObjectiveError, "auto, reference, split, chunk, triton"),
         ({"impl": "triton", "alpha": 0}, ObjectiveError, "auto, reference, split"),
         ({"reduction": "avg"}, ObjectiveError, "reduction is 'avg'; use one of mean, sum, none"),
         ({"normalizer": 0}, ObjectiveError, "normalizer is 0"),
