@@ -40,7 +40,7 @@ def swap(**fields: object) -> DeviceTargets:
         ({"temperature": 2.0}, ObjectiveError, "use tail='renormalised', or temperature=1"),
         ({"objective": Objective.forward_kl("unbiased")}, ObjectiveError, "--select sample:N"),
         ({"impl": "fast"}, ObjectiveError, "auto, reference, split, chunk, triton"),
-        ({"impl": "triton", "alpha": 0}, ObjectiveError, "auto, reference, split"),
+        ({"impl": "fast", "alpha": 0}, ObjectiveError, "auto, reference, split, chunk, triton"),
         ({"reduction": "avg"}, ObjectiveError, "reduction is 'avg'; use one of mean, sum, none"),
         ({"normalizer": 0}, ObjectiveError, "normalizer is 0"),
         ({"normalizer": torch.ones(2)}, ObjectiveError, "normalizer has shape \\(2,\\)"),
