@@ -86,7 +86,7 @@ def make_problem(shape: Shape, k: int, dtype: torch.dtype, device: str, seed: in
     def normal(*size: int) -> torch.Tensor:
         return torch.randn(size, generator=g, device=device)
 
-    weight_VD = (normal(shape.v, shape.d) * (LOGIT_DEVIATION / shape.d**0.5)).to(dtype)
+    weight_VD = normal(shape.v, shape.d).mul_(LOGIT_DEVIATION / shape.d**0.5).to(dtype)
     teacher_ND = normal(shape.n, shape.d)
     hidden_ND = (teacher_ND + NOISE * normal(shape.n, shape.d)).to(dtype)
     teacher_ND = teacher_ND.to(dtype)
