@@ -20,12 +20,12 @@ from logitcache.errors import ObjectiveError
 from logitcache.kernels import operators
 from logitcache.kernels.head import GatherResult, HeadOptions, accumulation_dtype
 from logitcache.kernels.plan import GatherPlan
-from logitcache.kernels.products import add_product_
+from logitcache.kernels.products import add_product_, write_product_
 from logitcache.kernels.slices import Slicer, matmul_into, softmax_
 from logitcache.kernels.split import powers_gradient_, softmax_terms, sparse_gradient
 
-# Bytes of one chunk of logits. On CPU products stop gaining well before that; accelerators want many rows, because each
-# chunk reads the whole weight and adds to its whole gradient.
+# Least bytes of one chunk of logits. On CPU products stop gaining well before; accelerators want many rows, because
+# each chunk reads the whole weight and adds to its whole gradient.
 CHUNK_BYTES_CPU = 48 << 20
 CHUNK_BYTES = 1 << 30
 MIN_ROWS_CPU = 64
@@ -35,10 +35,18 @@ MIN_ROWS = 2048
 RowLoss = Callable[[int, int, GatherResult], tuple[torch.Tensor, tuple[torch.Tensor, ...]]]
 
 
-def chunk_rows(rows: int, columns: int, device_type: str = "cpu") -> int:
-    """Rows n of one chunk."""
-    budget, least = (CHUNK_BYTES_CPU, MIN_ROWS_CPU) if device_type == "cpu" else (CHUNK_BYTES, MIN_ROWS)
+def chunk_rows(rows: int, columns: int, width: int, device_type: str = "cpu") -> int:
+    """Rows n of one chunk, for a head of `columns` tokens and hidden states of `width`."""
+    if device_type == "cpu":
+        # Each chunk adds to the whole gradient of the weight; a quarter of its size in logits makes that worthwhile.
+        budget, least = max(CHUNK_BYTES_CPU, columns * width), MIN_ROWS_CPU
+    else:
+        budget, least = CHUNK_BYTES, MIN_ROWS
     return max(1, min(rows, max(least, budget // (4 * columns))))
+
+
+def _shape(hidden_ND: torch.Tensor, plan: GatherPlan) -> tuple[int, int, int]:
+    return int(hidden_ND.shape[0]), plan.columns, int(hidden_ND.shape[1])
 
 
 def ranges(rows: int, size: int) -> Iterator[tuple[int, int]]:
@@ -63,7 +71,7 @@ def linear_gather_total(
         hidden, weight, ids, head, temperature: as in `linear_gather`, checked by the caller.
         row_loss: called once for each chunk with its rows [start, stop) and the primitive's results for them. Returns
             the chunk's share of the sum, a scalar that is differentiable in those results, and further columns [n].
-        rows_per_chunk: rows of one chunk; by default as many as make 48 MiB of logits on CPU, 1 GiB elsewhere.
+        rows_per_chunk: rows of one chunk; see `chunk_rows` for the default.
 
     Returns:
         The sum, and the further columns [N], without a graph.
@@ -74,7 +82,7 @@ def linear_gather_total(
     head = head or HeadOptions()
     plan = GatherPlan.of(hidden, weight, head, temperature)
     plan = replace(plan, slice_width=plan.columns)
-    size = rows_per_chunk or chunk_rows(int(hidden.shape[0]), plan.columns, hidden.device.type)
+    size = rows_per_chunk or chunk_rows(*_shape(hidden, plan), hidden.device.type)
     tensors = (hidden, weight, head.bias)
     wants = tuple(tensor is not None and tensor.requires_grad for tensor in tensors)
     bias = None if head.bias is None else head.bias.detach()
@@ -91,7 +99,7 @@ def linear_gather(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """The bare primitive over chunks of rows: four products, for losses whose weights are not known beforehand."""
     plan = replace(plan, slice_width=plan.columns)
-    size = chunk_rows(int(hidden_ND.shape[0]), plan.columns, hidden_ND.device.type)
+    size = chunk_rows(*_shape(hidden_ND, plan), hidden_ND.device.type)
     parts = [
         operators.gather("split", hidden_ND[start:stop], weight_VD, head.bias, ids_NK[start:stop], plan)
         for start, stop in ranges(int(hidden_ND.shape[0]), size)
@@ -152,7 +160,9 @@ class _Totals:
         self.operand_VD = weight_VD[: plan.columns].to(plan.operand_dtype)
         self.buffer = torch.empty(size * plan.columns + 1, dtype=dtype, device=hidden_ND.device)
         self.grad_hidden_ND = torch.empty_like(hidden_ND, dtype=dtype) if wants[0] else None
-        self.grad_weight_VD = torch.zeros_like(weight_VD, dtype=dtype) if wants[1] else None
+        self.grad_weight_VD = torch.empty_like(weight_VD, dtype=dtype) if wants[1] else None
+        if self.grad_weight_VD is not None:
+            self.grad_weight_VD[plan.columns :] = 0
         self.grad_bias_V = torch.zeros_like(bias_V, dtype=dtype) if wants[2] and bias_V is not None else None
         self.total: torch.Tensor | None = None
         self.columns: list[tuple[torch.Tensor, ...]] = []
@@ -192,8 +202,13 @@ class _Totals:
         operand_nV = tile_nV.to(self.plan.operand_dtype)
         if self.grad_hidden_ND is not None:
             matmul_into(operand_nV, self.operand_VD, self.grad_hidden_ND[start:stop])
-        if self.grad_weight_VD is not None:
-            add_product_(self.grad_weight_VD[: self.plan.columns], operand_nV.T, hidden_nD)
+        if self.grad_weight_VD is None:
+            return
+        grad_VD = self.grad_weight_VD[: self.plan.columns]
+        if start == 0:
+            write_product_(grad_VD, operand_nV.T, hidden_nD, grad_VD.dtype)
+        else:
+            add_product_(grad_VD, operand_nV.T, hidden_nD)
 
     @property
     def gradients(self) -> tuple[torch.Tensor | None, ...]:

@@ -84,12 +84,14 @@ def test_gradients_are_handed_out_once():
 
 
 def test_chunks_keep_near_their_budget():
-    assert chunk.chunk_rows(10**6, 49152) * 49152 * 4 <= chunk.CHUNK_BYTES_CPU
-    assert chunk.chunk_rows(10**6, 49152) > chunk.MIN_ROWS_CPU
-    assert chunk.chunk_rows(10**6, 10**6) == chunk.MIN_ROWS_CPU
-    assert chunk.chunk_rows(10**6, 152_000, "cuda") == chunk.MIN_ROWS
-    assert chunk.chunk_rows(7, 10**6) == 7
-    assert chunk.chunk_rows(0, 10) == 1
+    assert chunk.chunk_rows(10**6, 49152, 576) * 49152 * 4 <= chunk.CHUNK_BYTES_CPU
+    assert chunk.chunk_rows(10**6, 49152, 576) > chunk.MIN_ROWS_CPU
+    # A wide head: logits of a quarter of the weight's gradient.
+    assert chunk.chunk_rows(10**6, 128_000, 4096) == 1024
+    assert chunk.chunk_rows(10**6, 10**6, 64) == chunk.MIN_ROWS_CPU
+    assert chunk.chunk_rows(10**6, 152_000, 4096, "cuda") == chunk.MIN_ROWS
+    assert chunk.chunk_rows(7, 10**6, 64) == 7
+    assert chunk.chunk_rows(0, 10, 64) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
