@@ -32,6 +32,7 @@ __all__ = [
     "accumulation_dtype",
     "check_head",
     "check_implementation",
+    "check_temperature",
     "choose_implementation",
     "dense_logits",
     "head_statistics",

@@ -14,7 +14,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from logitcache.errors import ObjectiveError
 from logitcache.kernels import operators
@@ -125,8 +124,10 @@ class _WithGradients(torch.autograd.Function):
         return total.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_total: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # create_graph=True: the gradients have no graph, and a penalty on them would train nothing, unnoticed.
+            raise ObjectiveError("impl='chunk' has no second derivative; use impl='reference' with create_graph=True")
         if ctx.gradients is None:
             raise ObjectiveError(
                 "impl='chunk' hands its gradients out once; use impl='split' to run backward through one loss twice"

@@ -114,8 +114,10 @@ def _check_options(weight_VD: torch.Tensor, head: HeadOptions) -> None:
         )
     if head.softcap is not None and not (math.isfinite(head.softcap) and head.softcap > 0):
         raise ObjectiveError(f"softcap is {head.softcap}; it must be a finite number above 0, or None for no cap")
-    if head.logit_scale is not None and not math.isfinite(head.logit_scale):
-        raise ObjectiveError(f"logit_scale is {head.logit_scale}; it must be finite, or None for no scale")
+    if head.logit_scale is not None and not (math.isfinite(head.logit_scale) and head.logit_scale != 0):
+        raise ObjectiveError(f"logit_scale is {head.logit_scale}; it must be finite and not 0, or None for no scale")
+    if head.valid_vocab is not None and not isinstance(head.valid_vocab, int):
+        raise ObjectiveError(f"valid_vocab is {head.valid_vocab!r}; it must be a whole number, or None")
     if head.valid_vocab is not None and not 0 < head.valid_vocab <= total:
         raise ObjectiveError(
             f"valid_vocab is {head.valid_vocab}, but weight has {total} rows; it must lie in [1, {total}]"
@@ -145,5 +147,6 @@ def check_ids(hidden_ND: torch.Tensor, ids_NK: torch.Tensor, columns: int) -> No
 
 def check_temperature(temperature: float) -> None:
     """Raise ObjectiveError unless the temperature is a finite number above 0."""
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ObjectiveError(f"temperature is {temperature}; it must be a finite number above 0")
+    number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
+    if not (number and math.isfinite(temperature) and temperature > 0):
+        raise ObjectiveError(f"temperature is {temperature!r}; it must be a finite number above 0")

@@ -10,7 +10,7 @@ import math
 import torch
 
 from logitcache.errors import ObjectiveError, TargetsError
-from logitcache.targets import DeviceTargets, SparseTargets
+from logitcache.targets import SUM_TOLERANCE, DeviceTargets, SparseTargets
 
 
 def values_are_free(tensor: torch.Tensor) -> bool:
@@ -92,6 +92,8 @@ def check_share(name: str, value: float | torch.Tensor, rows: int) -> None:
     if isinstance(value, torch.Tensor):
         if value.ndim != 0 and value.shape != (rows,):
             raise ObjectiveError(f"{name} has shape {tuple(value.shape)}; it must be a number or one per row")
+        if values_are_free(value) and not bool(((value >= 0) & (value <= 1)).all()):
+            raise ObjectiveError(f"{name} holds a number outside [0, 1]; all of its numbers must lie there")
         return
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
         raise ObjectiveError(f"{name} is {value!r}; it must be a number in [0, 1] or a tensor of such numbers")
@@ -130,6 +132,13 @@ def _check_values(targets: DeviceTargets, columns: int) -> None:
         (~(ascending | (ids_NK[:, 1:] == -1)), "targets.ids is not ascending and unique, with padding (-1) at the end"),
         (~(weights_NK >= 0) | torch.isinf(weights_NK), "targets.weights holds a weight that is negative or not finite"),
         (~((tail_N >= 0) & (tail_N <= 1)), "targets.tail_mass is outside [0, 1]"),
+        (_is_over_one(targets), "targets.weights and tail_mass of a row sum to more than 1"),
     ):
         if bool(bad.any()):
             raise TargetsError(f"{what} (row {int(bad.nonzero()[0, 0])})")
+
+
+def _is_over_one(targets: DeviceTargets) -> torch.Tensor:
+    """bool [N]: probabilities that sum to more than 1; samples may."""
+    total_N = targets.weights.sum(dim=1, dtype=torch.float64) + targets.tail_mass
+    return (total_N > 1 + SUM_TOLERANCE) & (not targets.unbiased)

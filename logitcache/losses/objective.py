@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, TypeGuard
 
 import torch
 
 from logitcache.errors import ObjectiveError
+from logitcache.kernels import check_temperature
 
 TAILS = ("bucket", "renormalised", "teacher_renormalised", "unnormalised", "label", "unbiased", "blend")
 CLASS_TAILS = ("bucket", "renormalised")
@@ -187,6 +188,10 @@ class Objective:
     @classmethod
     def named(cls, kind: str, **options: Any) -> Objective:
         """The objective of a kind, with the options given and defaults for the others: for command lines."""
+        known = [field.name for field in fields(cls) if field.name != "kind"]
+        for name in options:
+            if name not in known:
+                raise ObjectiveError(f"objectives have no option {name!r}; they have {', '.join(known)}")
         return cls(kind, **{**_FIELDS.get(kind, {}), **options})
 
     @classmethod
@@ -252,8 +257,7 @@ class Objective:
             ObjectiveError: says what to use or to store instead.
         """
         check_alpha(alpha)
-        if not (math.isfinite(temperature) and temperature > 0):
-            raise ObjectiveError(f"temperature is {temperature}; it must be a finite number above 0")
+        check_temperature(temperature)
         if not self.reads_targets or (isinstance(alpha, int | float) and alpha == 0):
             return
         if self.kind == "policy_gradient":

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from logitcache.errors import ObjectiveError
-from logitcache.losses.checks import check_z_loss
+from logitcache.losses.checks import check_share, check_z_loss, values_are_free
 from logitcache.losses.objective import Objective, check_alpha
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -38,6 +38,8 @@ class LossOptions:
                 f"objective is {self.objective!r}; build one, for example Objective.forward_kl(tail='bucket')"
             )
         check_alpha(self.alpha)
+        if isinstance(self.alpha, torch.Tensor) and self.alpha.ndim == 0:
+            check_share("alpha", self.alpha, 0)
         check_z_loss(self.z_loss)
         check_reduction(self.reduction, self.normalizer)
 
@@ -66,6 +68,8 @@ def check_reduction(reduction: str, normalizer: float | torch.Tensor | None) -> 
         raise ObjectiveError(f"normalizer is {normalizer}; it must be a finite number above 0")
     if isinstance(normalizer, torch.Tensor) and normalizer.numel() != 1:
         raise ObjectiveError(f"normalizer has shape {tuple(normalizer.shape)}; it must be one number")
+    if isinstance(normalizer, torch.Tensor) and values_are_free(normalizer) and not float(normalizer) > 0:
+        raise ObjectiveError(f"normalizer is {float(normalizer)}; it must be above 0")
 
 
 def denominator(

@@ -51,6 +51,8 @@ def patch_forward(model: Any, settings: LossSettings | None = None, *, check: bo
         ObjectiveError: settings that make no sense.
     """
     inner = models.causal_lm(model)
+    if not callable(getattr(inner, "get_output_embeddings", None)) or inner.get_output_embeddings() is None:
+        raise ModelError(f"{type(inner).__name__} has no language-model head; pass the ...ForCausalLM model")
     before = getattr(inner, "_logitcache_settings", None)
     settings = (settings or before or LossSettings()).with_fields(fields)
     if not is_patched(inner):

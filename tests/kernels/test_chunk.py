@@ -83,6 +83,12 @@ def test_gradients_are_handed_out_once():
         loss.backward()
 
 
+def test_a_second_derivative_is_refused():
+    problem = make_problem()
+    with pytest.raises(ObjectiveError, match="no second derivative"):
+        torch.autograd.grad(total(problem, HeadOptions())[0], problem.hidden, create_graph=True)
+
+
 def test_chunks_keep_near_their_budget():
     assert chunk.chunk_rows(10**6, 49152, 576) * 49152 * 4 <= chunk.CHUNK_BYTES_CPU
     assert chunk.chunk_rows(10**6, 49152, 576) > chunk.MIN_ROWS_CPU

@@ -165,3 +165,9 @@ def test_a_wrapped_class_cannot_be_changed_back(model: Any) -> None:
     """As FSDP2 wraps it."""
     model.__class__ = type("FSDPLlamaForCausalLM", (type(model),), {})
     assert "was wrapped after it was patched" in refused(ModelError, unpatch_forward, model)
+
+
+@pytest.mark.parametrize("model", [torch.nn.Linear(2, 2), tiny_model("llama", seed=0).model])
+def test_a_model_without_a_head_is_refused(model: torch.nn.Module) -> None:
+    with pytest.raises(ModelError, match="has no language-model head; pass the"):
+        patch_forward(model)
