@@ -10,12 +10,13 @@ Legend: N rows, nnz entries, K longest row.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from logitcache.codec.codebook import Codebook
+from logitcache.codec.memory import FRESH, Memory
 from logitcache.errors import DamagedCacheError, TargetsError
 
 MAX_LENGTH = 65_535
@@ -23,6 +24,8 @@ MAX_LENGTH = 65_535
 PLACE_BITS = np.uint64(31)
 PLACE_MASK = np.uint64((1 << 31) - 1)
 LAST = np.uint64(0xFFFFFFFFFFFFFFFF)
+# Up to here a step of the running sum of ids, and the first sum to leave the vocabulary, fit into 32 bits.
+NARROW_VOCABULARY = 1 << 29
 Ints = NDArray[np.int64]
 
 
@@ -32,12 +35,12 @@ class Rows:
 
     Args:
         offsets: int64 [N + 1].
-        ids: int64 [nnz], ascending within a row.
+        ids: int64, or int32 in narrow memory, [nnz]; ascending within a row.
         places: int64 [nnz], or None when stored in this very order.
     """
 
     offsets: Ints
-    ids: Ints
+    ids: NDArray[Any]
     places: Ints | None
 
 
@@ -49,7 +52,9 @@ class Layout(Protocol):
     def encode(self, tokens: Ints, offsets: Ints, ids: Ints, codebook: Codebook) -> tuple[Ints, Ints | None]:
         """The `ids` plane of rows in CSR form, and the entries in their stored order (None: unchanged)."""
 
-    def decode(self, tokens: Ints, plane: Ints, lengths: Ints, codebook: Codebook) -> Rows:
+    def decode(
+        self, tokens: Ints, plane: NDArray[Any], lengths: Ints, codebook: Codebook, memory: Memory = FRESH
+    ) -> Rows:
         """Rows of a plane whose numbers and lengths are consistent. Raises DamagedCacheError."""
 
 
@@ -69,19 +74,25 @@ class FastLayout:
         steps[starts] = np.where(first >= 0, 2 * first, -2 * first - 1)
         return steps, None
 
-    def decode(self, tokens: Ints, plane: Ints, lengths: Ints, codebook: Codebook) -> Rows:
+    def decode(
+        self, tokens: Ints, plane: NDArray[Any], lengths: Ints, codebook: Codebook, memory: Memory = FRESH
+    ) -> Rows:
         offsets = _offsets(lengths)
         vocab_size = codebook.ranks.vocab_size
         # Bounds the running sum: it cannot wrap around into the vocabulary.
         if plane.size and int(plane.max()) > 2 * vocab_size:
             raise DamagedCacheError(f"a stored id is outside the vocabulary of {vocab_size} ids")
-        steps = plane.astype(np.int64)
-        steps += 1
+        narrow = memory.narrow and vocab_size <= NARROW_VOCABULARY
+        steps = memory.kept("ids", plane.size, np.int32 if narrow else np.int64)
+        # A view where it can be: numpy converts slowly.
+        signed = plane.view(np.int32) if narrow and plane.dtype == np.uint32 else plane
+        np.add(signed, 1, out=steps, dtype=steps.dtype, casting="unsafe")
         starts = _row_starts(offsets)
         first = steps[starts] - 1
         steps[starts] = (first >> 1) ^ -(first & 1)
-        ids = np.cumsum(steps, out=steps)
-        if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
+        ids = np.cumsum(steps, dtype=steps.dtype, out=steps)
+        # Without their sign, negative numbers are the largest.
+        if ids.size and int(ids.view(f"u{ids.itemsize}").max()) >= vocab_size:
             raise DamagedCacheError(f"a stored id is outside the vocabulary of {vocab_size} ids")
         return Rows(offsets, ids, None)
 
@@ -101,7 +112,9 @@ class SmallLayout:
         sorted_keys = (packed >> PLACE_BITS).astype(np.int64)
         return slots.differences(sorted_keys) - 1, (packed & PLACE_MASK).astype(np.int64)
 
-    def decode(self, tokens: Ints, plane: Ints, lengths: Ints, codebook: Codebook) -> Rows:
+    def decode(
+        self, tokens: Ints, plane: NDArray[Any], lengths: Ints, codebook: Codebook, memory: Memory = FRESH
+    ) -> Rows:
         if plane.size and int(plane.max()) > codebook.ranks.vocab_size + codebook.contexts.candidates.size:
             raise DamagedCacheError("a stored id is outside the vocabulary")
         slots = Slots(lengths)

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from logitcache.codec.grid import ProbabilityGrid
+from logitcache.codec.memory import FRESH, Memory
 from logitcache.codec.values import Dither, Ints, Planes, Weights
 from logitcache.errors import DamagedCacheError, TargetsError
 from logitcache.targets import SUM_TOLERANCE, SparseTargets
@@ -74,7 +75,7 @@ class HeadTailValues:
                 break
         return chosen
 
-    def decode(self, codes: NDArray[Any], rows: Planes, offsets: Ints) -> Weights:
+    def decode(self, codes: NDArray[Any], rows: Planes, offsets: Ints, memory: Memory = FRESH) -> Weights:
         lengths = np.diff(offsets)
         row_of = np.repeat(np.arange(lengths.size), lengths)
         head, rest = codes >= HEAD, rows["rest"] > 0

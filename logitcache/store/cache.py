@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from logitcache.codec import Codebook, CodedRows, RowCodec
+from logitcache.codec import FRESH, Codebook, CodedRows, Memory, RowCodec
 from logitcache.errors import CacheError, DamagedCacheError, FormatVersionError, TargetsError
 from logitcache.store.container import Container, Plane, open_container
 from logitcache.store.files import sha256_of_file
@@ -203,12 +203,15 @@ class Cache:
         return self.chunks[index]
 
     def _decode(self, ref: ChunkRef) -> Blocks:
-        tokens, coded = self.read_coded(ref)
-        with self._damage_in(ref):
-            targets = self.codec.targets(coded)
-        return _to_blocks(ref, self.manifest.identity.geometry, tokens, targets)
+        return _to_blocks(ref, self.manifest.identity.geometry, *self.read_rows(ref))
 
-    def read_coded(self, ref: ChunkRef) -> tuple[NDArray[np.int64], CodedRows]:
+    def read_rows(self, ref: ChunkRef, memory: Memory = FRESH) -> tuple[NDArray[np.int64], SparseTargets]:
+        """A chunk's real tokens int64 [R] and their rows; ids are int32 in narrow memory. Raises DamagedCacheError."""
+        tokens, coded = self.read_coded(ref, memory)
+        with self._damage_in(ref):
+            return tokens, self.codec.targets(coded, memory)
+
+    def read_coded(self, ref: ChunkRef, memory: Memory = FRESH) -> tuple[NDArray[np.int64], CodedRows]:
         """A chunk's real tokens int64 [R] and their rows as integers, for moving rows without rounding them again.
 
         Raises DamagedCacheError.
@@ -217,14 +220,14 @@ class Cache:
         # numpy adds uint64 and int64 as floats; the container keeps all numbers below 2^63.
         planes = {
             name: plane.astype(np.int64) if plane.dtype == np.uint64 else plane
-            for name, plane in self.read_planes(ref).items()
+            for name, plane in self.read_planes(ref, memory).items()
         }
         codebook = self.codebook()
         with self._damage_in(ref):
             tokens = codebook.ranks.decode(planes.pop("tokens"))
             if tokens.size != rows:
                 raise DamagedCacheError(f"it holds {tokens.size} tokens, not {rows}")
-            return tokens, self.codec.unpack(tokens, planes, codebook)
+            return tokens, self.codec.unpack(tokens, planes, codebook, memory)
 
     @contextmanager
     def _damage_in(self, ref: ChunkRef) -> Iterator[None]:
@@ -239,9 +242,9 @@ class Cache:
                 chunk=ref.chunk,
             ) from error
 
-    def read_planes(self, ref: ChunkRef) -> dict[str, Plane]:
+    def read_planes(self, ref: ChunkRef, memory: Memory = FRESH) -> dict[str, Plane]:
         """A chunk's planes as they are stored, unsigned integers [size] each. Raises DamagedCacheError."""
-        return self._container(ref.shard).read_chunk(ref.chunk)
+        return self._container(ref.shard).read_chunk(ref.chunk, memory)
 
     def read_codebook(self) -> dict[str, Plane]:
         """The planes of the codec's tables, checked against the manifest. Raises DamagedCacheError."""
