@@ -211,23 +211,34 @@ class Cache:
         with self._damage_in(ref):
             return tokens, self.codec.targets(coded, memory)
 
+    def read_tokens(self, ref: ChunkRef) -> NDArray[np.int64]:
+        """A chunk's real tokens int64 [R], without their rows. Raises DamagedCacheError."""
+        return self._tokens_of(ref, self._container(ref.shard).read("tokens", ref.chunk).astype(np.int64))
+
     def read_coded(self, ref: ChunkRef, memory: Memory = FRESH) -> tuple[NDArray[np.int64], CodedRows]:
         """A chunk's real tokens int64 [R] and their rows as integers, for moving rows without rounding them again.
 
         Raises DamagedCacheError.
         """
-        rows = self.manifest.identity.geometry.tokens_in(ref.first_block, ref.first_block + ref.num_blocks)
         # numpy adds uint64 and int64 as floats; the container keeps all numbers below 2^63.
         planes = {
             name: plane.astype(np.int64) if plane.dtype == np.uint64 else plane
             for name, plane in self.read_planes(ref, memory).items()
         }
-        codebook = self.codebook()
         with self._damage_in(ref):
-            tokens = codebook.ranks.decode(planes.pop("tokens"))
+            stored_tokens = planes.pop("tokens")
+        tokens = self._tokens_of(ref, stored_tokens)
+        with self._damage_in(ref):
+            return tokens, self.codec.unpack(tokens, planes, self.codebook(), memory)
+
+    def _tokens_of(self, ref: ChunkRef, plane: Plane) -> NDArray[np.int64]:
+        codebook = self.codebook()
+        rows = self.manifest.identity.geometry.tokens_in(ref.first_block, ref.first_block + ref.num_blocks)
+        with self._damage_in(ref):
+            tokens = codebook.ranks.decode(plane)
             if tokens.size != rows:
                 raise DamagedCacheError(f"it holds {tokens.size} tokens, not {rows}")
-            return tokens, self.codec.unpack(tokens, planes, codebook, memory)
+            return tokens
 
     @contextmanager
     def _damage_in(self, ref: ChunkRef) -> Iterator[None]:

@@ -51,7 +51,8 @@ class DistillationTrainer(Trainer):
     Args:
         model: a transformers causal language model.
         args: TrainingArguments with `max_steps` set; `remove_unused_columns` must be False.
-        train_dataset: iterable of batches as `CacheDataset` yields them, already sliced for this rank.
+        train_dataset: iterable of batches as `CacheDataset` yields them, already sliced for this rank, or of plain
+            dictionaries of the same tensors.
         settings: what is minimised.
         evaluator: called as evaluator(model) for `evaluate`; returns metrics without the "eval_" prefix.
         Further keywords go to transformers.Trainer.
@@ -63,7 +64,7 @@ class DistillationTrainer(Trainer):
         self,
         model: Any,
         args: TrainingArguments,
-        train_dataset: Iterable[dict[str, Any]],
+        train_dataset: Iterable[Any],
         settings: DistillationSettings,
         evaluator: Callable[[Any], dict[str, float]] | None = None,
         **kwargs: Any,
@@ -100,6 +101,11 @@ class DistillationTrainer(Trainer):
             workers = self.args.dataloader_num_workers
             return DataLoader(dataset, batch_size=None, num_workers=workers, generator=generator)
         return dataset
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        if hasattr(inputs, "unpack"):  # one copy, taken apart on the device
+            inputs = inputs.to(self.args.device, non_blocking=True).unpack()
+        return super()._prepare_inputs(inputs)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         self._clock = time.perf_counter()
