@@ -248,7 +248,8 @@ class Cache:
         except (DamagedCacheError, TargetsError, KeyError) as error:
             shard = self.manifest.shards[ref.shard]
             raise DamagedCacheError(
-                f"{self._layout.shards / shard.file}, chunk {ref.chunk} is damaged: {error}",
+                f"{self._layout.shards / shard.file}, chunk {ref.chunk} is damaged: {error}; restore the file, or "
+                "remove it and dump again",
                 shard=shard.file,
                 chunk=ref.chunk,
             ) from error

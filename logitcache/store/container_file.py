@@ -145,7 +145,10 @@ class Container(ABC):
 
     def _damaged_plane(self, name: str, chunk: int, why: str) -> DamagedCacheError:
         return DamagedCacheError(
-            f"{self.path}: array {name!r}, chunk {chunk} {why}", shard=self.path.name, array=name, chunk=chunk
+            f"{self.path}: array {name!r}, chunk {chunk} {why}; restore the file, or remove it and dump again",
+            shard=self.path.name,
+            array=name,
+            chunk=chunk,
         )
 
 
