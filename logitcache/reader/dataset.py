@@ -79,15 +79,16 @@ class CacheDataset(IterableDataset[PackedBatch]):
 
         Taken inside a worker of a data loader, it is that worker's own, good for the same worker of the same number.
         """
-        state = self._state_at(self.samples_seen)
+        state = self.state_at(self.samples_seen)
         worker = get_worker_info()
         return state if worker is None else {**state, "worker": [worker.id, worker.num_workers]}
 
     def state_after(self, batch: PackedBatch) -> dict[str, Any]:
         """The state once `batch` was trained on, wherever it was made: right with any number of loader workers."""
-        return self._state_at(batch.samples_seen)
+        return self.state_at(batch.samples_seen)
 
-    def _state_at(self, samples_seen: int) -> dict[str, Any]:
+    def state_at(self, samples_seen: int) -> dict[str, Any]:
+        """The state once so many blocks were read by all ranks."""
         ranges = [list(blocks) for blocks in self._ranges]
         state: dict[str, Any] = {
             "fingerprints": [name for each in self.sources for name in each.fingerprints],
@@ -102,7 +103,7 @@ class CacheDataset(IterableDataset[PackedBatch]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken. Raises TrainingError when it is of another cache, seed, range or mix."""
-        mine = self._state_at(0)
+        mine = self.state_at(0)
         for name in ("fingerprints", "seed", "blocks", "weights", "teachers"):
             if state.get(name) != mine.get(name):
                 raise TrainingError(

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.utils.data import get_worker_info
 
 from logitcache.reader.chunks import ChunkCount, ChunkStream
 from logitcache.reader.mix import Mix
@@ -58,7 +59,9 @@ class BatchStream:
         self._mix, self._options, self._count = mix, options, count
         threaded = options.prefetch_batches > 0
         decoding: Executor = ThreadPoolExecutor(options.decode_threads, "logitcache-decode") if threaded else _Inline()
-        self._packing: Executor = _packing_thread(options) if threaded else _Inline()
+        # The worker of a data loader leaves pinning to the process it works for.
+        self._pinned = options.pin_memory and get_worker_info() is None
+        self._packing: Executor = _packing_thread(self._pinned) if threaded else _Inline()
         ahead = options.prefetch_chunks if threaded else 0
         self._chunks = [
             ChunkStream(lane.source, lane.order, decoding, ahead, options.with_targets, count.chunks) for lane in lanes
@@ -99,7 +102,7 @@ class BatchStream:
             blocks,
             self._length,
             options.weights,
-            options.pin_memory,
+            self._pinned,
             self._has_exact_head,
             samples_seen=first + options.batch_blocks * options.world_size,
         )
@@ -120,9 +123,9 @@ class _Inline(Executor):
         return future
 
 
-def _packing_thread(options: ReaderOptions) -> ThreadPoolExecutor:
+def _packing_thread(pinned: bool) -> ThreadPoolExecutor:
     """One thread; if it pins memory, then for this process' own GPU and no other."""
-    if not options.pin_memory:
+    if not pinned:
         return ThreadPoolExecutor(1, "logitcache-reader")
     device = torch.cuda.current_device()
     return ThreadPoolExecutor(1, "logitcache-reader", torch.cuda.set_device, (device,))

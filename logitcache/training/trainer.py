@@ -99,7 +99,9 @@ class DistillationTrainer(Trainer):
             # A generator of its own: drawing the workers' seed from torch's would shift the dropout of a resumed run.
             generator = torch.Generator().manual_seed(self.args.seed)
             workers = self.args.dataloader_num_workers
-            return DataLoader(dataset, batch_size=None, num_workers=workers, generator=generator)
+            # Without workers a dataset that wants its batches pinned has done so itself, off this thread.
+            pin = workers > 0 and self.args.dataloader_pin_memory and self.args.device.type == "cuda"
+            return DataLoader(dataset, batch_size=None, num_workers=workers, generator=generator, pin_memory=pin)
         return dataset
 
     def _prepare_inputs(self, inputs: Any) -> Any:
