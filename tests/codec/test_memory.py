@@ -49,7 +49,7 @@ def test_chunk_after_chunk_in_the_same_memory(kind: str, layout: LayoutName) -> 
         fresh = codec.decode(tokens, planes, tables)
         reused = codec.targets(codec.unpack(tokens, planes, tables, memory), memory)
         assert fresh.ids.dtype == np.int64
-        assert reused.ids.dtype == (np.int32 if layout == "fast" else np.int64)
+        assert reused.ids.dtype == np.int32
         for name in ("offsets", "ids", "weights", *COLUMNS):
             np.testing.assert_array_equal(getattr(reused, name), getattr(fresh, name), err_msg=name)
         for name, plane in planes.items():
