@@ -15,6 +15,9 @@ from logitcache.reader.sources import BlockSource
 from logitcache.store import ChunkRef
 from logitcache.targets import SparseTargets
 
+# The last window of an epoch may have few chunks; then those of the one after it are near, too.
+WINDOWS_AHEAD = 2
+
 
 @dataclass(frozen=True, eq=False)
 class BlockRows:
@@ -57,7 +60,7 @@ class DecodedChunk:
 
 @dataclass
 class ChunkCount:
-    """What was decoded: chunks in all, and the most that were held or under way at once."""
+    """Chunks sent to be decoded in all, and the most that were held or under way at once."""
 
     decoded: int = 0
     most_held: int = 0
@@ -85,9 +88,10 @@ class ChunkStream:
     with_targets: bool
     count: ChunkCount
     _number: int = -1
+    _settled: int = -1
     _window: Window | None = None
     _chunk_of: list[ChunkRef] = field(default_factory=list)
-    _tasks: dict[tuple[int, ChunkRef], Future[DecodedChunk]] = field(default_factory=dict)
+    _tasks: dict[ChunkRef, Future[DecodedChunk]] = field(default_factory=dict)
     _results: list[Arena] = field(default_factory=list)
     _scratch: list[Arena] = field(default_factory=list)
 
@@ -97,38 +101,38 @@ class ChunkStream:
             self._enter(self.order.window_of(place))
         assert self._window is not None
         index = place - self._window.start
-        return self._tasks[self._number, self._chunk_of[index]].result().block(int(self._window.blocks[index]))
+        return self._tasks[self._chunk_of[index]].result().block(int(self._window.blocks[index]))
 
     def _enter(self, number: int) -> None:
         self._number, self._window = number, self.order.window(number)
         chunks = sorted(self._window.chunks, key=lambda ref: ref.first_block)
         owners = np.searchsorted([ref.first_block for ref in chunks], self._window.blocks, side="right") - 1
         self._chunk_of = [chunks[owner] for owner in owners.tolist()]
-        self._submit(number, self._window.chunks)
+        self._submit(self._window.chunks)
 
     def settle(self) -> None:
-        """Let go of the windows before the present one, and have what comes after it decoded."""
-        passed = [key for key in self._tasks if key[0] < self._number]
-        for key in passed:
-            self._release(self._tasks.pop(key))
-        number, left = self._number, self.ahead
-        while left > 0:
-            number += 1
-            chunks = self.order.window(number).chunks[:left]
-            self._submit(number, chunks)
-            left -= len(chunks)
+        """Let go of the chunks of windows that have passed, and have those of coming ones decoded."""
+        if self._window is None or self._settled == self._number:
+            return
+        self._settled = self._number
+        coming = [ref for step in range(1, WINDOWS_AHEAD + 1) for ref in self.order.window(self._number + step).chunks]
+        ahead = [ref for ref in dict.fromkeys(coming) if ref not in self._window.chunks][: self.ahead]
+        wanted = {*self._window.chunks, *ahead}
+        for ref in [ref for ref in self._tasks if ref not in wanted]:
+            self._release(self._tasks.pop(ref))
+        self._submit(ahead)
 
-    def _submit(self, number: int, chunks: Sequence[ChunkRef]) -> None:
+    def _submit(self, chunks: Sequence[ChunkRef]) -> None:
         for ref in chunks:
-            if (number, ref) not in self._tasks:
-                self._tasks[number, ref] = self.executor.submit(self._decode, ref)
+            if ref not in self._tasks:
+                self._tasks[ref] = self.executor.submit(self._decode, ref)
+                self.count.decoded += 1
                 self.count.most_held = max(self.count.most_held, len(self._tasks))
 
     def _decode(self, ref: ChunkRef) -> DecodedChunk:
         results, scratch = _taken(self._results), _taken(self._scratch)
         tokens, targets = self.source.read(ref, ReusedMemory(results, scratch), self.with_targets)
         self._scratch.append(scratch)
-        self.count.decoded += 1
         sizes = self.source.block_tokens(ref.first_block, ref.first_block + ref.num_blocks)
         return DecodedChunk(ref, tokens, targets, np.concatenate([[0], np.cumsum(sizes)]), results)
 
