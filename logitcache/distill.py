@@ -115,7 +115,7 @@ class _Run:
         if finished and self.checkpoint is not None:
             # Trainer would take one step more.
             self.student = models.load_model(self.checkpoint[0], dtype="float32", device=str(self.device))
-        callback = RecordCallback(metrics, lambda step: {**state, "samples_seen": step * self._step_blocks}, progress)
+        callback = RecordCallback(metrics, lambda step: dataset.state_at(step * self._step_blocks), progress)
         trainer = DistillationTrainer(
             self.student, self.arguments, dataset, self.settings, self._evaluate, callbacks=[callback]
         )
@@ -302,6 +302,7 @@ class _Run:
             first_block=first,
             stop_block=stop,
             with_targets=not self.settings.labels_only,
+            pin_memory=self.device.type == "cuda",
         )
         return CacheDataset(self.cache, options)
 

@@ -3,11 +3,14 @@
 from logitcache.codec.codebook import Codebook, Planes
 from logitcache.codec.contexts import ContextTable
 from logitcache.codec.frequency import FrequencyRanks
+from logitcache.codec.memory import FRESH, Arena, Memory, ReusedMemory
 from logitcache.codec.rows import CodedRows, LayoutName, RowCodec
 from logitcache.codec.values import CountValues, Dither, ProbabilityValues, WeightValues, counts_of
 from logitcache.codec.varopt import HeadTailValues
 
 __all__ = [
+    "FRESH",
+    "Arena",
     "Codebook",
     "CodedRows",
     "ContextTable",
@@ -16,8 +19,10 @@ __all__ = [
     "FrequencyRanks",
     "HeadTailValues",
     "LayoutName",
+    "Memory",
     "Planes",
     "ProbabilityValues",
+    "ReusedMemory",
     "RowCodec",
     "WeightValues",
     "counts_of",

@@ -3,20 +3,22 @@
 After each token some ids are stored again and again, so a pilot's rows give every token a list of candidates. An id's
 key is 0 if it is the text's own next token (which the teacher usually expects, and which is stored anyway), 1 + its
 place among the candidates of the current token if it is one, and otherwise 1 + the length of that list + its
-frequency rank. Decoding is two gathers.
+frequency rank. Decoding is one gather.
 
-Legend: N rows, nnz entries, V vocabulary, P candidates of all tokens together.
+Legend: N rows, nnz entries, K keys of a row, V vocabulary, P candidates of all tokens together.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from logitcache.codec.frequency import DENSE_VOCABULARY, FrequencyRanks
+from logitcache.codec.memory import FRESH, Memory
 from logitcache.codec.pairs import PairIndex
 from logitcache.errors import DamagedCacheError
 from logitcache.targets import offsets_of
@@ -98,31 +100,37 @@ class ContextTable:
         keys[ids == following_N[rows]] = 0
         return keys
 
-    def decode(self, tokens_N: Ints, following_N: Ints, rows: Ints, keys: Ints) -> Ints:
+    def decode(
+        self, tokens_N: Ints, following_N: Ints, keys_KN: NDArray[Any], memory: Memory = FRESH
+    ) -> NDArray[np.int64]:
         """Ids of keys: the inverse of `encode`.
 
         Args:
             tokens_N: int64 [N], the current token of each row.
             following_N: int64 [N], the token after it; -1 where there is none.
-            rows: int64 [nnz], the row of each key.
-            keys: int64 [nnz].
+            keys_KN: integers [K, N], some keys of each row; none over the vocabulary's size and all candidates.
+            memory: where the ids come to lie, as scratch.
 
         Raises:
             DamagedCacheError: a key stands for nothing.
         """
         first_N, size_N = self._span(tokens_N)
-        place = keys - 1
-        unlisted = place - size_N[rows]
-        # Key 0 and unlisted keys look up anything here and are replaced below.
-        lookup = np.clip(first_N[rows] + place, 0, self.candidates.size)
-        ids = np.append(self.candidates, 0)[lookup]
-        elsewhere = np.flatnonzero(unlisted >= 0)
-        ids[elsewhere] = self.ranks.decode(unlisted[elsewhere])
-        expected = np.flatnonzero(keys == 0)
-        ids[expected] = following_N[rows[expected]]
-        if ids.min(initial=0) < 0:
+        unlisted_KN = keys_KN > size_N
+        # Candidates begin after key 0, ranks after the candidates. Key 0 looks up anything here and is replaced below.
+        lookup_KN = memory.scratch("lookup", keys_KN.size, np.intp).reshape(keys_KN.shape)
+        np.add(keys_KN, np.where(unlisted_KN, self.candidates.size - 1 - size_N, first_N - 1), out=lookup_KN)
+        ids_KN = memory.scratch("unsorted", keys_KN.size, np.int64).reshape(keys_KN.shape)
+        if self._table is not None:
+            if int(lookup_KN.max(initial=-1)) >= self._table.size:
+                raise DamagedCacheError(f"a stored id rank is outside the vocabulary of {self.ranks.vocab_size} ids")
+            np.take(self._table, lookup_KN, out=ids_KN, mode="clip")
+        else:
+            np.take(np.append(self.candidates, 0), lookup_KN, out=ids_KN, mode="clip")
+            ids_KN[unlisted_KN] = self.ranks.decode(lookup_KN[unlisted_KN] - self.candidates.size)
+        np.copyto(ids_KN, following_N, where=keys_KN == 0)
+        if ids_KN.min(initial=0) < 0:
             raise DamagedCacheError("an entry stands for the next token where there is none")
-        return ids
+        return ids_KN
 
     def _span(self, tokens: Ints) -> tuple[Ints, Ints]:
         """Where each token's candidates begin, and how many they are."""
@@ -140,6 +148,13 @@ class ContextTable:
         first, size = np.zeros((2, self.ranks.vocab_size), dtype=np.int64)
         first[self.tokens], size[self.tokens] = self.starts[:-1], np.diff(self.starts)
         return first, size
+
+    @cached_property
+    def _table(self) -> Ints | None:
+        """All candidates, and after them the ids by rank."""
+        if self.ranks.vocab_size > DENSE_VOCABULARY:
+            return None
+        return np.append(self.candidates, self.ranks.decode(np.arange(self.ranks.vocab_size)))
 
     @cached_property
     def _pairs(self) -> PairIndex:

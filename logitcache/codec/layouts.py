@@ -10,12 +10,13 @@ Legend: N rows, nnz entries, K longest row.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from logitcache.codec.codebook import Codebook
+from logitcache.codec.memory import FRESH, Memory
 from logitcache.errors import DamagedCacheError, TargetsError
 from logitcache.targets import offsets_of
 
@@ -24,6 +25,10 @@ MAX_LENGTH = 65_535
 PLACE_BITS = np.uint64(31)
 PLACE_MASK = np.uint64((1 << 31) - 1)
 LAST = np.uint64(0xFFFFFFFFFFFFFFFF)
+# Up to here a step of the running sum of ids, and the first sum to leave the vocabulary, fit into 32 bits.
+NARROW_VOCABULARY = 1 << 29
+# Turned over at once, so that they stay in a processor's cache.
+ROWS_AT_ONCE = 512
 Ints = NDArray[np.int64]
 
 
@@ -33,12 +38,12 @@ class Rows:
 
     Args:
         offsets: int64 [N + 1].
-        ids: int64 [nnz], ascending within a row.
+        ids: int64, or int32 in narrow memory, [nnz]; ascending within a row.
         places: int64 [nnz], or None when stored in this very order.
     """
 
     offsets: Ints
-    ids: Ints
+    ids: NDArray[Any]
     places: Ints | None
 
 
@@ -50,7 +55,9 @@ class Layout(Protocol):
     def encode(self, tokens: Ints, offsets: Ints, ids: Ints, codebook: Codebook) -> tuple[Ints, Ints | None]:
         """The `ids` plane of rows in CSR form, and the entries in their stored order (None: unchanged)."""
 
-    def decode(self, tokens: Ints, plane: Ints, lengths: Ints, codebook: Codebook) -> Rows:
+    def decode(
+        self, tokens: Ints, plane: NDArray[Any], lengths: Ints, codebook: Codebook, memory: Memory = FRESH
+    ) -> Rows:
         """Rows of a plane whose numbers and lengths are consistent. Raises DamagedCacheError."""
 
 
@@ -70,19 +77,25 @@ class FastLayout:
         steps[starts] = np.where(first >= 0, 2 * first, -2 * first - 1)
         return steps, None
 
-    def decode(self, tokens: Ints, plane: Ints, lengths: Ints, codebook: Codebook) -> Rows:
+    def decode(
+        self, tokens: Ints, plane: NDArray[Any], lengths: Ints, codebook: Codebook, memory: Memory = FRESH
+    ) -> Rows:
         offsets = offsets_of(lengths)
         vocab_size = codebook.ranks.vocab_size
         # Bounds the running sum: it cannot wrap around into the vocabulary.
         if plane.size and int(plane.max()) > 2 * vocab_size:
             raise DamagedCacheError(f"a stored id is outside the vocabulary of {vocab_size} ids")
-        steps = plane.astype(np.int64)
-        steps += 1
+        narrow = memory.narrow and vocab_size <= NARROW_VOCABULARY
+        steps = memory.kept("ids", plane.size, np.int32 if narrow else np.int64)
+        # A view where it can be: numpy converts slowly.
+        signed = plane.view(np.int32) if narrow and plane.dtype == np.uint32 else plane
+        np.add(signed, 1, out=steps, dtype=steps.dtype, casting="unsafe")
         starts = _row_starts(offsets)
         first = steps[starts] - 1
         steps[starts] = (first >> 1) ^ -(first & 1)
-        ids = np.cumsum(steps, out=steps)
-        if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
+        ids = np.cumsum(steps, dtype=steps.dtype, out=steps)
+        # Without their sign, negative numbers are the largest.
+        if ids.size and int(ids.view(f"u{ids.itemsize}").max()) >= vocab_size:
             raise DamagedCacheError(f"a stored id is outside the vocabulary of {vocab_size} ids")
         return Rows(offsets, ids, None)
 
@@ -102,23 +115,64 @@ class SmallLayout:
         sorted_keys = (packed >> PLACE_BITS).astype(np.int64)
         return slots.differences(sorted_keys) - 1, (packed & PLACE_MASK).astype(np.int64)
 
-    def decode(self, tokens: Ints, plane: Ints, lengths: Ints, codebook: Codebook) -> Rows:
-        if plane.size and int(plane.max()) > codebook.ranks.vocab_size + codebook.contexts.candidates.size:
+    def decode(
+        self, tokens: Ints, plane: NDArray[Any], lengths: Ints, codebook: Codebook, memory: Memory = FRESH
+    ) -> Rows:
+        most = codebook.ranks.vocab_size + codebook.contexts.candidates.size
+        if plane.size and int(plane.max()) > most:
             raise DamagedCacheError("a stored id is outside the vocabulary")
-        slots = Slots(lengths)
-        keys = slots.running_sums(plane.astype(np.int64) + 1) - 1
-        ids = codebook.contexts.decode(tokens, _following(tokens), slots.rows, keys)
-        packed_NK = np.full((slots.num_rows, slots.longest), LAST)
-        packed_NK.ravel()[slots.cells] = ids.astype(np.uint64) << PLACE_BITS | np.arange(ids.size, dtype=np.uint64)
-        packed_NK.sort(axis=1)
-        ordered = packed_NK[slots.filled_NK]
+        filled_KN = np.arange(lengths.max(initial=0))[:, None] < lengths
+        keys_KN = _running_sums(plane, filled_KN, memory)
+        if keys_KN.size and int(keys_KN.max()) > most:
+            raise DamagedCacheError("a stored id is outside the vocabulary")
+        ids_KN = codebook.contexts.decode(tokens, _following(tokens), keys_KN, memory)
+        ordered = _sorted_entries(ids_KN, filled_KN, plane.size, memory)
         offsets = offsets_of(lengths)
-        ids = (ordered >> PLACE_BITS).astype(np.int64)
-        rises = np.diff(ids, prepend=-1) > 0
-        rises[_row_starts(offsets)] = True
+        narrow = memory.narrow and codebook.ranks.vocab_size <= NARROW_VOCABULARY
+        ids = memory.kept("ids", ordered.size, np.int32 if narrow else np.int64)
+        np.right_shift(ordered, PLACE_BITS, out=ids, casting="unsafe")
+        rises = ids[1:] > ids[:-1]
+        rises[_row_starts(offsets)[1:] - 1] = True
         if not rises.all():
             raise DamagedCacheError("a row holds one id twice")
-        return Rows(offsets, ids, (ordered & PLACE_MASK).astype(np.int64))
+        places = ordered.view(np.int64)
+        places &= np.int64(PLACE_MASK)
+        return Rows(offsets, ids, places)
+
+
+def _running_sums(plane: NDArray[Any], filled_KN: NDArray[np.bool_], memory: Memory) -> NDArray[np.int64]:
+    """int64 [K, N]: each row's sums of a slot-major plane's numbers, each plus 1, minus 1. Padding repeats the last."""
+    sums_KN = memory.scratch("sums", filled_KN.size, np.int64).reshape(filled_KN.shape)
+    if plane.size == sums_KN.size:
+        sums_KN[...] = plane.reshape(sums_KN.shape)
+    else:
+        sums_KN[...] = 0
+        sums_KN[filled_KN] = plane
+    # Slot by slot: several times as fast as numpy's cumsum along the first axis.
+    before_N: Ints | int = -1
+    for here_N, filled_N in zip(sums_KN, filled_KN, strict=True):
+        here_N += filled_N
+        here_N += before_N
+        before_N = here_N
+    return sums_KN
+
+
+def _sorted_entries(ids_KN: Ints, filled_KN: NDArray[np.bool_], count: int, memory: Memory) -> NDArray[np.uint64]:
+    """uint64 [count]: each filled cell's id and, in the low bits, its place in the plane; by rows, ids ascending."""
+    packed_KN, full = ids_KN.view(np.uint64), count == ids_KN.size
+    packed_KN <<= PLACE_BITS
+    if full:
+        packed_KN |= np.arange(count, dtype=np.uint64).reshape(packed_KN.shape)
+    else:
+        packed_KN |= (np.cumsum(filled_KN, dtype=np.uint64) - np.uint64(1)).reshape(packed_KN.shape) & PLACE_MASK
+        # All ones where nothing is, so that sorting puts it last.
+        packed_KN |= filled_KN.astype(np.uint64) - np.uint64(1)
+    packed_NK = memory.scratch("sorted", packed_KN.size, np.uint64).reshape(packed_KN.shape[::-1])
+    for start in range(0, len(packed_NK), ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
+        packed_NK[rows] = packed_KN[:, rows].T
+    packed_NK.sort(axis=1)
+    return packed_NK.ravel() if full else packed_NK[packed_NK != LAST]
 
 
 class Slots:
@@ -144,20 +198,8 @@ class Slots:
         self.rows = np.concatenate(parts)
         self.cells = self.rows * self.longest + np.repeat(np.arange(self.longest), self._sizes)
 
-    def running_sums(self, plane: Ints) -> Ints:
-        """int64 [nnz]: within each row, the sum of a slot-major plane up to and with each entry."""
-        sums, position = np.zeros(self.num_rows, dtype=np.int64), 0
-        out = np.empty(plane.size, dtype=np.int64)
-        for size in self._sizes:
-            here = slice(position, position + size)
-            rows = self.rows[here]
-            out[here] = sums[rows] + plane[here]
-            sums[rows] = out[here]
-            position += size
-        return out
-
     def differences(self, plane: Ints) -> Ints:
-        """int64 [nnz]: the inverse of `running_sums`; the first number of a row is counted from -1."""
+        """int64 [nnz]: each number minus the one before it in its row; the first is counted from -1."""
         before, position = np.full(self.num_rows, -1, dtype=np.int64), 0
         out = np.empty(plane.size, dtype=np.int64)
         for size in self._sizes:

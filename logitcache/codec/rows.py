@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from logitcache.codec import columns
 from logitcache.codec.codebook import Codebook, Planes
 from logitcache.codec.layouts import LAYOUTS, MAX_LENGTH, check_rows
+from logitcache.codec.memory import FRESH, Memory
 from logitcache.codec.values import CountValues, Dither, ProbabilityValues, ValueCodec, WeightValues
 from logitcache.codec.varopt import HeadTailValues
 from logitcache.errors import DamagedCacheError, FormatVersionError, TargetsError
@@ -34,13 +35,13 @@ class CodedRows:
 
     Args:
         offsets: int64 [N + 1].
-        ids: int64 [nnz], ascending within a row.
+        ids: int64, or int32 in narrow memory, [nnz]; ascending within a row.
         codes: integers [nnz], what the value coder made of the weights.
         rows: int64 [N] each, the planes of rows.
     """
 
     offsets: NDArray[np.int64]
-    ids: NDArray[np.int64]
+    ids: NDArray[Any]
     codes: NDArray[Any]
     rows: Planes
 
@@ -135,9 +136,9 @@ class RowCodec:
         }
         return CodedRows(targets.offsets, targets.ids, codes, {**of_rows, **side})
 
-    def targets(self, coded: CodedRows) -> SparseTargets:
+    def targets(self, coded: CodedRows, memory: Memory = FRESH) -> SparseTargets:
         """The inverse of `code`. Raises DamagedCacheError."""
-        values = self.values.decode(coded.codes, coded.rows, coded.offsets)
+        values = self.values.decode(coded.codes, coded.rows, coded.offsets, memory)
         return from_codec(
             coded.offsets,
             coded.ids,
@@ -158,7 +159,9 @@ class RowCodec:
         planes = {"ids": ids, self.values.plane: coded.codes if order is None else coded.codes[order], **coded.rows}
         return planes if self._lengths_follow else {"lengths": lengths, **planes}
 
-    def unpack(self, tokens: NDArray[np.int64], planes: Planes, codebook: Codebook) -> CodedRows:
+    def unpack(
+        self, tokens: NDArray[np.int64], planes: Planes, codebook: Codebook, memory: Memory = FRESH
+    ) -> CodedRows:
         """The inverse of `pack`. Raises DamagedCacheError."""
         of_rows = [*self.values.of_rows, *_SIDE]
         sized = of_rows if self._lengths_follow else ["lengths", *of_rows]
@@ -166,7 +169,7 @@ class RowCodec:
         codes = planes[self.values.plane]
         lengths = self._walk_counts(codes, tokens.size) if self._lengths_follow else planes["lengths"].astype(np.int64)
         _check_lengths(lengths, planes["ids"].size, codes.size)
-        stored = LAYOUTS[self.layout].decode(tokens, planes["ids"], lengths, codebook)
+        stored = LAYOUTS[self.layout].decode(tokens, planes["ids"], lengths, codebook, memory)
         ordered = codes if stored.places is None else codes[stored.places]
         return CodedRows(stored.offsets, stored.ids, ordered, {name: planes[name].astype(np.int64) for name in of_rows})
 

@@ -13,11 +13,12 @@ from functools import cached_property
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from logitcache.codec import columns
 from logitcache.codec.codebook import Planes
 from logitcache.codec.grid import ProbabilityGrid
+from logitcache.codec.memory import FRESH, Memory
 from logitcache.errors import DamagedCacheError, TargetsError
 from logitcache.targets import SUM_TOLERANCE, SparseTargets
 
@@ -49,7 +50,7 @@ class ValueCodec(Protocol):
     def encode(self, targets: SparseTargets, dither: Dither) -> tuple[Ints, Planes]:
         """Codes int64 [nnz] and the planes of rows. Raises TargetsError."""
 
-    def decode(self, codes: NDArray[Any], rows: Planes, offsets: Ints) -> Weights:
+    def decode(self, codes: NDArray[Any], rows: Planes, offsets: Ints, memory: Memory = FRESH) -> Weights:
         """The inverse. Raises DamagedCacheError."""
 
 
@@ -67,16 +68,22 @@ class CountValues:
     def encode(self, targets: SparseTargets, dither: Dither) -> tuple[Ints, Planes]:
         return counts_of(targets, self.draws) - 1, {}
 
-    def decode(self, codes: NDArray[Any], rows: Planes, offsets: Ints) -> Weights:
+    def decode(self, codes: NDArray[Any], rows: Planes, offsets: Ints, memory: Memory = FRESH) -> Weights:
         if codes.size and int(codes.max()) >= self.draws:
             raise DamagedCacheError(f"a count is over {self.draws}")
-        if (_sums(codes, offsets) + np.diff(offsets) != self.draws).any():
+        # A row's sum fits into 32 bits (65,535 counts below 65,536), so that differences are right where the whole
+        # sum has wrapped around.
+        running = memory.scratch("running", codes.size + 1, np.uint32)
+        running[0] = 0
+        np.copyto(running[1:], codes, casting="unsafe")
+        at_rows = np.cumsum(running, dtype=np.uint32, out=running)[offsets]
+        if (np.diff(at_rows) + np.diff(offsets) != self.draws).any():
             raise DamagedCacheError(f"a row's counts do not sum to {self.draws} draws")
-        return Weights(self._weight_of_count[codes])
-
-    @cached_property
-    def _weight_of_count(self) -> NDArray[np.float32]:
-        return (np.arange(1, self.draws + 1) / self.draws).astype(np.float32)
+        weights = memory.kept("weights", codes.size, np.float32)
+        np.copyto(weights, codes, casting="unsafe")
+        weights += 1
+        weights /= np.float32(self.draws)
+        return Weights(weights)
 
 
 @dataclass(frozen=True)
@@ -108,19 +115,24 @@ class ProbabilityValues:
         tail = columns.encode_tail(targets.tail_mass, targets.row_sums())
         return _with_rows(np.subtract, levels, least, targets.offsets), {"least": least, "tail": tail}
 
-    def decode(self, codes: NDArray[Any], rows: Planes, offsets: Ints) -> Weights:
+    def decode(self, codes: NDArray[Any], rows: Planes, offsets: Ints, memory: Memory = FRESH) -> Weights:
         tail, head = columns.decode_tail(rows["tail"])
         highest = self._value_of_level.size
         if max(int(codes.max(initial=0)), int(rows["least"].max(initial=0))) >= highest:
             raise DamagedCacheError("a stored probability is over 1")
-        levels = _with_rows(np.add, codes, rows["least"], offsets)
+        # Narrow numbers add up fastest; the type of their sums is the one that indexes without being converted.
+        levels = memory.scratch("levels", codes.size, np.intp)
+        _with_rows(np.add, codes, rows["least"].astype(np.uint32), offsets, out=levels, dtype=np.uint32)
         if int(levels.max(initial=0)) >= highest:
             raise DamagedCacheError("a stored probability is over 1")
-        weights = self._value_of_level[levels]
-        sums = _sums(weights, offsets)
+        exact = memory.scratch("exact", codes.size, np.float64)
+        np.take(self._value_of_level, levels, out=exact, mode="clip")
+        sums = _sums(exact, offsets)
         scale = np.divide(head, sums, out=np.zeros_like(sums), where=sums > 0)
-        weights = _with_rows(np.multiply, weights, scale, offsets)
-        return Weights(weights.astype(np.float32), tail.astype(np.float32))
+        _with_rows(np.multiply, exact, scale, offsets, out=exact)
+        weights = memory.kept("weights", codes.size, np.float32)
+        np.copyto(weights, exact, casting="same_kind")
+        return Weights(weights, tail.astype(np.float32))
 
     @property
     def _grid(self) -> ProbabilityGrid:
@@ -151,7 +163,7 @@ class WeightValues:
         weights = targets.weights.astype(np.float64)
         return self._grid.rounded(weights, dither(weights.size)), {}
 
-    def decode(self, codes: NDArray[Any], rows: Planes, offsets: Ints) -> Weights:
+    def decode(self, codes: NDArray[Any], rows: Planes, offsets: Ints, memory: Memory = FRESH) -> Weights:
         if int(codes.max(initial=0)) > self._grid.nearest(np.array([4 * MOST_WEIGHT]))[0]:
             raise DamagedCacheError(f"a stored weight is over {MOST_WEIGHT:g}")
         return Weights(self._grid.value(codes).astype(np.float32))
@@ -199,12 +211,28 @@ def _sums(values: NDArray[Any], offsets: Ints) -> NDArray[Any]:
 
 
 def _with_rows(
-    combine: Callable[[NDArray[Any], NDArray[Any]], NDArray[Any]], values: NDArray[Any], of_rows: Any, offsets: Ints
+    combine: np.ufunc,
+    values: NDArray[Any],
+    of_rows: NDArray[Any],
+    offsets: Ints,
+    out: NDArray[Any] | None = None,
+    dtype: DTypeLike | None = None,
 ) -> NDArray[Any]:
-    """`combine` each entry's value with that of its row; rows of one length need no copy of the latter."""
+    """`combine` each entry's value with that of its row, computed in `dtype`, where given, which must hold them.
+
+    Rows of one length need no copy of the latter.
+    """
     if _equal_rows(offsets):
-        return combine(values.reshape(len(of_rows), -1), of_rows[:, None]).ravel()
-    return combine(values, np.repeat(of_rows, np.diff(offsets)))
+        shape = (len(of_rows), -1)
+        into = None if out is None else out.reshape(shape)
+        combined: NDArray[Any] = combine(
+            values.reshape(shape), of_rows[:, None], out=into, dtype=dtype, casting="unsafe"
+        )
+        return combined.ravel() if out is None else out
+    entries: NDArray[Any] = combine(
+        values, np.repeat(of_rows, np.diff(offsets)), out=out, dtype=dtype, casting="unsafe"
+    )
+    return entries
 
 
 def _equal_rows(offsets: Ints) -> bool:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from logitcache.codec.codebook import Planes
 from logitcache.codec.grid import ProbabilityGrid
+from logitcache.codec.memory import FRESH, Memory
 from logitcache.codec.values import Dither, Ints, Weights
 from logitcache.errors import DamagedCacheError, TargetsError
 from logitcache.targets import SUM_TOLERANCE, SparseTargets
@@ -75,7 +76,7 @@ class HeadTailValues:
                 break
         return chosen
 
-    def decode(self, codes: NDArray[Any], rows: Planes, offsets: Ints) -> Weights:
+    def decode(self, codes: NDArray[Any], rows: Planes, offsets: Ints, memory: Memory = FRESH) -> Weights:
         lengths = np.diff(offsets)
         row_of = np.repeat(np.arange(lengths.size), lengths)
         head, rest = codes >= HEAD, rows["rest"] > 0

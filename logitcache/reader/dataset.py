@@ -1,75 +1,73 @@
-"""Batches of a cache as a torch IterableDataset with an exact, tiny state.
+"""Batches of caches as a torch IterableDataset with an exact, tiny state.
 
-Legend: B blocks of a batch, L block length, N = B * L rows, K longest row of the batch.
+Legend: B blocks of a batch, L block length, N = B * L rows.
 """
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 
 from logitcache.errors import TrainingError
-from logitcache.reader.order import CHUNKS_PER_WINDOW, BlockOrder
+from logitcache.reader.mix import Mix
+from logitcache.reader.options import ReaderOptions
+from logitcache.reader.order import BlockOrder
+from logitcache.reader.packed import COLUMNS, PackedBatch
+from logitcache.reader.sources import AveragedCaches, BlockSource, MixedCaches, shares_of, sources_of
+from logitcache.reader.stream import BatchStream, Lane, ReadCount
 from logitcache.store import Blocks, Cache
 from logitcache.targets import DeviceTargets, SparseTargets
 
 Batch = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class ReaderOptions:
-    """How a cache is read.
-
-    Args:
-        batch_blocks: blocks in one batch of one rank.
-        seed: of the order.
-        first_block, stop_block: read only blocks in [first_block, stop_block); the whole cache by default.
-        rank, world_size: this process' slice of every global batch of batch_blocks * world_size blocks.
-        prefetch_batches: batches prepared ahead, off the training thread; 0 prepares them on it.
-        with_targets: False leaves the teacher's rows out, for training on labels alone.
-    """
-
-    batch_blocks: int
-    seed: int = 0
-    first_block: int = 0
-    stop_block: int | None = None
-    rank: int = 0
-    world_size: int = 1
-    prefetch_batches: int = 4
-    with_targets: bool = True
-
-
-class CacheDataset(IterableDataset[Batch]):
+class CacheDataset(IterableDataset[PackedBatch]):
     """Endless, or `num_batches` long, stream of this rank's batches.
 
-    A batch is `{"input_ids": int64 [B, L], "labels": int64 [B, L], "targets": {...}}`; the targets are the tensors of
-    `DeviceTargets` (rebuild it with `batch_targets`). The sequence of global batches is the same for every world size
-    that divides it and every number of workers. Use it with `DataLoader(dataset, batch_size=None)`.
+    The sequence of global batches is the same for every world size that divides it and every number of workers. Use it
+    as it is, or with `DataLoader(dataset, batch_size=None)`; its own threads keep it ahead of training, so that workers
+    are seldom worth their memory: each decodes every chunk.
+
+    The position moves with the batches that are handed over. Behind a `DataLoader` with workers it moves in copies of
+    this dataset only: take `state_after(batch)` there, or use torchdata's `StatefulDataLoader`.
+
+    Args:
+        source: a cache; `AveragedCaches` (several teachers); `MixedCaches` (several corpora).
+        options: how to read.
+        num_batches: batches of one iteration; None for no end.
 
     Raises:
-        TrainingError: the options do not fit the cache.
+        TrainingError: the options do not fit the caches.
+        DamagedCacheError: while iterating; what was handed over before stays valid, and so does the position.
     """
 
-    def __init__(self, cache: Cache, options: ReaderOptions, num_batches: int | None = None) -> None:
-        stop = cache.num_blocks if options.stop_block is None else options.stop_block
-        if not 0 <= options.first_block < stop <= cache.num_blocks:
-            raise TrainingError(
-                f"blocks [{options.first_block}, {stop}) cannot be read from a cache of {cache.num_blocks} blocks"
-            )
-        if options.batch_blocks < 1 or not 0 <= options.rank < options.world_size:
-            raise TrainingError(f"a batch of {options.batch_blocks} blocks on rank {options.rank} makes no sense")
-        self.cache, self.options, self.num_batches = cache, options, num_batches
-        self.order = BlockOrder(cache.fingerprint, cache.chunks, options.first_block, stop, options.seed)
+    def __init__(
+        self,
+        source: Cache | AveragedCaches | MixedCaches,
+        options: ReaderOptions,
+        num_batches: int | None = None,
+    ) -> None:
+        self.options, self.num_batches = options, num_batches
+        mixed = source if isinstance(source, MixedCaches) else None
+        self.sources = sources_of(source)
+        self._weights = shares_of(len(self.sources), mixed.weights if mixed else None)
+        self._ranges = _ranges(self.sources, options, mixed)
+        self._orders = [
+            BlockOrder("+".join(each.fingerprints), each.chunks, *blocks, options.seed, options.shuffle)
+            for each, blocks in zip(self.sources, self._ranges, strict=True)
+        ]
         self.samples_seen = 0
-        cache.keep_chunks(CHUNKS_PER_WINDOW + 1)
+        self.count = ReadCount()
+        self._worker: list[int] | None = None
+
+    @property
+    def order(self) -> BlockOrder:
+        """Of the first source, which is the only one unless caches are mixed."""
+        return self._orders[0]
 
     @property
     def global_batch_blocks(self) -> int:
@@ -77,50 +75,90 @@ class CacheDataset(IterableDataset[Batch]):
         return self.options.batch_blocks * self.options.world_size
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream is: enough to go on exactly, with any world size and number of workers."""
-        return {
-            "fingerprints": [self.cache.fingerprint],
-            "seed": self.options.seed,
-            "blocks": [self.order.first_block, self.order.stop_block],
-            "epoch": self.samples_seen // self.order.num_blocks,
-            "samples_seen": self.samples_seen,
+        """Where the stream is: enough to go on exactly, with any world size and number of workers.
+
+        Taken inside a worker of a data loader, it is that worker's own, good for the same worker of the same number.
+        """
+        state = self.state_at(self.samples_seen)
+        worker = get_worker_info()
+        return state if worker is None else {**state, "worker": [worker.id, worker.num_workers]}
+
+    def state_after(self, batch: PackedBatch) -> dict[str, Any]:
+        """The state once `batch` was trained on, wherever it was made: right with any number of loader workers."""
+        return self.state_at(batch.samples_seen)
+
+    def state_at(self, samples_seen: int) -> dict[str, Any]:
+        """The state once so many blocks were read by all ranks."""
+        ranges = [list(blocks) for blocks in self._ranges]
+        state: dict[str, Any] = {
+            "fingerprints": [name for each in self.sources for name in each.fingerprints],
+            "seed": self.options.seed if self.options.shuffle else None,
+            "blocks": ranges[0] if len(ranges) == 1 else ranges,
+            "epoch": samples_seen // sum(order.num_blocks for order in self._orders),
+            "samples_seen": samples_seen,
         }
+        if len(state["fingerprints"]) > 1:
+            state |= {"weights": self._weights.tolist(), "teachers": [each.shares for each in self.sources]}
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken. Raises TrainingError when it is of another cache, seed or range."""
-        mine = self.state_dict()
-        for name in ("fingerprints", "seed", "blocks"):
-            if state.get(name) != mine[name]:
+        """Go on where `state` was taken. Raises TrainingError when it is of another cache, seed, range or mix."""
+        mine = self.state_at(0)
+        for name in ("fingerprints", "seed", "blocks", "weights", "teachers"):
+            if state.get(name) != mine.get(name):
                 raise TrainingError(
                     f"the reader state to resume from has {name} {state.get(name)!r}, but this run reads "
-                    f"{mine[name]!r}; resume with the same cache, seed and held-out share, or start a new --out"
+                    f"{mine.get(name)!r}; resume with the same caches, seed and held-out share, or start a new --out"
                 )
-        self.samples_seen = int(state["samples_seen"])
+        seen = state.get("samples_seen")
+        if not isinstance(seen, int) or seen < 0:
+            raise TrainingError(f"the reader state to resume from has samples_seen {seen!r}; restore an undamaged one")
+        self.samples_seen, self._worker = seen, state.get("worker")
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[PackedBatch]:
+        index, step = self._loader_worker()
+        lanes = [Lane(source, order) for source, order in zip(self.sources, self._orders, strict=True)]
+        stream = BatchStream(lanes, Mix(self._weights), self.options, self.count)
+        try:
+            for batch in stream.batches(self.samples_seen, index, step, self.num_batches):
+                # Counted when handed over, not when prepared: what a consumer has not received is read again.
+                self.samples_seen += self.global_batch_blocks * step
+                yield batch
+        finally:
+            stream.close()
+
+    def _loader_worker(self) -> tuple[int, int]:
+        """This process' number among the loader's workers, and how many they are. Raises TrainingError."""
         worker = get_worker_info()
-        index, step = (worker.id, worker.num_workers) if worker else (0, 1)
-        batches = self._batches(self.samples_seen, index, step)
-        if self.options.prefetch_batches:
-            batches = _prefetched(batches, self.options.prefetch_batches)
-        for batch in batches:
-            # Counted when handed over, not when prepared: what a consumer has not received is read again.
-            self.samples_seen += self.global_batch_blocks * step
-            yield batch
+        here = [worker.id, worker.num_workers] if worker else [0, 1]
+        if self._worker is not None and self._worker != here:
+            raise TrainingError(
+                f"the reader state is that of worker {self._worker[0]} of {self._worker[1]} and does not tell worker "
+                f"{here[0]} of {here[1]} where to go on; resume with as many workers, or from CacheDataset.state_after"
+            )
+        return here[0], here[1]
 
-    def _batches(self, start: int, number: int, step: int) -> Iterator[Batch]:
-        while self.num_batches is None or number < self.num_batches:
-            place = start + number * self.global_batch_blocks + self.options.rank * self.options.batch_blocks
-            yield self._make(self.order.samples(place, self.options.batch_blocks))
-            number += step
 
-    def _make(self, blocks: NDArray[np.int64]) -> Batch:
-        parts = [self.cache.read_blocks(int(block), int(block) + 1) for block in blocks]
-        return make_batch(parts, self.options.with_targets)
+def _ranges(sources: Sequence[BlockSource], options: ReaderOptions, mixed: MixedCaches | None) -> list[tuple[int, int]]:
+    """Blocks [first, stop) to read of each source. Raises TrainingError."""
+    whole = (options.first_block, options.stop_block) == (0, None)
+    if mixed is not None and not whole:
+        raise TrainingError("blocks to read of mixed caches are given as MixedCaches(ranges=...), not in the options")
+    if mixed is not None and mixed.ranges is not None:
+        ranges = [(first, stop) for first, stop in mixed.ranges]
+    else:
+        stop = options.stop_block
+        ranges = [(options.first_block, each.num_blocks if stop is None else stop) for each in sources]
+    for each, (first, stop) in zip(sources, ranges, strict=True):
+        if not 0 <= first < stop <= each.num_blocks:
+            raise TrainingError(
+                f"blocks [{first}, {stop}) cannot be read from {each.name}, which has {each.num_blocks} blocks"
+            )
+    return ranges
 
 
 def make_batch(parts: list[Blocks], with_targets: bool = True) -> Batch:
-    """Collate blocks into one batch of CPU tensors."""
+    """Collate blocks into one batch of CPU tensors, a plain dictionary."""
     batch: Batch = {
         "input_ids": torch.from_numpy(np.concatenate([part.tokens for part in parts])),
         "labels": torch.from_numpy(np.concatenate([part.labels() for part in parts])),
@@ -131,47 +169,11 @@ def make_batch(parts: list[Blocks], with_targets: bool = True) -> Batch:
     return batch
 
 
-TENSORS = ("ids", "weights", "tail_mass", "label_logprob", "entropy", "threshold")
+TENSORS = ("ids", "weights", *COLUMNS)
 
 
-def batch_targets(batch: Batch, unbiased: bool) -> DeviceTargets:
-    """The DeviceTargets of a batch, wherever its tensors have been moved."""
+def batch_targets(batch: Batch | PackedBatch, unbiased: bool) -> DeviceTargets:
+    """The DeviceTargets of a batch of `CacheDataset` or `make_batch`, wherever its tensors have been moved."""
+    if isinstance(batch, PackedBatch):
+        return batch.targets
     return DeviceTargets(**{name: batch["targets"][name] for name in TENSORS}, unbiased=unbiased)
-
-
-def _prefetched(batches: Iterator[Batch], depth: int) -> Iterator[Batch]:
-    """Run an iterator on a thread of its own, at most `depth` items ahead; its exceptions surface here."""
-    items: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=depth)
-    stopped = threading.Event()
-
-    def put(item: tuple[str, Any]) -> None:
-        while not stopped.is_set():
-            try:
-                items.put(item, timeout=0.1)
-                return
-            except queue.Full:
-                continue
-
-    def work() -> None:
-        try:
-            for batch in batches:
-                put(("batch", batch))
-                if stopped.is_set():
-                    return
-            put(("end", None))
-        except BaseException as error:
-            put(("error", error))
-
-    thread = threading.Thread(target=work, daemon=True, name="logitcache-reader")
-    thread.start()
-    try:
-        while True:
-            kind, value = items.get()
-            if kind == "end":
-                return
-            if kind == "error":
-                raise value
-            yield value
-    finally:
-        stopped.set()
-        thread.join()

@@ -12,18 +12,19 @@ import torch.nn.functional as F
 from logitcache.errors import TrainingError
 from logitcache.losses import pack_targets
 from logitcache.reader.dataset import Batch, batch_targets
+from logitcache.reader.packed import PackedBatch
 
 IGNORED = -100
 
 
-def model_inputs(batch: Batch, unbiased: bool | None) -> dict[str, Any]:
+def model_inputs(batch: Batch | PackedBatch, unbiased: bool | None) -> dict[str, Any]:
     """What a model of `logitcache.losses.patch_forward` takes, from a batch of `CacheDataset` or `make_batch`.
 
     The labels of a batch are shifted already; here they come back in transformers' convention, under its name, so that
     a Trainer counts them rightly and the model shifts them once.
 
     Args:
-        batch: {"input_ids", "labels", "targets"}.
+        batch: a `PackedBatch`, or {"input_ids", "labels", "targets"}.
         unbiased: `cache.unbiased`, of the cache that the rows are from; None leaves the teacher's rows out.
 
     Returns:

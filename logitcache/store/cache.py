@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from logitcache.codec import Codebook, CodedRows, RowCodec
+from logitcache.codec import FRESH, Codebook, CodedRows, Memory, RowCodec
 from logitcache.errors import CacheError, DamagedCacheError, FormatVersionError, TargetsError
 from logitcache.selection import Selection
 from logitcache.store.access import CacheFiles, LocalFiles
@@ -221,28 +221,42 @@ class Cache:
         return self.chunks[index]
 
     def _decode(self, ref: ChunkRef) -> Blocks:
-        tokens, coded = self.read_coded(ref)
-        with self._damage_in(ref):
-            targets = self.codec.targets(coded)
-        return _to_blocks(ref, self.manifest.identity.geometry, tokens, targets)
+        return _to_blocks(ref, self.manifest.identity.geometry, *self.read_rows(ref))
 
-    def read_coded(self, ref: ChunkRef) -> tuple[NDArray[np.int64], CodedRows]:
+    def read_rows(self, ref: ChunkRef, memory: Memory = FRESH) -> tuple[NDArray[np.int64], SparseTargets]:
+        """A chunk's real tokens int64 [R] and their rows; ids are int32 in narrow memory. Raises DamagedCacheError."""
+        tokens, coded = self.read_coded(ref, memory)
+        with self._damage_in(ref):
+            return tokens, self.codec.targets(coded, memory)
+
+    def read_tokens(self, ref: ChunkRef) -> NDArray[np.int64]:
+        """A chunk's real tokens int64 [R], without their rows. Raises DamagedCacheError."""
+        return self._tokens_of(ref, self._container(ref.shard).read("tokens", ref.chunk).astype(np.int64))
+
+    def read_coded(self, ref: ChunkRef, memory: Memory = FRESH) -> tuple[NDArray[np.int64], CodedRows]:
         """A chunk's real tokens int64 [R] and their rows as integers, for moving rows without rounding them again.
 
         Raises DamagedCacheError.
         """
-        rows = self.manifest.identity.geometry.tokens_in(ref.first_block, ref.first_block + ref.num_blocks)
         # numpy adds uint64 and int64 as floats; the container keeps all numbers below 2^63.
         planes = {
             name: plane.astype(np.int64) if plane.dtype == np.uint64 else plane
-            for name, plane in self.read_planes(ref).items()
+            for name, plane in self.read_planes(ref, memory).items()
         }
-        codebook = self.codebook()
         with self._damage_in(ref):
-            tokens = codebook.ranks.decode(planes.pop("tokens"))
+            stored_tokens = planes.pop("tokens")
+        tokens = self._tokens_of(ref, stored_tokens)
+        with self._damage_in(ref):
+            return tokens, self.codec.unpack(tokens, planes, self.codebook(), memory)
+
+    def _tokens_of(self, ref: ChunkRef, plane: Plane) -> NDArray[np.int64]:
+        codebook = self.codebook()
+        rows = self.manifest.identity.geometry.tokens_in(ref.first_block, ref.first_block + ref.num_blocks)
+        with self._damage_in(ref):
+            tokens = codebook.ranks.decode(plane)
             if tokens.size != rows:
                 raise DamagedCacheError(f"it holds {tokens.size} tokens, not {rows}")
-            return tokens, self.codec.unpack(tokens, planes, codebook)
+            return tokens
 
     @contextmanager
     def _damage_in(self, ref: ChunkRef) -> Iterator[None]:
@@ -252,14 +266,15 @@ class Cache:
         except (DamagedCacheError, TargetsError, KeyError) as error:
             shard = self.manifest.shards[ref.shard]
             raise DamagedCacheError(
-                f"{self.files.shard_name(shard)}, chunk {ref.chunk} is damaged: {error}",
+                f"{self.files.shard_name(shard)}, chunk {ref.chunk} is damaged: {error}; restore the file, or remove "
+                "it and dump again",
                 shard=shard.file,
                 chunk=ref.chunk,
             ) from error
 
-    def read_planes(self, ref: ChunkRef) -> dict[str, Plane]:
+    def read_planes(self, ref: ChunkRef, memory: Memory = FRESH) -> dict[str, Plane]:
         """A chunk's planes as they are stored, unsigned integers [size] each. Raises DamagedCacheError."""
-        return self._container(ref.shard).read_chunk(ref.chunk)
+        return self._container(ref.shard).read_chunk(ref.chunk, memory)
 
     def read_codebook(self) -> dict[str, Plane]:
         """The planes of the codec's tables, checked against the manifest. Raises DamagedCacheError."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from logitcache.codec import Memory
 from logitcache.store.container_file import (
     ALLOWED_DTYPES,
     MAX_DIRECTORY_BYTES,
@@ -133,12 +134,12 @@ class ArrowContainer(Container):
         first = BUFFERS_PER_PLANE * self._order[name]
         return batch.buffers[first : first + BUFFERS_PER_PLANE]
 
-    def _read(self, name: str, chunk: int, size: int) -> Plane:
+    def _read(self, name: str, chunk: int, size: int, memory: Memory) -> Plane:
         import google_crc32c
 
         block = self._blocks[chunk]
         _, offsets, _, values = self._buffers(name, chunk)
-        if self._buffer(block, offsets, 16) != np.array([0, size], dtype="<i8").tobytes():
+        if bytes(self._buffer(block, offsets, 16)) != np.array([0, size], dtype="<i8").tobytes():
             raise self._damaged_plane(name, chunk, "holds data beyond its end")
         data = self._buffer(block, values, size * self._dtypes[name].itemsize)
         if google_crc32c.value(data) != self._checksums[name][chunk]:
@@ -152,8 +153,8 @@ class ArrowContainer(Container):
         if batch.rows != 1 or batch.nodes != nodes or len(batch.buffers) != 2 * len(nodes) or any(validities):
             raise self._damaged(f"chunk {chunk} is not one list for every plane")
 
-    def _buffer(self, block: Block, place: tuple[int, ...], expected: int) -> bytes:
-        """A buffer of exactly `expected` bytes once decompressed."""
+    def _buffer(self, block: Block, place: tuple[int, ...], expected: int) -> Any:
+        """A buffer of exactly `expected` bytes once decompressed. Arrow's own memory is used again when it is freed."""
         import pyarrow
 
         offset, length = place
@@ -161,14 +162,13 @@ class ArrowContainer(Container):
             return b""
         if not 0 <= offset <= block.body_bytes - length:
             raise self._damaged("a buffer lies outside its record batch")
-        stored = self._bytes(block.offset + block.metadata_bytes + offset, length)
+        stored = memoryview(self._bytes(block.offset + block.metadata_bytes + offset, length))
         claimed = int.from_bytes(stored[:LENGTH_BYTES], "little", signed=True)
         if claimed != expected:
             raise self._damaged(f"a buffer claims {claimed} bytes instead of {expected}")
         # Raises unless the frame decompresses to exactly that many bytes.
         codec = pyarrow.Codec("zstd")
-        data: bytes = codec.decompress(stored[LENGTH_BYTES:], decompressed_size=expected, asbytes=True)
-        return data
+        return codec.decompress(stored[LENGTH_BYTES:], decompressed_size=expected)
 
 
 def _dtype_of(type_: Any) -> np.dtype[Any]:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from logitcache.codec import FRESH, Memory
 from logitcache.errors import CacheError, DamagedCacheError, TargetsError
 
 ALLOWED_DTYPES = ("uint16", "uint32", "uint64")
@@ -82,10 +83,10 @@ class Container(ABC):
     def num_chunks(self) -> int:
         return len(next(iter(self.sizes.values())))
 
-    def read(self, name: str, chunk: int) -> Plane:
+    def read(self, name: str, chunk: int, memory: Memory = FRESH) -> Plane:
         """One plane of one chunk, uint16, uint32 or uint64 [size] as stored; every number is below 2^63."""
         try:
-            plane = self._read(name, chunk, self.sizes[name][chunk])
+            plane = self._read(name, chunk, self.sizes[name][chunk], memory)
         except DamagedCacheError:
             raise
         except MemoryError as error:
@@ -96,9 +97,9 @@ class Container(ABC):
             raise self._damaged_plane(name, chunk, "holds a number over 2^63 - 1")
         return plane
 
-    def read_chunk(self, chunk: int) -> dict[str, Plane]:
+    def read_chunk(self, chunk: int, memory: Memory = FRESH) -> dict[str, Plane]:
         """All planes of one chunk."""
-        return {name: self.read(name, chunk) for name in self.sizes}
+        return {name: self.read(name, chunk, memory) for name in self.sizes}
 
     def close(self) -> None:
         """Release the file."""
@@ -113,7 +114,7 @@ class Container(ABC):
         """Check the file's structure; return attributes and sizes as they stand there."""
 
     @abstractmethod
-    def _read(self, name: str, chunk: int, size: int) -> Plane:
+    def _read(self, name: str, chunk: int, size: int, memory: Memory) -> Plane:
         """Decode `size` integers. May raise anything."""
 
     def _bytes(self, offset: int, count: int) -> bytes:
@@ -142,7 +143,10 @@ class Container(ABC):
 
     def _damaged_plane(self, name: str, chunk: int, why: str) -> DamagedCacheError:
         return DamagedCacheError(
-            f"{self.path}: array {name!r}, chunk {chunk} {why}", shard=self.path.name, array=name, chunk=chunk
+            f"{self.path}: array {name!r}, chunk {chunk} {why}; restore the file, or remove it and dump again",
+            shard=self.path.name,
+            array=name,
+            chunk=chunk,
         )
 
 

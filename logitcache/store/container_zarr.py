@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from logitcache.codec import Memory
 from logitcache.store.container_file import (
     ALLOWED_DTYPES,
     MAX_DIRECTORY_BYTES,
@@ -107,15 +108,14 @@ class ZarrContainer(Container):
     def stored_bytes(self, name: str) -> int:
         return sum(self._members[f"{name}/c/{chunk}/0"].file_size for chunk in range(self.num_chunks))
 
-    def _read(self, name: str, chunk: int, size: int) -> Plane:
+    def _read(self, name: str, chunk: int, size: int, memory: Memory) -> Plane:
         import google_crc32c
         from pcodec import standalone
 
-        stored = self._member(f"{name}/c/{chunk}/0")
-        packed = stored[:-CRC_BYTES]
-        if google_crc32c.value(packed) != int.from_bytes(stored[-CRC_BYTES:], "little"):
+        packed, checksum = self._member(f"{name}/c/{chunk}/0")
+        if google_crc32c.value(packed) != int.from_bytes(checksum, "little"):
             raise self._damaged_plane(name, chunk, "differs from its checksum")
-        row = np.empty(max(1, *self.sizes[name]), dtype=self._dtypes[name])
+        row = memory.scratch(f"plane {name}", max(1, *self.sizes[name]), self._dtypes[name])
         progress = standalone.simple_decompress_into(packed, row)
         if not progress.finished or progress.n_processed != row.size:
             raise self._damaged_plane(name, chunk, f"does not hold {row.size} numbers")
@@ -123,18 +123,22 @@ class ZarrContainer(Container):
             raise self._damaged_plane(name, chunk, "holds data beyond its end")
         return row[:size]
 
-    def _member(self, name: str) -> bytes:
-        """A member's bytes, from the place the directory gives and only where the member's own header agrees."""
+    def _member(self, name: str) -> tuple[bytes, bytes]:
+        """A member's bytes and its checksum's, from the place the directory gives and only where its header agrees."""
         info = self._members[name]
         encoded = name.encode()
         begin = LOCAL_HEADER.size + len(encoded)
-        data = self._bytes(info.header_offset, begin + info.file_size)
+        found = self._bytes(info.header_offset, begin)
         header = (b"PK\3\4", len(encoded), 0)
-        if LOCAL_HEADER.unpack_from(data) != header or data[LOCAL_HEADER.size : begin] != encoded:
+        if LOCAL_HEADER.unpack_from(found) != header or found[LOCAL_HEADER.size :] != encoded:
             raise self._damaged(f"member {name} is not where the directory says")
         if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
             raise self._damaged(f"member {name} is compressed")
-        return data[begin:]
+        start, count = info.header_offset + begin, info.file_size - CRC_BYTES
+        if count < 0:
+            raise ValueError("there is no room for a checksum")
+        # Read apart, as cutting them from one another would copy megabytes.
+        return self._bytes(start, count), self._bytes(start + count, CRC_BYTES)
 
     def _metadata(self, archive: zipfile.ZipFile, name: str) -> dict[str, Any]:
         info = archive.getinfo(name)

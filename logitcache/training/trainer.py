@@ -66,7 +66,8 @@ class DistillationTrainer(Trainer):
     Args:
         model: a transformers causal language model.
         args: TrainingArguments with `max_steps` set; `remove_unused_columns` must be False.
-        train_dataset: iterable of batches as `CacheDataset` yields them, already sliced for this rank.
+        train_dataset: iterable of batches as `CacheDataset` yields them, already sliced for this rank, or of plain
+            dictionaries of the same tensors.
         settings: what is minimised.
         evaluator: called as evaluator(model) for `evaluate`; returns metrics without the "eval_" prefix.
         Further keywords go to transformers.Trainer.
@@ -79,7 +80,7 @@ class DistillationTrainer(Trainer):
         self,
         model: Any,
         args: TrainingArguments,
-        train_dataset: Iterable[dict[str, Any]],
+        train_dataset: Iterable[Any],
         settings: DistillationSettings,
         evaluator: Callable[[Any], dict[str, float]] | None = None,
         **kwargs: Any,
@@ -114,8 +115,15 @@ class DistillationTrainer(Trainer):
             # A generator of its own: drawing the workers' seed from torch's would shift the dropout of a resumed run.
             generator = torch.Generator().manual_seed(self.args.seed)
             workers = self.args.dataloader_num_workers
-            return DataLoader(dataset, batch_size=None, num_workers=workers, generator=generator)
+            # Without workers a dataset that wants its batches pinned has done so itself, off this thread.
+            pin = workers > 0 and self.args.dataloader_pin_memory and self.args.device.type == "cuda"
+            return DataLoader(dataset, batch_size=None, num_workers=workers, generator=generator, pin_memory=pin)
         return dataset
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        if hasattr(inputs, "unpack"):  # one copy, taken apart on the device
+            inputs = inputs.to(self.args.device, non_blocking=True).unpack()
+        return super()._prepare_inputs(inputs)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         self._clock = time.perf_counter()

@@ -1,9 +1,8 @@
-"""CacheDataset: content of batches, one global order for every split of the work, exact state."""
+"""CacheDataset: what is in its batches, what it reads, and which options it refuses."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -11,16 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
-from logitcache.errors import DamagedCacheError, TrainingError
-from logitcache.reader import Batch, CacheDataset, ReaderOptions, batch_targets, make_batch
-from logitcache.store import Cache, open_cache
+from logitcache.errors import TrainingError
+from logitcache.reader import CacheDataset, ReaderOptions, batch_targets, make_batch
+from logitcache.store import Cache, ChunkRef, Geometry
 from logitcache.targets import DeviceTargets
 from tests.caches import random_cache
-from tests.faults import flip_bit
-
-GLOBAL_BATCH = 4
+from tests.reader.batches import GLOBAL_BATCH, assert_same, block_tokens, reader, tokens_of
 
 
 @pytest.fixture(scope="module")
@@ -28,50 +24,19 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
     return random_cache(tmp_path_factory.mktemp("reader") / "cache")
 
 
-def reader(cache: Cache, num_batches: int | None = None, **options: Any) -> CacheDataset:
-    return CacheDataset(cache, ReaderOptions(**{"batch_blocks": GLOBAL_BATCH, **options}), num_batches)
-
-
-def assert_same(one: Batch, other: Batch) -> None:
-    assert one.keys() == other.keys()
-    for name in one.keys() - {"targets"}:
-        assert torch.equal(one[name], other[name]), name
-    for name in one.get("targets", {}):
-        np.testing.assert_array_equal(one["targets"][name], other["targets"][name], err_msg=name)
-
-
-def tokens_of(batches: Iterator[Batch] | list[Batch]) -> list[list[list[int]]]:
-    return [batch["input_ids"].tolist() for batch in batches]
-
-
-def global_batches(cache: Cache, world_size: int, workers: int, count: int, state: Any = None) -> list[list[list[int]]]:
-    """The token rows of each global batch, put together from all ranks."""
-    of_ranks = []
-    for rank in range(world_size):
-        dataset = reader(
-            cache, count, batch_blocks=GLOBAL_BATCH // world_size, seed=3, rank=rank, world_size=world_size
-        )
-        if state is not None:
-            dataset.load_state_dict(state)
-        of_ranks.append(tokens_of(DataLoader(dataset, batch_size=None, num_workers=workers)))
-    assert {len(batches) for batches in of_ranks} == {count}
-    return [list(chain.from_iterable(parts)) for parts in zip(*of_ranks, strict=True)]
-
-
 # ------------------------------------------------------------------------------------------------ content
 
 
 def test_a_batch_is_what_the_cache_holds(cache: Cache) -> None:
-    """Three batches, the corpus' padded last block among them."""
+    """All batches up to the one with the corpus' padded last block."""
     dataset = reader(cache, seed=1)
     order = dataset.order.epoch(0)
     place = int(np.flatnonzero(order == cache.num_blocks - 1)[0]) // GLOBAL_BATCH
     for number, batch in enumerate(islice(dataset, place + 1)):
-        blocks = order[number * GLOBAL_BATCH : (number + 1) * GLOBAL_BATCH]
-        if blocks.size < GLOBAL_BATCH:
-            blocks = np.append(blocks, dataset.order.epoch(1)[: GLOBAL_BATCH - blocks.size])
+        blocks = dataset.order.samples(number * GLOBAL_BATCH, GLOBAL_BATCH)
         parts = [cache.read_blocks(int(block), int(block) + 1) for block in blocks]
         np.testing.assert_array_equal(batch["input_ids"], np.concatenate([part.tokens for part in parts]))
+        targets = batch["targets"]
         for row, part in enumerate(parts):
             real = int(part.valid.sum())
             labels = batch["labels"][row]
@@ -80,11 +45,34 @@ def test_a_batch_is_what_the_cache_holds(cache: Cache) -> None:
             rows = slice(row * cache.block_length, (row + 1) * cache.block_length)
             alone = part.targets.to_device()
             width = alone.ids.shape[1]
-            np.testing.assert_array_equal(batch["targets"]["ids"][rows, :width], alone.ids)
-            assert (batch["targets"]["ids"][rows, width:] == -1).all()
-            np.testing.assert_array_equal(batch["targets"]["weights"][rows, :width], alone.weights)
+            np.testing.assert_array_equal(targets["ids"][rows, :width], alone.ids)
+            assert (targets["ids"][rows, width:] == -1).all()
+            np.testing.assert_array_equal(targets["weights"][rows, :width], alone.weights)
             for name in ("tail_mass", "label_logprob", "entropy", "threshold"):
-                np.testing.assert_array_equal(batch["targets"][name][rows], getattr(alone, name))
+                np.testing.assert_array_equal(targets[name][rows], getattr(alone, name))
+
+
+@pytest.mark.parametrize("kind", ["counts", "logprob"])
+def test_batches_are_those_of_make_batch(kind: str, tmp_path: Path) -> None:
+    """With blocks that end early, in the middle of the cache too."""
+    short = Geometry(
+        num_tokens=79, block_length=5, chunk_blocks=2, unit_blocks=4, short_blocks=[[1, 2], [4, 1], [9, 4]]
+    )
+    made = random_cache(tmp_path / "cache", kind, geometry=short)
+    dataset = reader(made, 2 * made.num_blocks // GLOBAL_BATCH)
+    for number, batch in enumerate(dataset):
+        blocks = dataset.order.samples(number * GLOBAL_BATCH, GLOBAL_BATCH)
+        expected = make_batch([made.read_blocks(int(block), int(block) + 1) for block in blocks])
+        plain = batch.unpack()
+        assert plain.keys() == expected.keys()
+        for name in ("input_ids", "labels"):
+            assert torch.equal(plain[name], expected[name])
+            assert plain[name].dtype == torch.int64
+        for name, value in expected["targets"].items():
+            np.testing.assert_array_equal(plain["targets"][name], value, err_msg=name)
+            assert plain["targets"][name].dtype == value.dtype
+    assert made.unbiased == batch.targets.unbiased == (kind == "counts")
+    assert made.has_exact_head == batch.targets.has_exact_head == (kind == "logprob")
 
 
 def test_batch_targets(cache: Cache) -> None:
@@ -96,170 +84,123 @@ def test_batch_targets(cache: Cache) -> None:
     assert torch.equal(targets.ids, batch["targets"]["ids"])
 
 
-def test_without_targets(cache: Cache) -> None:
-    (plain,) = reader(cache, 1, with_targets=False)
+def test_without_targets(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only tokens are read."""
     (full,) = reader(cache, 1)
+    monkeypatch.setattr(Cache, "read_rows", None)
+    (plain,) = reader(cache, 1, with_targets=False)
     assert plain.keys() == {"input_ids", "labels"}
-    assert torch.equal(plain["input_ids"], full["input_ids"])
+    for name in plain:
+        assert torch.equal(plain[name], full[name])
+    with pytest.raises(KeyError):
+        plain["targets"]
 
 
-@pytest.mark.parametrize("kind", ["counts", "logprob"])
-def test_probabilities_and_samples(kind: str, tmp_path: Path) -> None:
-    made = random_cache(tmp_path / kind, kind)
-    (batch,) = reader(made, 1, stop_block=20)
-    assert made.unbiased == (kind == "counts")
-    # Probabilities are exact above 0, samples nowhere.
-    assert (batch["targets"]["threshold"] == (0 if kind == "logprob" else np.inf)).all()
-
-
-# ------------------------------------------------------------------------------------------------- order
-
-
-@pytest.mark.parametrize("workers", [0, 1, 2])
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_global_batches_do_not_depend_on_the_split(cache: Cache, world_size: int, workers: int) -> None:
-    """Fifteen batches: an epoch of 50 blocks and a part of the next."""
-    dataset = reader(cache, seed=3)
-    rows = [cache.read_blocks(int(block), int(block) + 1).tokens[0].tolist() for block in dataset.order.samples(0, 60)]
-    expected = [rows[start : start + GLOBAL_BATCH] for start in range(0, 60, GLOBAL_BATCH)]
-    assert global_batches(cache, world_size, workers, 15) == expected
+def test_blocks_as_they_are_stored(cache: Cache) -> None:
+    """Not shuffled, over the end of the epoch; the seed does not matter then, but shuffling does."""
+    dataset = reader(cache, 14, shuffle=False)
+    places = np.arange(14 * GLOBAL_BATCH) % cache.num_blocks
+    assert list(chain.from_iterable(tokens_of(dataset))) == block_tokens(cache, places.tolist())
+    state = dataset.state_dict()
+    reader(cache, shuffle=False, seed=5).load_state_dict(state)
+    with pytest.raises(TrainingError, match="seed None"):
+        reader(cache).load_state_dict(state)
 
 
 def test_prefetching_changes_nothing(cache: Cache) -> None:
     plain = list(reader(cache, 14, prefetch_batches=0))
-    for depth in (1, 4):
-        for one, other in zip(plain, reader(cache, 14, prefetch_batches=depth), strict=True):
+    for options in ({"prefetch_batches": 1}, {"prefetch_chunks": 0}, {"prefetch_chunks": 30, "decode_threads": 4}):
+        for one, other in zip(plain, reader(cache, 14, **options), strict=True):
             assert_same(one, other)
 
 
 def test_held_out_blocks_stay_unread(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-    read = Cache.read_blocks
+    """No chunk is decoded that has only held-out blocks."""
+    decoded: set[ChunkRef] = set()
+    read = Cache.read_rows
 
-    def spy(self: Cache, start: int, stop: int) -> Any:
-        seen.append((start, stop))
-        return read(self, start, stop)
+    def spy(self: Cache, ref: ChunkRef, *memory: Any) -> Any:
+        decoded.add(ref)
+        return read(self, ref, *memory)
 
-    monkeypatch.setattr(Cache, "read_blocks", spy)
-    list(reader(cache, 30, first_block=3, stop_block=44))
-    assert {block for start, stop in seen for block in range(start, stop)} == set(range(3, 44))
-
-
-# ------------------------------------------------------------------------------------------------- state
-
-
-@pytest.mark.parametrize("prefetch", [0, 4])
-@pytest.mark.parametrize("taken", [0, 1, 5, 12, 13, 26])
-def test_resume_after_any_batch(cache: Cache, taken: int, prefetch: int) -> None:
-    whole = list(reader(cache, 32, prefetch_batches=prefetch))
-    first = reader(cache, prefetch_batches=prefetch)
-    stream = iter(first)
-    for _ in range(taken):
-        next(stream)
-    state = first.state_dict()
-    stream.close()  # type: ignore[attr-defined]
-    assert state["samples_seen"] == taken * GLOBAL_BATCH
-    assert state["epoch"] == taken * GLOBAL_BATCH // cache.num_blocks
-
-    second = reader(cache, prefetch_batches=prefetch)
-    second.load_state_dict(state)
-    middle = list(islice(second, 3))
-    again = reader(cache, prefetch_batches=prefetch)
-    again.load_state_dict(second.state_dict())
-    rest = list(islice(again, 32 - taken - 3))
-    for one, other in zip(whole[taken:], middle + rest, strict=True):
-        assert_same(one, other)
+    monkeypatch.setattr(Cache, "read_rows", spy)
+    batches = list(reader(cache, 41, first_block=4, stop_block=45, batch_blocks=1))
+    assert sorted(chain.from_iterable(tokens_of(batches))) == sorted(block_tokens(cache, range(4, 45)))
+    wanted = {ref for ref in cache.chunks if ref.first_block < 45 and ref.first_block + ref.num_blocks > 4}
+    assert decoded == wanted
+    assert len(wanted) < len(cache.chunks)
 
 
-@pytest.mark.parametrize(("world_size", "workers"), [(1, 2), (2, 0), (4, 1)])
-def test_resume_with_another_split(cache: Cache, world_size: int, workers: int) -> None:
-    whole = global_batches(cache, 1, 0, 18)
-    dataset = reader(cache, seed=3, batch_blocks=2, rank=1, world_size=2)
-    for _ in islice(dataset, 7):
-        pass
-    state = dataset.state_dict()
-    assert global_batches(cache, world_size, workers, 11, state) == whole[7:]
-
-
-def test_a_dataset_goes_on_where_it_was_left(cache: Cache) -> None:
-    dataset = reader(cache)
-    parts = tokens_of(islice(dataset, 5)) + tokens_of(islice(dataset, 5))
-    assert parts == tokens_of(reader(cache, 10))
-
-
-@pytest.mark.parametrize(
-    ("change", "field"),
-    [({"seed": 4}, "seed"), ({"stop_block": 40}, "blocks"), ({"first_block": 1}, "blocks")],
-)
-def test_state_of_another_run_is_refused(cache: Cache, change: dict[str, Any], field: str) -> None:
-    state = reader(cache, **change).state_dict()
-    with pytest.raises(TrainingError, match=f"resume from has {field} "):
-        reader(cache).load_state_dict(state)
-
-
-def test_state_of_another_cache_is_refused(cache: Cache, tmp_path: Path) -> None:
-    other = random_cache(tmp_path / "other", seed=1)
-    with pytest.raises(TrainingError, match="fingerprints"):
-        reader(cache).load_state_dict(reader(other).state_dict())
-    with pytest.raises(TrainingError, match="fingerprints None"):
-        reader(cache).load_state_dict({})
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"batch_blocks": 0},
-        {"rank": 1},
-        {"rank": -1},
-        {"first_block": 50},
-        {"stop_block": 51},
-        {"first_block": 9, "stop_block": 9},
-        {"first_block": -1},
-    ],
-)
-def test_options_that_do_not_fit(cache: Cache, options: dict[str, int]) -> None:
-    with pytest.raises(TrainingError):
-        reader(cache, **options)
-
-
-# ---------------------------------------------------------------------------------------------- prefetch
-
-
-@pytest.fixture
-def damaged(tmp_path: Path) -> Cache:
-    """One bit of the fourth shard is flipped."""
-    made = random_cache(tmp_path / "damaged")
-    shard = tmp_path / "damaged" / "shards" / made.manifest.shards[3].file
-    flip_bit(shard, 4 * shard.stat().st_size)
-    return open_cache(made.root)
-
-
-@pytest.mark.parametrize("prefetch", [0, 1, 4])
-def test_damage_surfaces_in_the_consumer(damaged: Cache, prefetch: int) -> None:
-    place = min(number for number, block in enumerate(reader(damaged).order.epoch(0)) if 15 <= block < 20)
-    stream = iter(reader(damaged, prefetch_batches=prefetch))
-    for _ in range(place // GLOBAL_BATCH):
-        next(stream)
-    with pytest.raises(DamagedCacheError, match="SHA-256"):
-        next(stream)
-
-
-def test_damage_surfaces_through_a_worker(damaged: Cache) -> None:
-    with pytest.raises(DamagedCacheError, match="SHA-256"):
-        list(DataLoader(reader(damaged, 13), batch_size=None, num_workers=2))
+# ------------------------------------------------------------------------------------- threads and memory
 
 
 def reader_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "logitcache-reader"]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("logitcache-")]
 
 
-def test_stopping_early_ends_the_thread(cache: Cache) -> None:
-    """The thread is waiting for room in a full queue, or making a batch, when the consumer leaves."""
-    before = len(reader_threads())
+def test_stopping_early_ends_the_threads(cache: Cache) -> None:
+    """They are waiting, or making a batch, when the consumer leaves; or nobody closes the stream, but drops it."""
+    assert not reader_threads()
     for taken in (1, 2, 3):
         stream = iter(reader(cache, prefetch_batches=1))
         for _ in range(taken):
             next(stream)
-        assert len(reader_threads()) == before + 1
-        stream.close()  # type: ignore[attr-defined]
-        assert len(reader_threads()) == before
+        assert {thread.name.rpartition("_")[0] for thread in reader_threads()} == {
+            "logitcache-reader",
+            "logitcache-decode",
+        }
+        if taken == 3:
+            del stream
+        else:
+            stream.close()  # type: ignore[attr-defined]
+        assert not reader_threads()
+
+
+@pytest.mark.parametrize("shards", [4, 24])
+def test_memory_does_not_depend_on_the_size_of_the_cache(shards: int, tmp_path: Path) -> None:
+    """The most chunks held, and each chunk decoded once an epoch."""
+    large = Geometry(num_tokens=shards * 4 * 2 * 3, block_length=3, chunk_blocks=2, unit_blocks=8)
+    made = random_cache(tmp_path / "cache", geometry=large)
+    assert len(made.chunks) == 4 * shards
+    dataset = CacheDataset(made, ReaderOptions(2, prefetch_batches=2, prefetch_chunks=5), 2 * len(made.chunks) // 2)
+    for _ in dataset:
+        pass
+    # Two windows, while one passes into the other.
+    assert dataset.count.chunks.most_held == 8 + 8
+    # The epoch, what the prefetched batches reach into the next one, and the chunks ahead of it.
+    assert len(made.chunks) <= dataset.count.chunks.decoded <= len(made.chunks) + 8 + 5
+    assert dataset.count.batches == len(made.chunks)
+
+
+# ------------------------------------------------------------------------------------------------ options
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_blocks": 0}, "at least one block a rank"),
+        ({"rank": 1}, "rank 1 of 1"),
+        ({"rank": -1}, "count ranks from 0"),
+        ({"first_block": 50}, "which has 50 blocks"),
+        ({"stop_block": 51}, r"\[0, 51\)"),
+        ({"first_block": 9, "stop_block": 9}, r"\[9, 9\)"),
+        ({"first_block": -1}, r"\[-1, 50\)"),
+        ({"prefetch_batches": -1}, "prefetch_batches"),
+        ({"decode_threads": 0}, "decode_threads"),
+    ],
+)
+def test_options_that_do_not_fit(cache: Cache, options: dict[str, int], message: str) -> None:
+    with pytest.raises(TrainingError, match=message):
+        reader(cache, **options)
+
+
+def test_a_world_size_that_does_not_divide_the_batch(cache: Cache) -> None:
+    with pytest.raises(TrainingError, match="8 blocks cannot be split evenly over 3 ranks; choose a batch that"):
+        ReaderOptions.for_rank(8, 0, 3)
+    assert ReaderOptions.for_rank(8, 1, 4, seed=2) == ReaderOptions(2, seed=2, rank=1, world_size=4)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to pin memory for")
+def test_pinned_memory_without_a_gpu() -> None:
+    with pytest.raises(TrainingError, match="pin_memory is for copies to a GPU"):
+        ReaderOptions(1, pin_memory=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -98,17 +98,44 @@ def test_samples_are_slices_of_the_endless_sequence() -> None:
             np.testing.assert_array_equal(order.samples(start, count), endless[start : start + count])
 
 
-def test_each_chunk_is_decoded_once_in_an_epoch() -> None:
-    """With as many chunks in memory as the dataset asks the cache to keep."""
+@pytest.mark.parametrize(("first", "stop"), [(0, 121), (13, 14), (30, 77)])
+def test_windows_cover_the_endless_sequence(first: int, stop: int) -> None:
+    """Each on its own, in any order; every chunk that is read stands in one window of an epoch."""
     chunks = chunks_of(11, 3, 4)
-    chunk_of = {block: ref for ref in chunks for block in range(ref.first_block, ref.first_block + ref.num_blocks)}
-    kept: OrderedDict[ChunkRef, None] = OrderedDict()
-    decoded = []
-    for block in order_of(chunks).epoch(0).tolist():
-        if chunk_of[block] not in kept:
-            decoded.append(chunk_of[block])
-        kept[chunk_of[block]] = None
-        kept.move_to_end(chunk_of[block])
-        while len(kept) > CHUNKS_PER_WINDOW + 1:
-            kept.popitem(last=False)
-    assert len(decoded) == len(set(decoded)) == len(chunks)
+    order = BlockOrder(FINGERPRINT, chunks, first, stop, 3)
+    endless = np.concatenate([order.epoch(epoch) for epoch in range(3)])
+    again = BlockOrder(FINGERPRINT, chunks, first, stop, 3)
+    for number in np.random.default_rng(0).permutation(3 * order.num_windows).tolist():
+        window = again.window(number)
+        np.testing.assert_array_equal(window.blocks, endless[window.start : window.stop])
+        assert len(window.chunks) <= CHUNKS_PER_WINDOW
+        of_chunks = {
+            block for ref in window.chunks for block in range(ref.first_block, ref.first_block + ref.num_blocks)
+        }
+        assert set(window.blocks.tolist()) == {block for block in of_chunks if first <= block < stop}
+    for place in range(3 * order.num_blocks):
+        window = order.window(order.window_of(place))
+        assert window.start <= place < window.stop
+    for epoch in range(3):
+        windows = [order.window(epoch * order.num_windows + index) for index in range(order.num_windows)]
+        listed = [ref for window in windows for ref in window.chunks]
+        wanted = [ref for ref in chunks if ref.first_block < stop and ref.first_block + ref.num_blocks > first]
+        assert sorted(listed, key=lambda ref: ref.first_block) == wanted
+
+
+def test_a_huge_cache_takes_no_more_than_its_windows() -> None:
+    """67 million blocks: no array of all of them, half a gigabyte, is made to find four in the middle."""
+    chunks = [ChunkRef(number // 64, number % 64, number << 14, 1 << 14) for number in range(4096)]
+    order = BlockOrder(FINGERPRINT, chunks, 0, 1 << 26, 0)
+    tracemalloc.start()
+    try:
+        order.samples(3 * (1 << 25) + 12345, 4)
+        assert tracemalloc.get_traced_memory()[1] < 50 * CHUNKS_PER_WINDOW * (1 << 14)
+    finally:
+        tracemalloc.stop()
+
+
+def test_blocks_as_they_are_stored() -> None:
+    chunks = chunks_of(5, 3, 4)
+    order = BlockOrder(FINGERPRINT, chunks, 2, 50, 7, shuffled=False)
+    assert order.epoch(0).tolist() == order.epoch(4).tolist() == list(range(2, 50))

@@ -91,7 +91,7 @@ def commit(writer: CacheWriter, unit: int, tokens: NDArray[np.int64], targets: S
     chunks = []
     for begin in range(first, stop, geometry.chunk_blocks):
         end = min(begin + geometry.chunk_blocks, stop)
-        low = begin * geometry.block_length
+        low = geometry.tokens_in(0, begin)
         rows = targets.slice(low, low + geometry.tokens_in(begin, end))
         chunk_tokens = tokens[low : low + len(rows)]
         chunks.append(writer.encode(begin, chunk_tokens, rows))

@@ -1,0 +1,162 @@
+"""How fast caches become batches: cold and warm, one and two readers, both codecs and containers; how well shuffled.
+
+    python -m benchmarks.reader [--tokens 1048576] [--rounds 5] [--folder DIR] [--save]
+
+Caches are of random rows (benchmarks/synthetic.py). Every figure is of whole epochs in batches of 8 blocks of 512
+tokens, as packed buffers, by a process that does nothing else. Cold: the files' pages are dropped (posix_fadvise) and
+the cache opened anew, so that disk and the shards' hashes count. Processor time is that of all threads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import report
+from benchmarks.synthetic import make_cache
+from logitcache.reader import CacheDataset, ReaderOptions, shuffle_quality
+from logitcache.store import Cache, open_cache
+
+BATCH_BLOCKS, EPOCHS = 8, 32
+SELECTIONS = (("sample", 25), ("top-k", 64))
+VARIANTS = (("fast", "zarr"), ("fast", "arrow"), ("small", "zarr"), ("small", "arrow"))
+TARGETS = {"sample": 5.0, "top-k": 1.0}
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Million tokens a second, nanoseconds of processor time a token, and chunks held at most."""
+
+    rate: float
+    nanoseconds: float
+    chunks: int
+
+
+def one_reader(root: Path, rounds: int, **options: Any) -> tuple[Rate, Rate]:
+    """Cold, and the median of warm epochs, in this process."""
+    drop_pages(root)
+    dataset = CacheDataset(open_cache(root), ReaderOptions(BATCH_BLOCKS, **options))
+    stream = iter(dataset)
+    epochs = [_epoch(stream, dataset) for _ in range(1 + rounds)]
+    return epochs[0], sorted(epochs[1:], key=lambda epoch: epoch.rate)[rounds // 2]
+
+
+def _epoch(stream: Any, dataset: CacheDataset) -> Rate:
+    tokens, began, busy = 0, time.perf_counter(), time.process_time()
+    for _ in range(dataset.order.num_blocks // BATCH_BLOCKS):
+        tokens += next(stream).layout.rows
+    seconds, busy = time.perf_counter() - began, time.process_time() - busy
+    return Rate(tokens / seconds / 1e6, busy / tokens * 1e9, dataset.count.chunks.most_held)
+
+
+def drop_pages(root: Path) -> None:
+    """Have the system forget a cache's files; they were synced when they were written."""
+    for path in root.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def readers(root: Path, count: int, rounds: int, **options: Any) -> list[tuple[Rate, Rate]]:
+    """`count` processes at once, each reading the whole cache."""
+    command = [sys.executable, "-m", "benchmarks.reader", "--one", str(root), "--rounds", str(rounds)]
+    running = [
+        subprocess.Popen([*command, "--options", json.dumps(options)], stdout=subprocess.PIPE, text=True)
+        for _ in range(count)
+    ]
+    return [_rates(process) for process in running]
+
+
+def _rates(process: subprocess.Popen[str]) -> tuple[Rate, Rate]:
+    printed, _ = process.communicate()
+    if process.returncode:
+        raise SystemExit(f"a reader failed with status {process.returncode}")
+    cold, warm = json.loads(printed.splitlines()[-1])
+    return Rate(**cold), Rate(**warm)
+
+
+def _row(method: str, name: str, order: str, found: list[tuple[Rate, Rate]]) -> list[str]:
+    cold, warm = (sum(one[which].rate for one in found) for which in (0, 1))
+    cost = statistics.mean(warm.nanoseconds for _, warm in found)
+    target = TARGETS[method] if "fast" in name and len(found) == 1 else None
+    met = "-" if target is None else f"{target:g}: {'yes' if warm >= target else 'NO'}"
+    return [name, order, str(len(found)), f"{cold:.2f}", f"{warm:.2f}", f"{cost:,.0f}", f"{1e3 / cost:.2f}", met,
+            str(max(warm.chunks for _, warm in found))]  # fmt: skip
+
+
+def measure(folder: Path, tokens: int, rounds: int) -> list[list[str]]:
+    """Rows of the table."""
+    rows = []
+    for method, size in SELECTIONS:
+        for layout, container in VARIANTS:
+            root = folder / f"{method}-{size}-{layout}-{container}-{tokens}"
+            cache = make_cache(root, method, size, layout, container, tokens)  # type: ignore[arg-type]
+            ids = sum(shard.num_entries for shard in cache.manifest.shards) / cache.num_tokens
+            name = f"{method}:{size} ({ids:.0f} ids), {layout}, {container}"
+            plain = (layout, container) == VARIANTS[0]
+            for order, count in (("shuffled", 1), ("sequential", 1), ("shuffled", 2)) if plain else (("shuffled", 1),):
+                found = readers(root, count, rounds, shuffle=order == "shuffled")
+                rows.append(_row(method, name, order, found))
+    return rows
+
+
+def shuffle_rows(cache: Cache) -> list[list[str]]:
+    """Of this cache's order, and of full permutations: root mean square and mean over epochs."""
+    order = CacheDataset(cache, ReaderOptions(BATCH_BLOCKS)).order
+    rng = np.random.default_rng(0)
+    orders = {
+        "the reader's order": [order.epoch(epoch) for epoch in range(EPOCHS)],
+        "full permutations": [rng.permutation(order.num_blocks) for _ in range(EPOCHS)],
+    }
+    rows = []
+    for name, epochs in orders.items():
+        found = [shuffle_quality(blocks) for blocks in epochs]
+        correlation = statistics.mean(one.rank_correlation**2 for one in found) ** 0.5
+        rows.append([name, f"{correlation:.3f}", f"{statistics.mean(one.neighbour_distance for one in found):.3f}"])
+    return rows
+
+
+def main() -> None:
+    arguments = report.parser(__doc__)
+    arguments.add_argument("--tokens", type=int, default=1 << 20)
+    arguments.add_argument("--rounds", type=int, default=5)
+    arguments.add_argument("--folder", type=Path, help="keep (and find again) the caches here")
+    arguments.add_argument("--one", type=Path, help="internal: read this cache and print its rates")
+    arguments.add_argument("--options", type=json.loads, default={}, help="internal")
+    given = arguments.parse_args()
+    if given.one:
+        print(json.dumps([vars(rate) for rate in one_reader(given.one, given.rounds, **given.options)]))
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = given.folder or Path(scratch)
+        rows = measure(folder, given.tokens, given.rounds)
+        quality = shuffle_rows(open_cache(next(folder.glob("sample-*-fast-zarr-*"))))
+    body = "\n\n".join(
+        [
+            f"{given.tokens:,} tokens, the median of {given.rounds} warm epochs. Mtok/s are those of all readers "
+            f"together; other work on the machine: load {os.getloadavg()[0]:.1f}.",
+            report.table(
+                ("cache", "order", "readers", "cold Mtok/s", "warm Mtok/s", "processor ns/token",
+                 "Mtok per processor second", "target, met", "chunks held"),
+                rows,
+            ),
+            f"Over {EPOCHS} epochs: root mean square of the rank correlation of stored and read order, how far apart "
+            "neighbours are stored relative to a full permutation's expectation.",
+            report.table(("order", "rank correlation", "neighbour distance"), quality),
+        ]
+    )  # fmt: skip
+    report.publish("reader", "python -m benchmarks.reader", body, given.save)
+
+
+if __name__ == "__main__":
+    main()

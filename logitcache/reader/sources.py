@@ -1,0 +1,244 @@
+"""What blocks can be read from: one cache, several averaged block by block, or several mixed.
+
+Legend: R rows (the real tokens of a chunk), nnz entries, M caches, V rows of the teacher's head.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from logitcache.codec import FRESH, Memory
+from logitcache.errors import DamagedCacheError, TrainingError
+from logitcache.reader.order import CHUNKS_PER_WINDOW
+from logitcache.store import Cache, ChunkRef
+from logitcache.targets import SparseTargets
+
+Rows = tuple[NDArray[np.int64], SparseTargets | None]
+
+
+class BlockSource(ABC):
+    """Numbered blocks, decoded a chunk at a time.
+
+    Attributes:
+        fingerprints: of the caches behind it.
+        shares: of these in an average.
+        chunks: all of them, in the order of their blocks.
+        num_blocks, block_length, vocab_size, unbiased, has_exact_head: as in `Cache`.
+        tokenizer: its sha256.
+        name: for messages.
+    """
+
+    fingerprints: list[str]
+    shares: list[float]
+    chunks: Sequence[ChunkRef]
+    num_blocks: int
+    block_length: int
+    vocab_size: int
+    unbiased: bool
+    has_exact_head: bool
+    tokenizer: str
+    name: str
+
+    @abstractmethod
+    def read(self, ref: ChunkRef, memory: Memory = FRESH, with_targets: bool = True) -> Rows:
+        """A chunk's real tokens int64 [R] and their rows, None without targets. Raises DamagedCacheError."""
+
+    @abstractmethod
+    def block_tokens(self, first: int, stop: int) -> list[int]:
+        """Real tokens of each block of [first, stop)."""
+
+    @abstractmethod
+    def prefetch(self, chunks: Sequence[ChunkRef]) -> None:
+        """Say which chunks are read next: shards of remote caches begin to be fetched."""
+
+
+class CacheSource(BlockSource):
+    """One cache as a `BlockSource`."""
+
+    def __init__(self, cache: Cache) -> None:
+        self.cache = cache
+        self.fingerprints, self.shares, self.chunks = [cache.fingerprint], [1.0], cache.chunks
+        self.num_blocks, self.block_length, self.vocab_size = cache.num_blocks, cache.block_length, cache.vocab_size
+        self.unbiased, self.has_exact_head = cache.unbiased, cache.has_exact_head
+        self.tokenizer = str(cache.manifest.identity.tokenizer.get("sha256"))
+        self.name = cache.location
+
+    def read(self, ref: ChunkRef, memory: Memory = FRESH, with_targets: bool = True) -> Rows:
+        return self.cache.read_rows(ref, memory) if with_targets else (self.cache.read_tokens(ref), None)
+
+    def block_tokens(self, first: int, stop: int) -> list[int]:
+        return self.cache.manifest.identity.geometry.block_tokens(first, stop)
+
+    def prefetch(self, chunks: Sequence[ChunkRef]) -> None:
+        self.cache.prefetch(dict.fromkeys(ref.shard for ref in chunks))
+
+
+class AveragedCaches(BlockSource):
+    """Several teachers' caches of the same token blocks, read as the average of their distributions.
+
+    A row is the union of the teachers' rows. An id that one of them did not store counts 0 for it: for unbiased caches
+    the mean stays unbiased; for top-k and top-p the teacher's mass for that id stays in its tail, as it is stored.
+    `tail_mass` and `entropy` are means (the latter is at most the average's own entropy), `label_logprob` is the log of
+    the mean probability, and no weight of an unbiased average is exact.
+
+    Args:
+        caches: one or more, with the same tokenizer and corpus, all unbiased or none.
+        weights: of the teachers; equal by default. They are scaled to sum to 1.
+
+    Raises:
+        TrainingError: the caches do not hold the same blocks, or cannot be averaged.
+    """
+
+    def __init__(self, caches: Sequence[Cache], weights: Sequence[float] | None = None) -> None:
+        self.caches, self.shares = list(caches), shares_of(len(caches), weights).tolist()
+        for other in caches[1:]:
+            _refuse_other_blocks(caches[0], other)
+        # With the largest chunks as the grid, no chunk of another cache is decoded twice.
+        grid = max(caches, key=lambda cache: cache.manifest.identity.geometry.chunk_blocks)
+        self._grid, self.chunks = grid, grid.chunks
+        self.fingerprints = [cache.fingerprint for cache in caches]
+        self.num_blocks, self.block_length = grid.num_blocks, grid.block_length
+        self.vocab_size = max(cache.vocab_size for cache in caches)
+        self.unbiased = grid.unbiased
+        self.has_exact_head = not grid.unbiased or (len(caches) == 1 and grid.has_exact_head)
+        self.tokenizer = str(grid.manifest.identity.tokenizer.get("sha256"))
+        self.name = "the average of " + " and ".join(cache.location for cache in caches)
+        for cache in caches:
+            cache.keep_chunks(CHUNKS_PER_WINDOW)
+
+    def read(self, ref: ChunkRef, memory: Memory = FRESH, with_targets: bool = True) -> Rows:
+        if not with_targets or len(self.caches) == 1:
+            return CacheSource(self._grid).read(ref, memory, with_targets)
+        tokens, rows = self._grid.read_rows(ref)
+        parts = [rows if cache is self._grid else self._rows_of(cache, ref, tokens) for cache in self.caches]
+        return tokens, average_rows(parts, self.shares)
+
+    def block_tokens(self, first: int, stop: int) -> list[int]:
+        return self._grid.manifest.identity.geometry.block_tokens(first, stop)
+
+    def prefetch(self, chunks: Sequence[ChunkRef]) -> None:
+        for cache in self.caches:
+            there = [
+                number
+                for ref in chunks
+                for number, shard in enumerate(cache.manifest.shards)
+                if shard.first_block < ref.first_block + ref.num_blocks
+                and ref.first_block < shard.first_block + shard.num_blocks
+            ]
+            cache.prefetch(dict.fromkeys(there))
+
+    def _rows_of(self, cache: Cache, ref: ChunkRef, tokens: NDArray[np.int64]) -> SparseTargets:
+        """The rows of the same blocks in another cache."""
+        blocks = cache.read_blocks(ref.first_block, ref.first_block + ref.num_blocks)
+        if not np.array_equal(blocks.tokens[blocks.valid], tokens):
+            raise DamagedCacheError(
+                f"{cache.location} and {self._grid.location} name the same corpus, but hold other tokens in blocks "
+                f"{ref.first_block} to {ref.first_block + ref.num_blocks - 1}; average whole caches, or the same "
+                "subset of each"
+            )
+        return blocks.targets.take(np.flatnonzero(blocks.valid))
+
+
+@dataclass(frozen=True, eq=False)
+class MixedCaches:
+    """Several corpora read as one stream, each with its share of the blocks.
+
+    The stream visits the corpora as evenly as their weights allow, so that any long stretch of it has their shares;
+    inside a corpus, blocks come in its own shuffled order, epoch after epoch.
+
+    Args:
+        sources: caches, or averages of caches; with one tokenizer and block length, all unbiased or none.
+        weights: shares of the blocks; scaled to sum to 1.
+        ranges: blocks [first, stop) to read of each; all of them by default.
+
+    Raises:
+        TrainingError: the sources cannot be mixed.
+    """
+
+    sources: Sequence[Cache | AveragedCaches]
+    weights: Sequence[float]
+    ranges: Sequence[tuple[int, int]] | None = None
+
+    def __post_init__(self) -> None:
+        shares_of(len(self.sources), self.weights)
+        if self.ranges is not None and len(self.ranges) != len(self.sources):
+            raise TrainingError(f"{len(self.sources)} caches are mixed, but {len(self.ranges)} ranges given")
+        first, *others = sources_of(self)
+        for other in others:
+            for what in ("tokenizer", "block_length", "unbiased"):
+                mine, theirs = getattr(first, what), getattr(other, what)
+                if mine != theirs:
+                    raise TrainingError(
+                        f"{first.name} and {other.name} cannot be mixed: {what} is {mine} and {theirs}; dump both with "
+                        "one tokenizer, block length and kind of selection"
+                    )
+
+
+def sources_of(source: Cache | AveragedCaches | MixedCaches) -> list[BlockSource]:
+    """The streams of blocks that a dataset reads: one, unless caches are mixed."""
+    if isinstance(source, MixedCaches):
+        return [one for each in source.sources for one in sources_of(each)]
+    return [CacheSource(source) if isinstance(source, Cache) else source]
+
+
+def shares_of(count: int, weights: Sequence[float] | None) -> NDArray[np.float64]:
+    """float64 [count] that sum to 1. Raises TrainingError."""
+    shares = np.ones(count) if weights is None else np.array(weights, dtype=np.float64)
+    if not count or shares.shape != (count,) or not (shares > 0).all() or not np.isfinite(shares).all():
+        raise TrainingError(f"weights {weights} do not give each of {count} caches a positive share")
+    return shares / shares.sum()
+
+
+def average_rows(parts: Sequence[SparseTargets], shares: Sequence[float]) -> SparseTargets:
+    """The weighted mean of M distributions of each row, as the union of their rows; see `AveragedCaches`."""
+    rows = np.concatenate([part.row_index() for part in parts])
+    ids = np.concatenate([part.ids for part in parts]).astype(np.int64)
+    weights = np.concatenate([part.weights * share for part, share in zip(parts, shares, strict=True)])
+    keys, place = np.unique(rows * (int(ids.max(initial=0)) + 1) + ids, return_inverse=True)
+    means = np.bincount(place, weights, minlength=keys.size)
+    width = int(ids.max(initial=0)) + 1
+    offsets = np.searchsorted(keys // width, np.arange(len(parts[0]) + 1))
+    with np.errstate(divide="ignore"):
+        label = np.log(_mean([np.exp(part.label_logprob.astype(np.float64)) for part in parts], shares))
+    tail = _mean([part.tail_mass for part in parts], shares)
+    return SparseTargets(
+        offsets,
+        keys % width,
+        means,
+        tail_mass=np.clip(tail, 0, 1),
+        label_logprob=label,
+        entropy=_mean([part.entropy for part in parts], shares),
+        unbiased=parts[0].unbiased,
+    )
+
+
+def _mean(columns: Sequence[NDArray[Any]], shares: Sequence[float]) -> NDArray[np.float64]:
+    total: NDArray[np.float64] = np.einsum("m,mr->r", np.array(shares), np.stack(columns).astype(np.float64))
+    return total
+
+
+def _refuse_other_blocks(one: Cache, other: Cache) -> None:
+    """Raise TrainingError unless both caches hold rows for the same token blocks, of the same kind."""
+    facts = [
+        {
+            "tokenizer": cache.manifest.identity.tokenizer.get("sha256"),
+            "corpus": cache.manifest.identity.corpus.get("sha256"),
+            "block length": cache.block_length,
+            "number of tokens": cache.manifest.identity.geometry.num_tokens,
+            "short blocks": cache.manifest.identity.geometry.short_blocks,
+            "unbiased": cache.unbiased,
+        }
+        for cache in (one, other)
+    ]
+    for what, mine in facts[0].items():
+        if mine != facts[1][what]:
+            raise TrainingError(
+                f"{one.location} and {other.location} cannot be averaged: {what} is {mine} and {facts[1][what]}; dump "
+                "both teachers over the same text with the same tokenizer, block length and kind of selection"
+            )
