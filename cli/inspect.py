@@ -27,6 +27,8 @@ Example:
   logitcache inspect cache
   logitcache inspect cache --position 1500
 
+Of shards it only looks whether their files are there, and warns where some are not; `verify` reads them.
+
 Exit status: 0 done, 1 damaged or no cache, 2 wrong usage.
 """
 
