@@ -1,6 +1,7 @@
 """The cache on disk: shards, manifest, commits. Torch-free. FORMAT.md is the specification."""
 
-from logitcache.store.cache import Blocks, Cache, ChunkRef, open_cache
+from logitcache.store.blocks import Blocks, ChunkRef
+from logitcache.store.cache import Cache, open_cache
 from logitcache.store.convert import convert
 from logitcache.store.differences import Wording
 from logitcache.store.garbage import Leftover, collect_garbage

@@ -6,7 +6,6 @@ import bisect
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,45 +16,13 @@ from logitcache.codec import FRESH, Codebook, CodedRows, Memory, RowCodec
 from logitcache.errors import CacheError, DamagedCacheError, FormatVersionError, TargetsError
 from logitcache.selection import Selection
 from logitcache.store.access import CacheFiles, LocalFiles
+from logitcache.store.blocks import Blocks, ChunkRef, cut, join, to_blocks
 from logitcache.store.container import Container, Plane
 from logitcache.store.layout import Layout
 from logitcache.store.location import S3Location, parse_location
-from logitcache.store.schema import Geometry, Manifest, Plan, Shard, load_document, most_integers
+from logitcache.store.schema import Manifest, Plan, Shard, load_document, most_integers
 from logitcache.store.writer import assemble_manifest, check_attributes, parse_codebook, read_codebook
 from logitcache.targets import SparseTargets
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """B consecutive blocks.
-
-    Args:
-        first_block: number of the first one.
-        tokens: int64 [B, L]; 0 where a block has ended: the corpus' last one, or any short block.
-        targets: SparseTargets of N = B * L rows, row-major; rows after a block's end are empty.
-        valid: bool [B, L]; False where a block has ended.
-    """
-
-    first_block: int
-    tokens: NDArray[np.int64]
-    targets: SparseTargets
-    valid: NDArray[np.bool_]
-
-    def labels(self, ignore_index: int = -100) -> NDArray[np.int64]:
-        """int64 [B, L]: the next token of each position, `ignore_index` where there is none in the block."""
-        labels = np.full_like(self.tokens, ignore_index)
-        labels[:, :-1] = np.where(self.valid[:, 1:], self.tokens[:, 1:], ignore_index)
-        return labels
-
-
-@dataclass(frozen=True)
-class ChunkRef:
-    """A chunk's place: shard number, chunk number in it, and the blocks it holds."""
-
-    shard: int
-    chunk: int
-    first_block: int
-    num_blocks: int
 
 
 class Cache:
@@ -172,9 +139,9 @@ class Cache:
         while position < stop:
             ref = self.chunk_of(position)
             last = min(stop, ref.first_block + ref.num_blocks)
-            parts.append(_cut(self.read_chunk(ref), position - ref.first_block, last - ref.first_block))
+            parts.append(cut(self.read_chunk(ref), position - ref.first_block, last - ref.first_block))
             position = last
-        return _join(parts)
+        return join(parts)
 
     def read_chunk(self, ref: ChunkRef) -> Blocks:
         """All blocks of one chunk; the last few chunks are kept in memory."""
@@ -221,7 +188,7 @@ class Cache:
         return self.chunks[index]
 
     def _decode(self, ref: ChunkRef) -> Blocks:
-        return _to_blocks(ref, self.manifest.identity.geometry, *self.read_rows(ref))
+        return to_blocks(ref, self.manifest.identity.geometry, *self.read_rows(ref))
 
     def read_rows(self, ref: ChunkRef, memory: Memory = FRESH) -> tuple[NDArray[np.int64], SparseTargets]:
         """A chunk's real tokens int64 [R] and their rows; ids are int32 in narrow memory. Raises DamagedCacheError."""
@@ -377,36 +344,3 @@ def uncontradicted(manifest: Manifest, source: str | Path) -> Manifest:
     if (contradiction := manifest.contradiction()) is not None:
         raise DamagedCacheError(f"{source} contradicts itself: {contradiction}; restore the file")
     return manifest
-
-
-def _to_blocks(ref: ChunkRef, geometry: Geometry, tokens: NDArray[np.int64], targets: SparseTargets) -> Blocks:
-    """Stored rows at their places in their blocks: nothing stands where a block has ended."""
-    counts = np.array(geometry.block_tokens(ref.first_block, ref.first_block + ref.num_blocks))
-    valid = np.arange(geometry.block_length) < counts[:, None]
-    if tokens.size < valid.size:
-        place = np.where(valid, np.cumsum(valid).reshape(valid.shape) - 1, tokens.size).ravel()
-        empty = SparseTargets([0, 0], [], [], unbiased=targets.unbiased)
-        targets = SparseTargets.concatenate([targets, empty]).take(place)
-        tokens = np.append(tokens, 0)[place]
-    return Blocks(ref.first_block, tokens.reshape(valid.shape), targets, valid)
-
-
-def _cut(blocks: Blocks, start: int, stop: int) -> Blocks:
-    length = blocks.tokens.shape[1]
-    return Blocks(
-        blocks.first_block + start,
-        blocks.tokens[start:stop],
-        blocks.targets.slice(start * length, stop * length),
-        blocks.valid[start:stop],
-    )
-
-
-def _join(parts: list[Blocks]) -> Blocks:
-    if len(parts) == 1:
-        return parts[0]
-    return Blocks(
-        parts[0].first_block,
-        np.concatenate([part.tokens for part in parts]),
-        SparseTargets.concatenate([part.targets for part in parts]),
-        np.concatenate([part.valid for part in parts]),
-    )

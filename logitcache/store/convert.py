@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from logitcache.errors import DamagedCacheError, UsageError
-from logitcache.store.cache import Cache, ChunkRef, open_cache
+from logitcache.store.blocks import ChunkRef
+from logitcache.store.cache import Cache, open_cache
 from logitcache.store.differences import Wording
 from logitcache.store.layout import ContainerKind, Layout, refuse_sources
 from logitcache.store.location import local_root
