@@ -117,7 +117,7 @@ def test_members_that_are_not_ours(path: Path, change: str) -> None:
 
 def test_shorter_sizes_do_not_hide_data(path: Path) -> None:
     rezip(path, edit("zarr.json", "attributes", "sizes", "ids", value=[39, 7, 0, 90]))
-    with pytest.raises(DamagedCacheError, match=r"array 'ids', chunk 0 holds data beyond its end; restore the file") as caught:
+    with pytest.raises(DamagedCacheError, match=r"array 'ids', chunk 0 holds data beyond its end; restore") as caught:
         open_container(path).read("ids", 0)
     assert (caught.value.array, caught.value.chunk) == ("ids", 0)
 
