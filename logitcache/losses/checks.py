@@ -140,5 +140,6 @@ def _check_values(targets: DeviceTargets, columns: int) -> None:
 
 def _is_over_one(targets: DeviceTargets) -> torch.Tensor:
     """bool [N]: probabilities that sum to more than 1; samples may."""
-    total_N = targets.weights.sum(dim=1, dtype=torch.float64) + targets.tail_mass
+    stored_NK = torch.where(targets.ids >= 0, targets.weights, 0)
+    total_N = stored_NK.sum(dim=1, dtype=torch.float64) + targets.tail_mass
     return (total_N > 1 + SUM_TOLERANCE) & (not targets.unbiased)

@@ -59,7 +59,10 @@ def test_commands_that_read(logitcache: Main, url: str, dumped: Dumped, tmp_path
     for command, *options in lines:
         far = logitcache(command, url, *options)
         assert far.status == 0
-        assert far.out.replace(url, str(dumped.top_k)) == logitcache(command, dumped.top_k, *options).out
+        near = logitcache(command, dumped.top_k, *options).out
+        # Whether shard files are there is not asked of a bucket.
+        near = "".join(line for line in near.splitlines(keepends=True) if "shard files" not in line)
+        assert far.out.replace(url, str(dumped.top_k)) == near
     for place, out in ((url, "far"), (dumped.top_k, "near")):
         assert logitcache("derive", place, "--select", "top-k:4", "--out", tmp_path / out / "derived").status == 0
         assert logitcache("export", place, "--to", "parquet", "--out", tmp_path / out / "exported").status == 0
