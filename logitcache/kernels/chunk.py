@@ -19,7 +19,7 @@ from logitcache.errors import ObjectiveError
 from logitcache.kernels import operators
 from logitcache.kernels.head import GatherResult, HeadOptions, accumulation_dtype
 from logitcache.kernels.plan import GatherPlan
-from logitcache.kernels.products import add_product_, write_product_
+from logitcache.kernels.products import accumulate_product_, write_product_
 from logitcache.kernels.slices import Slicer, matmul_into, softmax_
 from logitcache.kernels.split import powers_gradient_, softmax_terms, sparse_gradient
 
@@ -209,7 +209,7 @@ class _Totals:
         if start == 0:
             write_product_(grad_VD, operand_nV.T, hidden_nD, grad_VD.dtype)
         else:
-            add_product_(grad_VD, operand_nV.T, hidden_nD)
+            accumulate_product_(grad_VD, operand_nV.T, hidden_nD)
 
     @property
     def gradients(self) -> tuple[torch.Tensor | None, ...]:

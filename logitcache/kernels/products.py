@@ -26,6 +26,11 @@ def add_product_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch
     return total
 
 
+def accumulate_product_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """total += a @ b, for a few large sums: in one pass over the total where the types allow it."""
+    return total.addmm_(a, b) if a.dtype == total.dtype else add_product_(total, a, b)
+
+
 def write_product_(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> None:
     """out = a @ b, accumulated in `dtype` and rounded once to out's type."""
     if a.dtype == out.dtype == dtype or (a.is_cuda and out.dtype in (a.dtype, dtype)):
