@@ -18,15 +18,22 @@ Example:
 
 The student is a model folder or a YAML/JSON transformers config (`model_type: llama`, ...; the vocabulary comes from
 the cache). Every option may stand in a `--config` file (with underscores); --set and the options above win. More keys
-for both: accumulate, alpha_decay, alpha_warmup, eval_every, eval_tokens, impl, log_every, lr_schedule, max_grad_norm,
-report_to, save_every, warmup, weight_decay.
+for both: accumulate, alpha_decay, alpha_warmup, combine, eval_every, eval_tokens, impl, log_every, lr_schedule,
+max_grad_norm, report_to, save_every, warmup, weight_decay.
 
 Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 """
 
 
 @click.command(epilog=EXAMPLE)
-@click.option("--cache", metavar="CACHE", help="Cache folder that `dump` wrote.")
+@click.option(
+    "--cache",
+    multiple=True,
+    metavar="CACHE",
+    help="Cache that `dump` wrote; may be repeated. Those of the same text blocks are averaged, as several teachers; "
+    "others are mixed, as several corpora.",
+)
+@click.option("--cache-weights", metavar="W,W...", help="A share for each cache.  [default: equal; corpora by size]")
 @click.option("--student", metavar="CONFIG_OR_DIR", help="Model folder, or YAML/JSON of a transformers config.")
 @click.option("--out", metavar="DIR", help="Folder of the run and of the trained student.")
 @click.option(
@@ -70,13 +77,16 @@ def train(
     assignments: tuple[str, ...],
     resume: bool,
     as_json: bool,
+    cache: tuple[str, ...],
+    cache_weights: str | None,
     eval_text: tuple[str, ...],
     **given: Any,
 ) -> None:
     """Train a student from a cache; no teacher is needed."""
     values = _read_config(config) | {key: value for key, value in given.items() if value is not None}
-    if eval_text:
-        values["eval_text"] = eval_text
+    weights = tuple(cache_weights.split(",")) if cache_weights else ()
+    lists = {"cache": cache, "cache_weights": weights, "eval_text": eval_text}
+    values |= {key: value for key, value in lists.items() if value}
     values |= dict(_assignment(text) for text in assignments)
     from logitcache.distill import run_training
     from logitcache.training.options import TrainOptions

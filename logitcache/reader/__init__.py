@@ -6,13 +6,14 @@ from logitcache.reader.options import ReaderOptions
 from logitcache.reader.order import BlockOrder
 from logitcache.reader.packed import PackedBatch
 from logitcache.reader.shuffle import ShuffleQuality, shuffle_quality
-from logitcache.reader.sources import AveragedCaches, MixedCaches
+from logitcache.reader.sources import AveragedCaches, BlockSource, MixedCaches, sources_of
 from logitcache.reader.stream import ReadCount
 
 __all__ = [
     "AveragedCaches",
     "Batch",
     "BlockOrder",
+    "BlockSource",
     "CacheDataset",
     "MixedCaches",
     "PackedBatch",
@@ -23,4 +24,5 @@ __all__ = [
     "make_batch",
     "model_inputs",
     "shuffle_quality",
+    "sources_of",
 ]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from logitcache.codec import FRESH, Memory
 from logitcache.errors import DamagedCacheError, TrainingError
 from logitcache.reader.order import CHUNKS_PER_WINDOW
-from logitcache.store import Cache, ChunkRef
+from logitcache.store import Blocks, Cache, ChunkRef
 from logitcache.targets import SparseTargets
 
 Rows = tuple[NDArray[np.int64], SparseTargets | None]
@@ -29,7 +29,7 @@ class BlockSource(ABC):
         fingerprints: of the caches behind it.
         shares: of these in an average.
         chunks: all of them, in the order of their blocks.
-        num_blocks, block_length, vocab_size, unbiased, has_exact_head: as in `Cache`.
+        num_blocks, num_tokens, block_length, vocab_size, unbiased, has_exact_head: as in `Cache`.
         tokenizer: its sha256.
         name: for messages.
     """
@@ -38,6 +38,7 @@ class BlockSource(ABC):
     shares: list[float]
     chunks: Sequence[ChunkRef]
     num_blocks: int
+    num_tokens: int
     block_length: int
     vocab_size: int
     unbiased: bool
@@ -48,6 +49,10 @@ class BlockSource(ABC):
     @abstractmethod
     def read(self, ref: ChunkRef, memory: Memory = FRESH, with_targets: bool = True) -> Rows:
         """A chunk's real tokens int64 [R] and their rows, None without targets. Raises DamagedCacheError."""
+
+    @abstractmethod
+    def read_blocks(self, start: int, stop: int) -> Blocks:
+        """Blocks [start, stop), as `Cache.read_blocks`."""
 
     @abstractmethod
     def block_tokens(self, first: int, stop: int) -> list[int]:
@@ -64,13 +69,17 @@ class CacheSource(BlockSource):
     def __init__(self, cache: Cache) -> None:
         self.cache = cache
         self.fingerprints, self.shares, self.chunks = [cache.fingerprint], [1.0], cache.chunks
-        self.num_blocks, self.block_length, self.vocab_size = cache.num_blocks, cache.block_length, cache.vocab_size
+        self.num_blocks, self.num_tokens, self.block_length = cache.num_blocks, cache.num_tokens, cache.block_length
+        self.vocab_size = cache.vocab_size
         self.unbiased, self.has_exact_head = cache.unbiased, cache.has_exact_head
-        self.tokenizer = str(cache.manifest.identity.tokenizer.get("sha256"))
+        self.tokenizer = cache.tokenizer
         self.name = cache.location
 
     def read(self, ref: ChunkRef, memory: Memory = FRESH, with_targets: bool = True) -> Rows:
         return self.cache.read_rows(ref, memory) if with_targets else (self.cache.read_tokens(ref), None)
+
+    def read_blocks(self, start: int, stop: int) -> Blocks:
+        return self.cache.read_blocks(start, stop)
 
     def block_tokens(self, first: int, stop: int) -> list[int]:
         return self.cache.manifest.identity.geometry.block_tokens(first, stop)
@@ -103,11 +112,11 @@ class AveragedCaches(BlockSource):
         grid = max(caches, key=lambda cache: cache.manifest.identity.geometry.chunk_blocks)
         self._grid, self.chunks = grid, grid.chunks
         self.fingerprints = [cache.fingerprint for cache in caches]
-        self.num_blocks, self.block_length = grid.num_blocks, grid.block_length
+        self.num_blocks, self.num_tokens, self.block_length = grid.num_blocks, grid.num_tokens, grid.block_length
         self.vocab_size = max(cache.vocab_size for cache in caches)
         self.unbiased = grid.unbiased
         self.has_exact_head = not grid.unbiased or (len(caches) == 1 and grid.has_exact_head)
-        self.tokenizer = str(grid.manifest.identity.tokenizer.get("sha256"))
+        self.tokenizer = grid.tokenizer
         self.name = "the average of " + " and ".join(cache.location for cache in caches)
         for cache in caches:
             cache.keep_chunks(CHUNKS_PER_WINDOW)
@@ -118,6 +127,15 @@ class AveragedCaches(BlockSource):
         tokens, rows = self._grid.read_rows(ref)
         parts = [rows if cache is self._grid else self._rows_of(cache, ref, tokens) for cache in self.caches]
         return tokens, average_rows(parts, self.shares)
+
+    def read_blocks(self, start: int, stop: int) -> Blocks:
+        first, *others = [cache.read_blocks(start, stop) for cache in self.caches]
+        for cache, other in zip(self.caches[1:], others, strict=True):
+            if not np.array_equal(first.tokens, other.tokens):
+                raise _other_tokens(self.caches[0], cache, start, stop)
+        if not others:
+            return first
+        return replace(first, targets=average_rows([blocks.targets for blocks in (first, *others)], self.shares))
 
     def block_tokens(self, first: int, stop: int) -> list[int]:
         return self._grid.manifest.identity.geometry.block_tokens(first, stop)
@@ -135,13 +153,10 @@ class AveragedCaches(BlockSource):
 
     def _rows_of(self, cache: Cache, ref: ChunkRef, tokens: NDArray[np.int64]) -> SparseTargets:
         """The rows of the same blocks in another cache."""
-        blocks = cache.read_blocks(ref.first_block, ref.first_block + ref.num_blocks)
+        stop = ref.first_block + ref.num_blocks
+        blocks = cache.read_blocks(ref.first_block, stop)
         if not np.array_equal(blocks.tokens[blocks.valid], tokens):
-            raise DamagedCacheError(
-                f"{cache.location} and {self._grid.location} name the same corpus, but hold other tokens in blocks "
-                f"{ref.first_block} to {ref.first_block + ref.num_blocks - 1}; average whole caches, or the same "
-                "subset of each"
-            )
+            raise _other_tokens(cache, self._grid, ref.first_block, stop)
         return blocks.targets.take(np.flatnonzero(blocks.valid))
 
 
@@ -221,6 +236,13 @@ def average_rows(parts: Sequence[SparseTargets], shares: Sequence[float]) -> Spa
 def _mean(columns: Sequence[NDArray[Any]], shares: Sequence[float]) -> NDArray[np.float64]:
     total: NDArray[np.float64] = np.einsum("m,mr->r", np.array(shares), np.stack(columns).astype(np.float64))
     return total
+
+
+def _other_tokens(one: Cache, other: Cache, start: int, stop: int) -> DamagedCacheError:
+    return DamagedCacheError(
+        f"{one.location} and {other.location} name the same corpus, but hold other tokens in blocks {start} to "
+        f"{stop - 1}; average whole caches, or the same subset of each"
+    )
 
 
 def _refuse_other_blocks(one: Cache, other: Cache) -> None:

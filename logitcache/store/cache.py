@@ -75,6 +75,11 @@ class Cache:
         return self.manifest.identity.vocab_size
 
     @property
+    def tokenizer(self) -> str:
+        """Hex SHA-256 of the tokenizer that made its tokens."""
+        return str(self.manifest.identity.tokenizer.get("sha256"))
+
+    @property
     def fingerprint(self) -> str:
         """Hex SHA-256 of everything that determines the cache's meaning."""
         return self.manifest.fingerprint

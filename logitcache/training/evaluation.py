@@ -74,6 +74,23 @@ def evaluate_blocks(
     return metrics
 
 
+def overall(results: dict[str, dict[str, float]]) -> dict[str, float]:
+    """The metrics of `evaluate_blocks` for several sets, by their names, as one: means over all their tokens.
+
+    With more than one set, also each set's own `NAME_ce` and `NAME_kl`.
+    """
+    tokens = sum(each["tokens"] for each in results.values())
+    names = set.intersection(*(set(each) for each in results.values())) if results else set()
+    metrics = {
+        name: sum(each[name] * each["tokens"] for each in results.values()) / max(1.0, tokens) for name in sorted(names)
+    }
+    if results:
+        metrics["tokens"] = tokens
+    if len(results) > 1:
+        metrics |= {f"{of}_{name}": each[name] for of, each in results.items() for name in ("ce", "kl") if name in each}
+    return metrics
+
+
 def _forward(
     model: Any, batch: dict[str, Any], device: torch.device | str
 ) -> tuple[torch.Tensor, models.LMHead, torch.Tensor]:

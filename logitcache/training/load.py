@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import textwrap
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import transformers
@@ -13,13 +13,24 @@ import yaml
 
 from logitcache import models
 from logitcache.errors import ModelError, TrainingError
-from logitcache.store import Cache
 
 # Keys that configs take without listing them among their fields.
 _FURTHER_KEYS = ("attn_implementation", "name_or_path", "rope_scaling", "rope_theta", "torch_dtype")
 
 
-def load_student(source: str, cache: Cache, tokenizer: Any, seed: int) -> Any:
+class Learnt(Protocol):
+    """What a student must fit: a cache, or what several are read as."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def block_length(self) -> int: ...
+    @property
+    def tokenizer(self) -> str:
+        """Its sha256."""
+
+
+def load_student(source: str, cache: Learnt, tokenizer: Any, seed: int) -> Any:
     """A student from a model folder, or with random weights from a YAML/JSON file of a transformers config.
 
     A config without `vocab_size` gets the teacher's. Raises ModelError or TrainingError when it does not fit the cache.
@@ -36,7 +47,7 @@ def load_student(source: str, cache: Cache, tokenizer: Any, seed: int) -> Any:
     return student
 
 
-def check_fits(student: Any, source: str, cache: Cache) -> None:
+def check_fits(student: Any, source: str, cache: Learnt) -> None:
     """Raise TrainingError unless the student has an output for every id and a position for every token of a block."""
     rows = student.get_output_embeddings().weight.shape[0]
     if rows < cache.vocab_size:
@@ -52,7 +63,7 @@ def check_fits(student: Any, source: str, cache: Cache) -> None:
         )
 
 
-def _from_config(path: Path, cache: Cache, tokenizer: Any, seed: int) -> Any:
+def _from_config(path: Path, cache: Learnt, tokenizer: Any, seed: int) -> Any:
     try:
         values = yaml.safe_load(path.read_text())
         if not isinstance(values, dict) or "model_type" not in values:
@@ -94,14 +105,13 @@ def _check_keys(path: Path, values: dict[str, Any]) -> None:
             raise ModelError(f"{path} has a key {key!r} that a {values['model_type']!r} config does not have{hint}")
 
 
-def _check_student_tokenizer(folder: Path, cache: Cache) -> None:
+def _check_student_tokenizer(folder: Path, cache: Learnt) -> None:
     """A student folder that brings a tokenizer must bring the cache's."""
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
         return
     found = models.tokenizer_identity(models.load_tokenizer(folder))["sha256"]
-    wanted = cache.manifest.identity.tokenizer.get("sha256")
-    if found != wanted:
+    if found != cache.tokenizer:
         raise TrainingError(
             f"the student {folder} has a tokenizer with hash {found[:12]}, the cache was made with "
-            f"{str(wanted)[:12]}; use a student with the teacher's tokenizer"
+            f"{cache.tokenizer[:12]}; use a student with the teacher's tokenizer"
         )

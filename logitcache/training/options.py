@@ -28,6 +28,10 @@ Tail = Literal["auto", "bucket", "renormalised", "teacher_renormalised", "unnorm
 class TrainOptions(BaseModel):
     """Everything `logitcache train` can be told; also the form of `--config` files.
 
+    Several caches are averaged where they hold the same token blocks (several teachers) and mixed where they do not
+    (several corpora); `combine` says which of it. `cache_weights` are shares, one of each cache: by default equal ones
+    of teachers, and of corpora what they hold.
+
     Sizes are in tokens, rounded to whole blocks of the cache. `epochs`, `max_tokens` and `max_steps` each bound the
     run; the last one given in that order wins. `tail`, `beta`, `reverse` and `clip` belong to some objectives only,
     `blend` and `blend_end` to tail='blend': see docs/objectives.md.
@@ -35,7 +39,9 @@ class TrainOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    cache: str
+    cache: tuple[str, ...] = Field(min_length=1)
+    combine: Literal["auto", "average", "mix"] = "auto"
+    cache_weights: tuple[float, ...] = ()
     student: str
     out: str
     objective: ObjectiveName = "auto"
@@ -75,10 +81,10 @@ class TrainOptions(BaseModel):
     impl: Literal["auto", "reference", "split", "chunk", "triton"] = "auto"
     report_to: tuple[str, ...] = ()
 
-    @field_validator("eval_text", "report_to", mode="before")
+    @field_validator("cache", "cache_weights", "eval_text", "report_to", mode="before")
     @classmethod
     def _one_is_a_list(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
+        return (value,) if isinstance(value, str | float | int) else value
 
     @classmethod
     def build(cls, values: dict[str, Any]) -> TrainOptions:

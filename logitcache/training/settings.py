@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from logitcache.errors import UsageError
 from logitcache.losses import Objective
+from logitcache.reader import BlockSource
 from logitcache.store import Cache
 from logitcache.training.options import TrainOptions
 from logitcache.training.schedules import AlphaSchedule, BlendSchedule
 from logitcache.training.trainer import DistillationSettings
 
 
-def settings_for(options: TrainOptions, cache: Cache) -> DistillationSettings:
+def settings_for(options: TrainOptions, cache: Cache | BlockSource) -> DistillationSettings:
     """The settings that options ask for on this cache.
 
     Raises:
@@ -32,6 +34,13 @@ def settings_for(options: TrainOptions, cache: Cache) -> DistillationSettings:
     return DistillationSettings(
         objective, alpha, options.temperature, unbiased, options.impl, head, blend, options.z_loss
     )
+
+
+def settings_for_all(options: TrainOptions, sources: Sequence[BlockSource]) -> DistillationSettings:
+    """The settings for sources that are mixed; each must suit. Raises as `settings_for`."""
+    all_settings = [settings_for(options, source) for source in sources]
+    # They differ in nothing but whether rows say which of their weights are exact.
+    return next((settings for settings in all_settings if not settings.has_exact_head), all_settings[0])
 
 
 def choose_objective(options: TrainOptions, unbiased: bool) -> Objective:
@@ -56,7 +65,7 @@ def _blend(options: TrainOptions, objective: Objective) -> BlendSchedule:
     return BlendSchedule(0.5 if options.blend is None else options.blend, options.blend_end)
 
 
-def _knows_labels(cache: Cache) -> bool:
+def _knows_labels(cache: Cache | BlockSource) -> bool:
     """Whether the first block holds the teacher's log-probability of each of its labels."""
     blocks = cache.read_blocks(0, 1)
     known = np.isfinite(blocks.targets.label_logprob)

@@ -1,0 +1,106 @@
+"""The folder of a run: run.json, metrics.jsonl, checkpoints/, result.json and, at the end, the trained student."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from logitcache.errors import TrainingError
+from logitcache.store.location import refuse_url
+from logitcache.training.records import MetricsLog, last_whole_checkpoint
+
+# Where a run is done, which changes nothing about it.
+_MAY_CHANGE = ("cache", "out", "device")
+Checkpoint = tuple[Path, dict[str, Any]]
+
+
+class RunFolder:
+    """The folder of one run. Nothing is written before `begin`.
+
+    Raises UsageError for a URL.
+    """
+
+    def __init__(self, out: str | Path) -> None:
+        self.path = Path(out)
+        refuse_url(self.path)
+        self.checkpoints = self.path / "checkpoints"
+        self.metrics = MetricsLog(self.path / "metrics.jsonl")
+        self._record, self._result = self.path / "run.json", self.path / "result.json"
+
+    def result(self) -> dict[str, Any] | None:
+        """What the finished run measured; None before its end."""
+        return dict(json.loads(self._result.read_text())) if self._result.exists() else None
+
+    def find_checkpoint(self, record: dict[str, Any], resume: bool) -> Checkpoint | None:
+        """The last whole checkpoint with its reader state, None at the start of a run.
+
+        Raises TrainingError unless the folder is free or, to resume, holds the run of this record.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise TrainingError(f"{self.path} is a file; choose another folder for --out")
+        if self._record.exists():
+            if not resume:
+                raise TrainingError(f"{self.path} holds a run already; go on with --resume or choose another --out")
+            _check_same_run(self.path, self._stored_record(), record)
+            return last_whole_checkpoint(self.checkpoints)
+        if self.path.is_dir() and {entry.name for entry in self.path.iterdir()} - {self._unfinished_record.name}:
+            raise TrainingError(f"{self.path} is not empty and holds no run; choose another folder for --out")
+        if resume:
+            raise TrainingError(f"{self.path} holds no run to resume; start it without --resume")
+        return None
+
+    def begin(self, record: dict[str, Any]) -> None:
+        """Make the folder. Comes after every check, so that a refused start leaves nothing behind."""
+        if not self._record.exists():
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._unfinished_record.write_text(json.dumps(record, indent=1) + "\n")
+            self._unfinished_record.replace(self._record)
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Write what the run measured: from here on it is finished."""
+        self._result.write_text(json.dumps(result, indent=1) + "\n")
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """A full disk or a folder that cannot be written, which torch and safetensors report in ways of their own."""
+        try:
+            yield
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+                raise
+            reason, free = str(error).splitlines()[0], shutil.disk_usage(self.path).free
+            raise TrainingError(
+                f"{self.path} cannot be written ({reason}); make room there ({free:,} bytes are free) and go on with "
+                "--resume"
+            ) from error
+
+    @property
+    def _unfinished_record(self) -> Path:
+        return self._record.with_suffix(".tmp")
+
+    def _stored_record(self) -> dict[str, Any]:
+        try:
+            return dict(json.loads(self._record.read_text()))
+        except ValueError as error:
+            raise TrainingError(f"{self._record} is damaged ({error}); choose another --out") from error
+
+
+def _check_same_run(path: Path, stored: dict[str, Any], mine: dict[str, Any]) -> None:
+    rows = [
+        f"\n  {key}: the run has {stored['options'].get(key)!r}, now {value!r}"
+        for key, value in mine["options"].items()
+        if stored["options"].get(key) != value and key not in _MAY_CHANGE
+    ]
+    if stored["fingerprints"] != mine["fingerprints"]:
+        rows.append("\n  the cache's content is another one")
+    if rows:
+        raise TrainingError(
+            f"{path} was begun with other options; repeat those or choose another --out. The difference:"
+            + "".join(rows)
+        )
