@@ -134,13 +134,14 @@ class Setting:
 
 
 class _Capture(Silent):
-    """When the last stage of a dump began, which is the capture loop."""
+    """When a dump began to run its teacher."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock, self.began = clock, clock()
 
     def stage(self, what: str) -> None:
-        self.began = self._clock()
+        if what == "running the teacher":
+            self.began = self._clock()
 
 
 class Training:
