@@ -39,10 +39,11 @@ def sliced_loss(
     As few matrix products as there can be: three of the student's head, one of the teacher's. The student's head must
     be a bare linear layer.
     """
-    body, head = models.split_model(student)
+    _, head = models.split_model(student)
     assert (head.bias, head.softcap, head.logit_scale) == (None, None, None)
-    hidden_ND = body(input_ids=ids_BL, use_cache=False).last_hidden_state.flatten(0, 1)
-    states_ND = teacher.hidden(ids_BL)
+    hidden_ND = models.body_hidden(student, ids_BL).flatten(0, 1)
+    with torch.inference_mode():
+        states_ND = models.body_hidden(teacher.model, ids_BL).flatten(0, 1)
     loss: torch.Tensor = _Sliced.apply(hidden_ND, head.weight, labels_BL.flatten(), teacher, states_ND, alpha)
     return loss
 

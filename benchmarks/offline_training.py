@@ -205,10 +205,14 @@ def peak_of_one(name: str, setting: Setting, steps: int) -> float:
     way = WAYS.get(name)
     teacher = setting.load_teacher() if way is None or way.live else None
     training = None if way is None else Training(way, setting, teacher)
-    measure.forget_peak()
+    on_cuda = setting.device == "cuda"
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        measure.forget_peak()
     if training is not None:
         training.seconds(steps)
     else:
         with tempfile.TemporaryDirectory() as folder:
             setting.dump({DUMPS[name]: Path(folder) / "cache"}, steps * setting.batch_tokens, teacher)
-    return torch.cuda.max_memory_allocated() / 2**20 if setting.device == "cuda" else measure.resident_peak()
+    return torch.cuda.max_memory_allocated() / 2**20 if on_cuda else measure.resident_peak()

@@ -49,6 +49,21 @@ def test_live_losses_are_one_loss(lesson, monkeypatch: pytest.MonkeyPatch, tied:
         assert (sliced - dense).norm() <= 2e-5 * dense.norm()
 
 
+def test_live_losses_under_autocast(lesson) -> None:
+    """As on a GPU: products in bfloat16, the rest in float32. Slices are as exact as dense logits."""
+    teacher, batch = lesson
+    student = tiny_model(seed=5).train()
+    exact = gradients(dense_loss(student, teacher, batch.input_ids, batch.labels, ALPHA), student)
+    errors = []
+    for loss in (dense_loss, sliced_loss):
+        with torch.autocast("cpu", torch.bfloat16):
+            value = loss(student, teacher, batch.input_ids, batch.labels, ALPHA)
+        assert value.dtype == torch.float32
+        errors.append([(a - b).norm() / b.norm() for a, b in zip(gradients(value, student), exact, strict=True)])
+    for dense, sliced in zip(*errors, strict=True):
+        assert 1e-4 < sliced < 1.2 * dense
+
+
 @pytest.mark.parametrize("loss", [dense_loss, sliced_loss])
 def test_a_cache_of_all_ids_is_a_live_teacher(lesson, loss) -> None:
     """Offline and live at the same weights: the loss and its gradient, up to how the cache rounds probabilities."""
