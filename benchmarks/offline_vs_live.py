@@ -1,6 +1,6 @@
 """One student from a cache, with a live teacher, and on cross entropy alone: tokens/s, peak memory, break-even.
 
-    python -m benchmarks.offline_vs_live [--steps 4] [--rounds 3] [--save]
+    python -m benchmarks.offline_vs_live [--steps 3] [--rounds 3] [--save]
 
 The same student on the same tokens minimises (1 - 0.9) * CE + 0.9 * KL(teacher || student). tokens/s are those of
 whole optimiser steps, opening the reader and reading included, by turns in one process; a dump of as many tokens takes
@@ -132,7 +132,7 @@ def _size(model: Any) -> str:
 def parser() -> argparse.ArgumentParser:
     cuda = torch.cuda.is_available()
     arguments = report.parser(__doc__)
-    arguments.add_argument("--steps", type=int, default=50 if cuda else 4, help="in a round")
+    arguments.add_argument("--steps", type=int, default=50 if cuda else 3, help="in a round")
     arguments.add_argument("--rounds", type=int, default=5 if cuda else 3)
     arguments.add_argument("--batch-blocks", type=int, default=32 if cuda else 8, help=f"of {BLOCK_LENGTH} tokens")
     arguments.add_argument("--cache-tokens", type=int, default=262_144 if cuda else 16_384)
