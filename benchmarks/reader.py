@@ -1,4 +1,4 @@
-"""How fast caches become batches: cold and warm, one and two readers, both codecs and containers; how well shuffled.
+"""How fast caches become batches, how long training waits for them, what memory that takes, how well they are shuffled.
 
     python -m benchmarks.reader [--tokens 1048576] [--rounds 5] [--folder DIR] [--save]
 
@@ -6,6 +6,10 @@ Caches are of random rows (benchmarks/synthetic.py). Every figure is of whole ep
 tokens, as packed buffers, by a process that does nothing else. Cold: the files' pages are dropped (posix_fadvise) and
 the cache opened anew, so that disk and the shards' hashes count. Warm: the best epoch, as what else the machine does
 can only add to it. Processor time is that of all threads.
+
+Waiting: the share of time, from the second batch to the end of an epoch, that steps which only sleep, as a thread does
+while a GPU works, wait for their batch; `python -m benchmarks.train` has that of a real training on a CPU. Memory: peak
+beyond that of the process, for caches of which one is four times as large.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import report
+from benchmarks.measure import peak_beyond, peak_megabytes
 from benchmarks.synthetic import make_cache
 from logitcache.reader import CacheDataset, ReaderOptions, shuffle_quality
 from logitcache.store import Cache, open_cache
@@ -32,6 +37,9 @@ BATCH_BLOCKS, EPOCHS = 8, 32
 SELECTIONS = (("sample", 25), ("top-k", 64))
 VARIANTS = (("fast", "zarr"), ("fast", "arrow"), ("small", "zarr"), ("small", "arrow"))
 TARGETS = {"sample": 5.0, "top-k": 1.0}
+# Million tokens a second of a training that waits for its batches.
+STEP_RATES = (0.1, 0.25, 0.5, 1.0)
+LARGER = 4
 
 
 @dataclass(frozen=True)
@@ -112,6 +120,53 @@ def measure(folder: Path, tokens: int, rounds: int) -> list[list[str]]:
     return rows
 
 
+def waiting_share(root: Path, rate: float) -> float:
+    """Share of an epoch's time that steps of a training of `rate` million tokens a second wait for batches."""
+    cache = open_cache(root)
+    dataset = CacheDataset(cache, ReaderOptions(BATCH_BLOCKS))
+    stream = iter(dataset)
+    next(stream)
+    began, waited = time.perf_counter(), dataset.count.waited_seconds
+    for _ in range(dataset.order.num_blocks // BATCH_BLOCKS - 1):
+        time.sleep(BATCH_BLOCKS * cache.block_length / rate / 1e6)
+        next(stream)
+    return (dataset.count.waited_seconds - waited) / (time.perf_counter() - began)
+
+
+def waiting_rows(folder: Path, tokens: int) -> list[list[str]]:
+    """Of every cache in Zarr files, and every rate."""
+    rows = []
+    for method, size in SELECTIONS:
+        for layout in ("fast", "small"):
+            root = folder / f"{method}-{size}-{layout}-zarr-{tokens}"
+            rows.append([f"{method}:{size}, {layout}", *(f"{waiting_share(root, rate):.1%}" for rate in STEP_RATES)])
+    return rows
+
+
+def epoch_peak(root: Path) -> float:
+    """Peak megabytes of opening a cache and reading it once, beyond those of the process before."""
+
+    def read() -> None:
+        dataset = CacheDataset(open_cache(root), ReaderOptions(BATCH_BLOCKS))
+        for _ in zip(range(dataset.order.num_blocks // BATCH_BLOCKS), dataset, strict=False):
+            pass
+
+    return peak_beyond(read)
+
+
+def memory_rows(folder: Path, tokens: int) -> list[list[str]]:
+    """Of the first selection's cache, and of one that is LARGER times as large."""
+    method, size = SELECTIONS[0]
+    layout, container = VARIANTS[0]
+    rows = []
+    for count in (tokens, LARGER * tokens):
+        root = folder / f"{method}-{size}-{layout}-{container}-{count}"
+        cache = make_cache(root, method, size, layout, container, count)  # type: ignore[arg-type]
+        peak = peak_megabytes("benchmarks.reader", "--memory", str(root))
+        rows.append([f"{method}:{size}, {layout}", f"{count:,}", f"{cache.num_bytes / 1e6:,.0f}", f"{peak:,.0f}"])
+    return rows
+
+
 def shuffle_rows(cache: Cache) -> list[list[str]]:
     """Of this cache's order, and of full permutations: root mean square and mean over epochs."""
     order = CacheDataset(cache, ReaderOptions(BATCH_BLOCKS)).order
@@ -134,15 +189,21 @@ def main() -> None:
     arguments.add_argument("--rounds", type=int, default=7)
     arguments.add_argument("--folder", type=Path, help="keep (and find again) the caches here")
     arguments.add_argument("--one", type=Path, help="internal: read this cache and print its rates")
+    arguments.add_argument("--memory", type=Path, help="internal: read this cache and print the peak memory")
     arguments.add_argument("--options", type=json.loads, default={}, help="internal")
     given = arguments.parse_args()
     if given.one:
         print(json.dumps([vars(rate) for rate in one_reader(given.one, given.rounds, **given.options)]))
         return
+    if given.memory:
+        print(json.dumps({"peak_mb": epoch_peak(given.memory)}))
+        return
     with tempfile.TemporaryDirectory() as scratch:
         folder = given.folder or Path(scratch)
         rows = measure(folder, given.tokens, given.rounds)
-        quality = shuffle_rows(open_cache(next(folder.glob("sample-*-fast-zarr-*"))))
+        waiting = waiting_rows(folder, given.tokens)
+        memory = memory_rows(folder, given.tokens)
+        quality = shuffle_rows(open_cache(folder / f"sample-25-fast-zarr-{given.tokens}"))
     body = "\n\n".join(
         [
             f"{given.tokens:,} tokens, the best of {given.rounds} warm epochs. Mtok/s are those of all readers "
@@ -152,6 +213,10 @@ def main() -> None:
                  "Mtok per processor second", "target, met", "chunks held"),
                 rows,
             ),
+            "Waiting for batches, in Zarr files, where training takes so many Mtok/s. Target: < 2 % of a step.",
+            report.table(("cache", *(f"{rate:g} Mtok/s" for rate in STEP_RATES)), waiting),
+            "Memory of an epoch with one reader, beyond that of the process.",
+            report.table(("cache", "tokens", "stored MB", "peak MB"), memory),
             f"Over {EPOCHS} epochs: root mean square of the rank correlation of stored and read order, how far apart "
             "neighbours are stored relative to a full permutation's expectation.",
             report.table(("order", "rank correlation", "neighbour distance"), quality),
