@@ -87,16 +87,21 @@ def check_label_logprob(targets: DeviceTargets, counted_N: torch.Tensor) -> None
         )
 
 
-def check_share(name: str, value: float | torch.Tensor, rows: int) -> None:
-    """Raise ObjectiveError unless the value is a number in [0, 1], or a tensor of one number or one per row."""
+def check_share(name: str, value: float | torch.Tensor, rows: int | None = None) -> None:
+    """Raise ObjectiveError unless the value is a number in [0, 1], or a tensor of one number or one per row.
+
+    With rows None the number of rows is not known yet.
+    """
     if isinstance(value, torch.Tensor):
-        if value.ndim != 0 and value.shape != (rows,):
+        if value.ndim > 1 or (value.ndim == 1 and rows is not None and len(value) != rows):
             raise ObjectiveError(f"{name} has shape {tuple(value.shape)}; it must be a number or one per row")
         if values_are_free(value) and not bool(((value >= 0) & (value <= 1)).all()):
             raise ObjectiveError(f"{name} holds a number outside [0, 1]; all of its numbers must lie there")
         return
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise ObjectiveError(f"{name} is {value!r}; it must be a number in [0, 1] or a tensor of such numbers")
+        raise ObjectiveError(
+            f"{name} is {value!r}; it must be a number in [0, 1] or a tensor of such numbers, one per row"
+        )
 
 
 def check_z_loss(z_loss: float) -> None:

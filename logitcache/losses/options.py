@@ -9,7 +9,7 @@ import torch
 
 from logitcache.errors import ObjectiveError
 from logitcache.losses.checks import check_share, check_z_loss, values_are_free
-from logitcache.losses.objective import Objective, check_alpha
+from logitcache.losses.objective import Objective
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -37,9 +37,8 @@ class LossOptions:
             raise ObjectiveError(
                 f"objective is {self.objective!r}; build one, for example Objective.forward_kl(tail='bucket')"
             )
-        check_alpha(self.alpha)
-        if isinstance(self.alpha, torch.Tensor) and self.alpha.ndim == 0:
-            check_share("alpha", self.alpha, 0)
+        check_share("alpha", self.alpha)
+        check_share("blend", self.blend)
         check_z_loss(self.z_loss)
         check_reduction(self.reduction, self.normalizer)
 

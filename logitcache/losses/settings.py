@@ -11,7 +11,7 @@ from logitcache.errors import ObjectiveError
 from logitcache.kernels import HeadOptions, check_implementation
 from logitcache.losses.checks import check_share, check_z_loss
 from logitcache.losses.loss import LossOutput, distillation_output
-from logitcache.losses.objective import Objective, check_alpha
+from logitcache.losses.objective import Objective
 from logitcache.losses.options import LossOptions
 from logitcache.losses.student import working_dtype
 from logitcache.targets import DeviceTargets, SparseTargets
@@ -52,11 +52,11 @@ class LossSettings:
     def __post_init__(self) -> None:
         if self.objective is not None and not isinstance(self.objective, Objective):
             raise ObjectiveError(f"objective is {self.objective!r}; build one, for example Objective.forward_kl()")
-        check_alpha(self.alpha)
+        check_share("alpha", self.alpha)
         if isinstance(self.alpha, torch.Tensor):
             raise ObjectiveError("alpha is a tensor, but settings hold a number; pass the tensor as model(..., alpha=)")
         check_implementation(self.impl)
-        check_share("blend", self.blend, 0)
+        check_share("blend", self.blend)
         check_z_loss(self.z_loss)
         (self.objective or Objective.cross_entropy()).check(
             self.objective is not None and self.objective.tail in ("unbiased", "blend"),
@@ -91,7 +91,7 @@ class LossSettings:
     ) -> LossOutput:
         """`distillation_output` with these settings; without targets, that of cross entropy alone."""
         if alpha is not None and not isinstance(alpha, torch.Tensor):
-            check_alpha(alpha)
+            check_share("alpha", alpha)
             # A number that comes with each call is one of a schedule: as a tensor it leaves no term out whatever it is,
             # and changes no compiled graph.
             alpha = hidden_ND.new_full((), alpha, dtype=working_dtype(hidden_ND.device))
