@@ -22,7 +22,7 @@ from logitcache.kernels import (
 )
 from logitcache.losses.objective import Objective
 from logitcache.losses.options import LossOptions, denominator
-from logitcache.losses.rows import LossRows, of_rows, prepare_rows
+from logitcache.losses.rows import LossRows, prepare_rows
 from logitcache.losses.terms import DistillationTerms
 from logitcache.targets import DeviceTargets, SparseTargets
 
@@ -120,26 +120,13 @@ def distillation_output(
         ObjectiveError, TargetsError: as in `distillation_loss`.
     """
     options, head = options or LossOptions(), head or HeadOptions()
-    objective = options.effective_objective
-    rows = prepare_rows(
-        hidden,
-        weight,
-        labels,
-        targets,
-        objective,
-        options.temperature,
-        head,
-        options.ignore_index,
-        options.with_ce,
-        options.blend,
-        options.z_loss,
-    )
+    rows = prepare_rows(hidden, weight, labels, targets, options, head, options.with_ce)
     summed = options.reduction != "none" and head.shard is None and not _wants_gradient(options.alpha, options.blend)
     impl = choose_implementation(options.impl, hidden, weight, summed)
     if impl == "chunk" and summed and _wants_gradient(hidden, weight, head.bias):
         return _chunked(hidden, weight, rows, options, head)
     terms = rows.terms(linear_gather(hidden, weight, rows.ids_to_gather, head=head, impl=impl))
-    if impl == "reference" and objective is not None and objective.kind == "cross_entropy" and head.shard is None:
+    if impl == "reference" and rows.objective.kind == "cross_entropy" and head.shard is None:
         terms = replace(terms, ce=_dense_cross_entropy(hidden, weight, rows, head, "none"))
         if options.z_loss == 0 and options.reduction == "mean" and options.normalizer is None:
             return LossOutput(_dense_cross_entropy(hidden, weight, rows, head, "mean"), terms)
@@ -157,15 +144,16 @@ def _chunked(
     present: list[bool] = []
 
     def row_loss(start: int, stop: int, result: GatherResult) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        terms = rows.slice(start, stop).terms(result)
+        part = rows.slice(start, stop)
+        terms = part.terms(result)
         present[:] = [column is not None for column in terms.all_columns]
         columns = tuple(column for column in terms.all_columns if column is not None)
-        return terms.rows(of_rows(options.alpha, start, stop)).sum(), columns
+        return terms.rows(part.options.alpha).sum(), columns
 
     total, columns = linear_gather_total(hidden_ND, weight_VD, rows.ids_to_gather, row_loss, head=head)
     found = iter(columns)
     ce_N, divergence_N, z_loss_N = (next(found) if there else None for there in present)
-    terms = DistillationTerms(ce_N, divergence_N, rows.counted_N, rows.temperature, rows.dtype, z_loss_N)
+    terms = rows.terms_of(ce_N, divergence_N, z_loss_N)
     loss = total / denominator(rows.counted_N, options.reduction, options.normalizer)
     return LossOutput(loss.to(rows.dtype), terms)
 
@@ -212,8 +200,7 @@ def distillation_terms(
         ObjectiveError, TargetsError: as in `distillation_loss`.
     """
     head = head or HeadOptions()
-    rows = prepare_rows(
-        hidden, weight, labels, targets, objective, temperature, head, ignore_index, with_ce, blend, z_loss
-    )
+    options = LossOptions(objective, temperature=temperature, ignore_index=ignore_index, blend=blend, z_loss=z_loss)
+    rows = prepare_rows(hidden, weight, labels, targets, options, head, with_ce)
     impl = choose_implementation(impl, hidden, weight, summed=False)
     return rows.terms(linear_gather(hidden, weight, rows.ids_to_gather, head=head, impl=impl))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -42,6 +42,10 @@ class LossOptions:
         check_z_loss(self.z_loss)
         check_reduction(self.reduction, self.normalizer)
 
+    def slice(self, start: int, stop: int) -> LossOptions:
+        """The options of the rows [start, stop): what differs by row is cut."""
+        return replace(self, alpha=_of_rows(self.alpha, start, stop), blend=_of_rows(self.blend, start, stop))
+
     @property
     def effective_objective(self) -> Objective | None:
         """The objective; with an alpha of exactly 0 (a Python number) it is the cross entropy."""
@@ -53,6 +57,10 @@ class LossOptions:
     def with_ce(self) -> bool:
         """Whether the cross entropy enters the loss."""
         return isinstance(self.alpha, torch.Tensor) or self.alpha != 1
+
+
+def _of_rows(value: float | torch.Tensor, start: int, stop: int) -> float | torch.Tensor:
+    return value[start:stop] if isinstance(value, torch.Tensor) and value.ndim else value
 
 
 def check_reduction(reduction: str, normalizer: float | torch.Tensor | None) -> None:
