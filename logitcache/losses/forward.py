@@ -21,8 +21,8 @@ from logitcache.losses.settings import LossSettings
 OWN_ARGUMENTS = ("shift_labels", "teacher_targets", "alpha", "blend")
 _NOT_THE_BODYS = (*OWN_ARGUMENTS, "labels", "num_items_in_batch", "logits_to_keep", "return_dict")
 
-# loss, counted [B, L], ce [B, L], divergence [B, L] and z_loss [B, L]
-Columns = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+# The loss, and by their names in DistillationOutput the columns [B, L] that there are.
+LossAndColumns = tuple[torch.Tensor, dict[str, torch.Tensor]]
 
 
 @dataclass
@@ -64,7 +64,7 @@ def run_body(model: Any, named: dict[str, Any]) -> Any:
     return model.base_model(**arguments, return_dict=True)
 
 
-def head_loss(model: Any, named: dict[str, Any], hidden_BLD: torch.Tensor) -> Columns:
+def head_loss(model: Any, named: dict[str, Any], hidden_BLD: torch.Tensor) -> LossAndColumns:
     """The loss of the body's hidden states, and its columns."""
     settings: LossSettings = model._logitcache_settings
     labels, shift_labels = named.get("labels"), named.get("shift_labels")
@@ -82,31 +82,26 @@ def head_loss(model: Any, named: dict[str, Any], hidden_BLD: torch.Tensor) -> Co
     alpha, blend = (_flat(named.get(name)) for name in ("alpha", "blend"))
     items = _positive(named.get("num_items_in_batch"), hidden_BLD)
 
-    def columns(hidden_BLD: torch.Tensor, head: models.LMHead) -> Columns:
+    def loss_and_columns(hidden_BLD: torch.Tensor, head: models.LMHead) -> LossAndColumns:
         options = HeadOptions(bias=head.bias, softcap=head.softcap, logit_scale=head.logit_scale)
         loss, terms = settings.output(
             hidden_BLD.flatten(0, 1), head.weight, labels_BL.flatten(), targets, options, alpha, blend, items
         )
-        ce_BL, divergence_BL, z_loss_BL = (
-            None if column is None else column.detach().view_as(labels_BL) for column in terms.all_columns
-        )
-        return loss, terms.counted.view_as(labels_BL), ce_BL, divergence_BL, z_loss_BL
+        columns = {"counted": terms.counted} | terms.columns
+        return loss, {name: column.detach().view_as(labels_BL) for name, column in columns.items()}
 
-    return models.with_head(model, hidden_BLD, columns)
+    return models.with_head(model, hidden_BLD, loss_and_columns)
 
 
-def assemble(model: Any, named: dict[str, Any], output: Any, columns: Columns) -> Any:
+def assemble(model: Any, named: dict[str, Any], output: Any, of_the_head: LossAndColumns) -> Any:
     """The output of the whole model, from that of its body."""
-    loss, counted_BL, ce_BL, divergence_BL, z_loss_BL = columns
+    loss, columns = of_the_head
     result = DistillationOutput(
         loss=loss,
         past_key_values=output.get("past_key_values"),
         hidden_states=output.get("hidden_states"),
         attentions=output.get("attentions"),
-        ce=ce_BL,
-        divergence=divergence_BL,
-        z_loss=z_loss_BL,
-        counted=counted_BL,
+        **columns,
     )
     as_dict = named.get("return_dict")
     return result if (model.config.return_dict if as_dict is None else as_dict) else result.to_tuple()

@@ -141,19 +141,14 @@ def _chunked(
     hidden_ND: torch.Tensor, weight_VD: torch.Tensor, rows: LossRows, options: LossOptions, head: HeadOptions
 ) -> LossOutput:
     """The loss as a sum over chunks of rows, whose gradient is made on the way."""
-    present: list[bool] = []
 
-    def row_loss(start: int, stop: int, result: GatherResult) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    def row_loss(start: int, stop: int, result: GatherResult) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         part = rows.slice(start, stop)
         terms = part.terms(result)
-        present[:] = [column is not None for column in terms.all_columns]
-        columns = tuple(column for column in terms.all_columns if column is not None)
-        return terms.rows(part.options.alpha).sum(), columns
+        return terms.rows(part.options.alpha).sum(), terms.columns
 
     total, columns = linear_gather_total(hidden_ND, weight_VD, rows.ids_to_gather, row_loss, head=head)
-    found = iter(columns)
-    ce_N, divergence_N, z_loss_N = (next(found) if there else None for there in present)
-    terms = rows.terms_of(ce_N, divergence_N, z_loss_N)
+    terms = rows.terms_of(columns)
     loss = total / denominator(rows.counted_N, options.reduction, options.normalizer)
     return LossOutput(loss.to(rows.dtype), terms)
 

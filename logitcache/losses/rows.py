@@ -74,21 +74,20 @@ class LossRows:
         """What the rows cost, from the primitive's results at `ids_to_gather`."""
         options = self.options
         student = student_of(result, self.stored_ids_NK, self.label_N)
-        ce_N = divergence_N = z_loss_N = None
+        columns = {}
         if student.log_p_label_N is not None and (self.with_ce or self.stored is None):
-            ce_N = torch.where(self.counted_N, -student.log_p_label_N, 0.0)
+            columns["ce"] = torch.where(self.counted_N, -student.log_p_label_N, 0.0)
         if self.stored is not None:
             gathered = gather_terms(student, self.stored, options.blend)
             divergence_N = divergence(gathered, self.objective, options.temperature)
-            divergence_N = torch.where(self.counted_N, divergence_N, 0.0)
+            columns["divergence"] = torch.where(self.counted_N, divergence_N, 0.0)
         if options.z_loss != 0:
-            z_loss_N = torch.where(self.counted_N, options.z_loss * student.lse_N.square(), 0.0)
-        return self.terms_of(ce_N, divergence_N, z_loss_N)
+            columns["z_loss"] = torch.where(self.counted_N, options.z_loss * student.lse_N.square(), 0.0)
+        return self.terms_of(columns)
 
-    def terms_of(
-        self, ce_N: torch.Tensor | None, divergence_N: torch.Tensor | None, z_loss_N: torch.Tensor | None
-    ) -> DistillationTerms:
-        """The terms of these rows from columns that are known."""
+    def terms_of(self, columns: dict[str, torch.Tensor]) -> DistillationTerms:
+        """The terms of these rows from their columns [N]; those that are not there were not asked for."""
+        ce_N, divergence_N, z_loss_N = (columns.get(name) for name in ("ce", "divergence", "z_loss"))
         return DistillationTerms(ce_N, divergence_N, self.counted_N, self.options.temperature, self.dtype, z_loss_N)
 
 

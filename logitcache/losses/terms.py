@@ -68,6 +68,7 @@ class DistillationTerms:
         return term
 
     @property
-    def all_columns(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """ce, divergence and z_loss."""
-        return self.ce, self.divergence, self.z_loss
+    def columns(self) -> dict[str, torch.Tensor]:
+        """Those of `ce`, `divergence` and `z_loss` that there are, [N] each."""
+        columns = {"ce": self.ce, "divergence": self.divergence, "z_loss": self.z_loss}
+        return {name: column for name, column in columns.items() if column is not None}
