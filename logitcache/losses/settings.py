@@ -9,7 +9,7 @@ import torch
 
 from logitcache.errors import ObjectiveError
 from logitcache.kernels import HeadOptions, check_implementation
-from logitcache.losses.checks import check_share, check_z_loss
+from logitcache.losses.checks import check_share
 from logitcache.losses.loss import LossOutput, distillation_output
 from logitcache.losses.objective import Objective
 from logitcache.losses.options import LossOptions
@@ -50,20 +50,24 @@ class LossSettings:
     has_exact_head: bool | None = None
 
     def __post_init__(self) -> None:
-        if self.objective is not None and not isinstance(self.objective, Objective):
-            raise ObjectiveError(f"objective is {self.objective!r}; build one, for example Objective.forward_kl()")
-        check_share("alpha", self.alpha)
-        if isinstance(self.alpha, torch.Tensor):
-            raise ObjectiveError("alpha is a tensor, but settings hold a number; pass the tensor as model(..., alpha=)")
+        for name in ("alpha", "blend"):
+            if isinstance(getattr(self, name), torch.Tensor):
+                raise ObjectiveError(
+                    f"{name} is a tensor, but settings hold a number; pass the tensor as model(..., {name}=)"
+                )
+        self._options()
         check_implementation(self.impl)
-        check_share("blend", self.blend)
-        check_z_loss(self.z_loss)
         (self.objective or Objective.cross_entropy()).check(
             self.objective is not None and self.objective.tail in ("unbiased", "blend"),
             self.temperature,
             self.alpha,
             has_exact_head=True,
         )
+
+    def _options(self, **changed: Any) -> LossOptions:
+        """What the loss takes of these settings, with what came with the call."""
+        mine = ("objective", "alpha", "temperature", "impl", "ignore_index", "blend", "z_loss")
+        return LossOptions(**({name: getattr(self, name) for name in mine} | changed))
 
     def with_fields(self, values: dict[str, Any]) -> LossSettings:
         """These settings with some fields changed; ObjectiveError names a field that does not exist."""
@@ -95,15 +99,11 @@ class LossSettings:
             # A number that comes with each call is one of a schedule: as a tensor it leaves no term out whatever it is,
             # and changes no compiled graph.
             alpha = hidden_ND.new_full((), alpha, dtype=working_dtype(hidden_ND.device))
-        options = LossOptions(
+        options = self._options(
             objective=Objective.cross_entropy() if targets is None else self.objective,
             alpha=self.alpha if alpha is None else alpha,
-            temperature=self.temperature,
-            impl=self.impl,
-            ignore_index=self.ignore_index,
-            normalizer=normalizer,
             blend=self.blend if blend is None else blend,
-            z_loss=self.z_loss,
+            normalizer=normalizer,
         )
         head = replace(head, valid_vocab=self.valid_vocab)
         return distillation_output(hidden_ND, weight_VD, labels_N, targets, options, head)
