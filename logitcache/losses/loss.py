@@ -64,8 +64,7 @@ def distillation_loss(
         hidden: [N, D] the student's last hidden states: float64, float32, float16 or bfloat16.
         weight: [V, D] the LM head; its type may differ from hidden's.
         labels: int64 [N], the next token. Rows with `ignore_index` count for neither term.
-        targets: the teacher's distributions of the same N rows. May be None when they are not read: objective
-            cross_entropy, or alpha == 0.
+        targets: the teacher's rows; None where they are not read: objective cross_entropy, or alpha == 0.
         objective: by default what suits the targets: forward_kl with 'bucket' for top-k and top-p, 'unbiased' for
             sampled ones.
         alpha: weight of the divergence, in [0, 1]. A Python 0 is exactly Objective.cross_entropy(); a Python 1 leaves
@@ -84,8 +83,7 @@ def distillation_loss(
         blend: share of the unbiased term of tail='blend', in [0, 1]; a tensor, one number or [N], may move without
             recompiling. No other objective reads it.
         z_loss: adds z_loss * lse^2 to every counted row, whatever alpha is; lse is the logsumexp of its logits at
-            temperature 1. Keeps logits from drifting (PaLM, arXiv:2204.02311, with 1e-4; of a router's logits in
-            ST-MoE, arXiv:2202.08906).
+            temperature 1. Keeps logits from drifting (PaLM, arXiv:2204.02311, with 1e-4).
 
     Returns:
         Nats. float64 for float64 inputs, float32 otherwise. When no row counts: 0, with a graph.
