@@ -14,8 +14,8 @@ from logitcache.losses.settings import LossSettings
 from logitcache.losses.terms import DistillationTerms
 
 if TYPE_CHECKING:
-    from logitcache.losses.forward import DistillationOutput
     from logitcache.losses.patch import is_patched, patch_forward, unpatch_forward
+    from logitcache.losses.patched_forward import DistillationOutput
 
 __all__ = [
     "KINDS",
@@ -38,7 +38,12 @@ __all__ = [
 ]
 
 # These import transformers, which the loss itself does without.
-_LAZY = {"DistillationOutput": "forward", "is_patched": "patch", "patch_forward": "patch", "unpatch_forward": "patch"}
+_LAZY = {
+    "DistillationOutput": "patched_forward",
+    "is_patched": "patch",
+    "patch_forward": "patch",
+    "unpatch_forward": "patch",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -64,6 +64,11 @@ def run_body(model: Any, named: dict[str, Any]) -> Any:
     return model.base_model(**arguments, return_dict=True)
 
 
+def options_of(head: models.LMHead) -> HeadOptions:
+    """What the kernels must know of a model's head besides its weight."""
+    return HeadOptions(bias=head.bias, softcap=head.softcap, logit_scale=head.logit_scale)
+
+
 def head_loss(model: Any, named: dict[str, Any], hidden_BLD: torch.Tensor) -> LossAndColumns:
     """The loss of the body's hidden states, and its columns."""
     settings: LossSettings = model._logitcache_settings
@@ -83,9 +88,8 @@ def head_loss(model: Any, named: dict[str, Any], hidden_BLD: torch.Tensor) -> Lo
     items = _positive(named.get("num_items_in_batch"), hidden_BLD)
 
     def loss_and_columns(hidden_BLD: torch.Tensor, head: models.LMHead) -> LossAndColumns:
-        options = HeadOptions(bias=head.bias, softcap=head.softcap, logit_scale=head.logit_scale)
         loss, terms = settings.output(
-            hidden_BLD.flatten(0, 1), head.weight, labels_BL.flatten(), targets, options, alpha, blend, items
+            hidden_BLD.flatten(0, 1), head.weight, labels_BL.flatten(), targets, options_of(head), alpha, blend, items
         )
         columns = {"counted": terms.counted} | terms.columns
         return loss, {name: column.detach().view_as(labels_BL) for name, column in columns.items()}
