@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from logitcache.errors import ObjectiveError
 from logitcache.kernels import HeadOptions, chunk, linear_gather, linear_gather_total
-from tests.kernels.problems import HEADS, Problem, bare_split, make_problem
+from tests.kernels.problems import HEADS, Problem, assert_compiles, bare_split, make_problem
 
 
 def row_loss(start: int, stop: int, result: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -118,16 +118,9 @@ def test_half_precision_gradients_survive_a_mean_over_many_rows(dtype):
 
 
 def test_compiles_without_a_graph_break():
-    torch.compiler.reset()
     problem = make_problem()
 
     def run(hidden, weight, bias, ids):
         return linear_gather_total(hidden, weight, ids, row_loss, head=HeadOptions(bias), rows_per_chunk=2)[0]
 
-    eager = run(*problem.leaves, problem.ids)
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")(*problem.leaves, problem.ids)
-    torch.testing.assert_close(compiled, eager)
-    for found, expected in zip(
-        torch.autograd.grad(compiled, problem.leaves), torch.autograd.grad(eager, problem.leaves), strict=True
-    ):
-        torch.testing.assert_close(found, expected)
+    assert_compiles(run, problem)
