@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from logitcache.kernels import HeadOptions, VocabularyShard
 from logitcache.losses.inputs import pack_targets
 from logitcache.losses.loss import LossOutput, distillation_loss, distillation_output, distillation_terms
+from logitcache.losses.masks import TokenMask
 from logitcache.losses.objective import KINDS, TAILS, Objective
 from logitcache.losses.options import LossOptions
 from logitcache.losses.settings import LossSettings
@@ -27,6 +28,7 @@ __all__ = [
     "LossOutput",
     "LossSettings",
     "Objective",
+    "TokenMask",
     "VocabularyShard",
     "distillation_loss",
     "distillation_output",

@@ -87,6 +87,27 @@ def check_label_logprob(targets: DeviceTargets, counted_N: torch.Tensor) -> None
         )
 
 
+def known_entropy(targets: SparseTargets | DeviceTargets, counted_N: torch.Tensor, look: bool) -> torch.Tensor:
+    """The teacher's entropy of each row on the device of `counted_N`, [N] nats.
+
+    Raises:
+        TargetsError: it is of another number of rows; or, where values may be looked at, it is not known of a row
+            that counts.
+    """
+    entropy_N = torch.as_tensor(targets.entropy).to(counted_N.device)
+    if entropy_N.shape != counted_N.shape:
+        raise TargetsError(f"targets.entropy has shape {tuple(entropy_N.shape)}, but hidden has {len(counted_N)} rows")
+    if look:
+        bad_N = counted_N & ~torch.isfinite(entropy_N)
+        if bool(bad_N.any()):
+            row = int(bad_N.nonzero()[0])
+            raise TargetsError(
+                f"targets.entropy is {float(entropy_N[row])} in row {row}, whose label counts; a mask by "
+                "teacher-entropy needs it, so use a cache that `dump` wrote, or a mask by student-entropy"
+            )
+    return entropy_N
+
+
 def check_share(name: str, value: float | torch.Tensor, rows: int | None = None) -> None:
     """Raise ObjectiveError unless the value is a number in [0, 1], or a tensor of one number or one per row.
 

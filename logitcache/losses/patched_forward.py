@@ -5,7 +5,7 @@ Legend: B sequences of L tokens, N = B * L positions, D width, V rows of the LM 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from logitcache import models
 from logitcache.errors import ModelError, ObjectiveError, TargetsError
-from logitcache.kernels import HeadOptions
+from logitcache.kernels import HeadOptions, head_entropy
+from logitcache.losses.checks import known_entropy
 from logitcache.losses.inputs import check_alignment, check_flags, next_labels, unpack_targets
 from logitcache.losses.settings import LossSettings
 
@@ -34,13 +35,15 @@ class DistillationOutput(CausalLMOutputWithPast):
         ce: float64 [B, L], cross entropy of each position in nats, 0 where none counts; without a graph.
         divergence: [B, L] divergence from the teacher without the factor T^2, alike; None without targets.
         z_loss: [B, L] z_loss * lse^2, alike; None where there is none.
-        counted: bool [B, L], where there is a label.
+        counted: bool [B, L], where the loss counts: where there is a label, less what a mask leaves nothing to.
+        kept: bool [B, L], where a mask keeps the divergence; None without one, or without targets.
     """
 
     ce: torch.Tensor | None = None
     divergence: torch.Tensor | None = None
     z_loss: torch.Tensor | None = None
     counted: torch.Tensor | None = None
+    kept: torch.Tensor | None = None
 
 
 def run_body(model: Any, named: dict[str, Any]) -> Any:
@@ -79,7 +82,8 @@ def head_loss(model: Any, named: dict[str, Any], hidden_BLD: torch.Tensor) -> Lo
             f"labels have shape {tuple(labels_BL.shape)}, but there are {tuple(hidden_BLD.shape[:2])} positions"
         )
     targets = _targets(model, settings, named)
-    if _may_look(model, hidden_BLD):
+    look = _may_look(model, hidden_BLD)
+    if look:
         if named.get("input_ids") is not None:
             check_alignment(named["input_ids"], labels, shift_labels, settings.ignore_index)
         if targets is not None:
@@ -88,10 +92,19 @@ def head_loss(model: Any, named: dict[str, Any], hidden_BLD: torch.Tensor) -> Lo
     items = _positive(named.get("num_items_in_batch"), hidden_BLD)
 
     def loss_and_columns(hidden_BLD: torch.Tensor, head: models.LMHead) -> LossAndColumns:
+        hidden_ND, options = hidden_BLD.flatten(0, 1), replace(options_of(head), valid_vocab=settings.valid_vocab)
+        kept_BL = None
+        if settings.mask is not None and targets is not None:
+            counted_BL = labels_BL != settings.ignore_index
+            if settings.mask.by == "teacher-entropy":
+                entropy_N = known_entropy(targets, counted_BL.flatten(), look)
+            else:
+                entropy_N = head_entropy(hidden_ND, head.weight, head=options)
+            kept_BL = settings.mask.kept(entropy_N.view_as(labels_BL), counted_BL)
         loss, terms = settings.output(
-            hidden_BLD.flatten(0, 1), head.weight, labels_BL.flatten(), targets, options_of(head), alpha, blend, items
+            hidden_ND, head.weight, labels_BL.flatten(), targets, options, alpha, blend, items, kept_BL
         )
-        columns = {"counted": terms.counted} | terms.columns
+        columns = {"counted": terms.counted} | terms.columns | ({} if kept_BL is None else {"kept": kept_BL})
         return loss, {name: column.detach().view_as(labels_BL) for name, column in columns.items()}
 
     return models.with_head(model, hidden_BLD, loss_and_columns)
