@@ -52,6 +52,12 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 @click.option("--blend", type=float, help="Share of the unbiased term in --tail blend.  [default: 0.5]")
 @click.option("--blend-end", type=float, help="Its share at the end of the run.  [default: as --blend]")
 @click.option("--z-loss", type=float, help="Add this times logsumexp(logits)^2; 1e-4 is usual.  [default: 0]")
+@click.option(
+    "--mask",
+    help="Keep the divergence on this share of each block's tokens, those of highest entropy: teacher-entropy:0.85 or "
+    "student-entropy:0.5, for example.  [default: none]",
+)
+@click.option("--mask-rest", help="What the other tokens learn from: labels or nothing.  [default: labels]")
 @click.option("--alpha", type=float, help="Weight of distillation: (1 - alpha) CE + alpha T^2 KL.  [default: 0.9]")
 @click.option("--temperature", type=float, help="Temperature of the divergence.  [default: 1]")
 @click.option("--alpha-schedule", help="constant, linear or wsd.  [default: constant]")

@@ -281,6 +281,8 @@ def test_students_of_other_families(family: str, values: dict[str, Any], tmp_pat
         ("sample", {"alpha_schedule": "linear", "lr_schedule": "wsd"}),
         ("varopt", {"tail": "blend", "blend": 0, "blend_end": 1, "z_loss": 1e-3}),
         ("varopt", {"objective": "skew-kl"}),
+        ("sample", {"mask": "teacher-entropy:0.85"}),
+        ("top_k", {"mask": "student-entropy:0.5", "mask_rest": "nothing"}),
         ("top_k", {"objective": "decoupled", "temperature": 2.0}),
     ],
 )
@@ -292,6 +294,7 @@ def test_objectives(cache: str, changes: dict[str, Any], values: dict[str, Any],
     shares = [row["blend"] for row in rows if "blend" in row]
     assert shares[-1:] == ([1] if changes.get("tail") == "blend" else [])
     assert ("z_loss" in rows[0]) == ("z_loss" in changes)
+    assert ("kept" in rows[0]) == ("mask" in changes)
     losses = [row["ce"] for row in rows if "ce" in row]
     assert losses[-1] < losses[0] - 0.1
     first = next(row["eval_ce"] for row in rows if "eval_ce" in row)

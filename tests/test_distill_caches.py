@@ -67,7 +67,7 @@ def test_averaged_and_mixed(values: dict[str, Any], dumped: Dumped, other_text: 
     caches = (str(dumped.top_k), str(other_text), str(dumped.dense))
     options = TrainOptions.build(values | {"cache": caches, "cache_weights": (1, 2, 3)})
     data = RunData(options)
-    assert [source.name for source in data.sources] == [f"the average of {caches[0]} and {caches[2]}", caches[1]]
+    assert [source.location for source in data.sources] == [f"the average of {caches[0]} and {caches[2]}", caches[1]]
     assert data.sources[0].shares == [0.25, 0.75]
     result = run_training(options)
     assert {"eval_ce", "eval_kl", "eval_top_k_ce", "eval_top_k_kl", "eval_numbers_ce", "eval_numbers_kl"} <= set(result)

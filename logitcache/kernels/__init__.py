@@ -35,6 +35,7 @@ __all__ = [
     "check_temperature",
     "choose_implementation",
     "dense_logits",
+    "head_entropy",
     "head_statistics",
     "linear_gather",
     "linear_gather_total",
@@ -172,3 +173,28 @@ def head_statistics(
             lambda ids, head: statistics.head_statistics(hidden, weight, ids, head, slice_width),
         )
     return statistics.head_statistics(hidden, weight, ids, head, slice_width)
+
+
+def head_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    head: HeadOptions | None = None,
+    slice_width: int | None = None,
+) -> torch.Tensor:
+    """[N] entropy in nats of the head's softmax, over slices of the vocabulary and without a graph.
+
+    One more product with the head, as large as that of a forward pass; float64 for float64 inputs, float32 otherwise.
+
+    Args: as for `linear_gather`.
+
+    Raises:
+        ObjectiveError: as for `linear_gather`.
+    """
+    head = head or HeadOptions()
+    check_head(hidden, weight, head)
+    if head.shard is not None:
+        return parallel.head_entropy(
+            hidden, weight, head, lambda head: statistics.head_entropy(hidden, weight, head, slice_width)
+        )
+    return statistics.head_entropy(hidden, weight, head, slice_width).entropy

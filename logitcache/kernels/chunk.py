@@ -30,8 +30,10 @@ CHUNK_BYTES = 1 << 30
 MIN_ROWS_CPU = 64
 MIN_ROWS = 2048
 
-# (first row, last row + 1, the primitive's results there) -> (their share of the sum, further [n] columns to hand out)
-RowLoss = Callable[[int, int, GatherResult], tuple[torch.Tensor, tuple[torch.Tensor, ...]]]
+# Further columns [n] of rows, by name: always the same names.
+Columns = dict[str, torch.Tensor]
+# (first row, last row + 1, the primitive's results there) -> (their share of the sum, further columns to hand out)
+RowLoss = Callable[[int, int, GatherResult], tuple[torch.Tensor, Columns]]
 
 
 def chunk_rows(rows: int, columns: int, width: int, device_type: str = "cpu") -> int:
@@ -63,13 +65,14 @@ def linear_gather_total(
     head: HeadOptions | None = None,
     temperature: float = 1.0,
     rows_per_chunk: int | None = None,
-) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+) -> tuple[torch.Tensor, Columns]:
     """Sum of `row_loss` over all rows, differentiable in hidden, weight and the head's bias.
 
     Args:
         hidden, weight, ids, head, temperature: as in `linear_gather`, checked by the caller.
         row_loss: called once for each chunk with its rows [start, stop) and the primitive's results for them. Returns
-            the chunk's share of the sum, a scalar that is differentiable in those results, and further columns [n].
+            the chunk's share of the sum, a scalar that is differentiable in those results, and further columns [n] by
+            name, the same names for every chunk.
         rows_per_chunk: rows of one chunk; see `chunk_rows` for the default.
 
     Returns:
@@ -89,7 +92,7 @@ def linear_gather_total(
         totals = _Totals(hidden.detach(), weight.detach(), bias, plan, wants, size)
         for start, stop in ranges(int(hidden.shape[0]), size):
             totals.add(start, stop, ids[start:stop], row_loss)
-        columns = tuple(torch.cat(parts) for parts in zip(*totals.columns, strict=True))
+        columns = {name: torch.cat([part[name] for part in totals.columns]) for name in totals.columns[0]}
     return _WithGradients.apply(*tensors, totals.total, *totals.gradients), columns
 
 
@@ -166,7 +169,7 @@ class _Totals:
             self.grad_weight_VD[plan.columns :] = 0
         self.grad_bias_V = torch.zeros_like(bias_V, dtype=dtype) if wants[2] and bias_V is not None else None
         self.total: torch.Tensor | None = None
-        self.columns: list[tuple[torch.Tensor, ...]] = []
+        self.columns: list[Columns] = []
 
     def add(self, start: int, stop: int, ids_nK: torch.Tensor, row_loss: RowLoss) -> None:
         """Add the rows [start, stop)."""
@@ -224,11 +227,11 @@ def _differentiate(
     lse_n: torch.Tensor,
     lse_T_n: torch.Tensor | None,
     z_nK: torch.Tensor,
-) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]]:
+) -> tuple[torch.Tensor, Columns, tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]]:
     """The chunk's share of the sum, its further columns, and the gradients of lse_rest, lse_rest_T and z."""
     leaves = (lse_n, z_nK) if lse_T_n is None else (lse_n, z_nK, lse_T_n)
 
-    def share(*leaves: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, tuple[torch.Tensor, ...]]]:
+    def share(*leaves: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, Columns]]:
         total, columns = row_loss(
             start, stop, GatherResult(leaves[0], leaves[-1 if lse_T_n is not None else 0], leaves[1])
         )

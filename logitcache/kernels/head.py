@@ -72,6 +72,13 @@ class HeadStatistics(NamedTuple):
     z: torch.Tensor
 
 
+class HeadEntropy(NamedTuple):
+    """Of some of the vocabulary, without a graph: lse [N], and entropy [N] of the softmax over it, in nats."""
+
+    lse: torch.Tensor
+    entropy: torch.Tensor
+
+
 def accumulation_dtype(*tensors: torch.Tensor) -> torch.dtype:
     """float64 as soon as one tensor is float64, float32 otherwise: logits are never kept in half precision."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32

@@ -21,11 +21,13 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from logitcache.kernels.head import GatherResult, HeadOptions, HeadStatistics, accumulation_dtype
+from logitcache.kernels.head import GatherResult, HeadEntropy, HeadOptions, HeadStatistics, accumulation_dtype
 from logitcache.kernels.shard import VocabularyShard
+from logitcache.kernels.statistics import entropy_share
 
 LocalGather = Callable[[torch.Tensor, torch.Tensor, HeadOptions], GatherResult]
 LocalStatistics = Callable[[torch.Tensor, HeadOptions], HeadStatistics]
+LocalEntropy = Callable[[HeadOptions], HeadEntropy]
 
 
 def linear_gather(
@@ -79,6 +81,21 @@ def head_statistics(
         _reduce(candidate_N, dist.ReduceOp.MIN, shard.group),
         _reduce(z_NK, dist.ReduceOp.MAX, shard.group),
     )
+
+
+def head_entropy(
+    hidden_ND: torch.Tensor, weight_VD: torch.Tensor, head: HeadOptions, local: LocalEntropy
+) -> torch.Tensor:
+    """`logitcache.kernels.head_entropy` over `head.shard`, the same on every rank; arguments as above."""
+    shard = _shard(head)
+    columns = local_columns(weight_VD, head)
+    if columns:
+        lse_N, entropy_N = local(replace(head, shard=None, valid_vocab=columns))
+    else:
+        lse_N = _minus_infinity(hidden_ND, weight_VD, hidden_ND.shape[:1])
+        entropy_N = torch.zeros_like(lse_N)
+    share_N = entropy_share(lse_N, entropy_N, _log_sum_exp(lse_N, shard.group))
+    return _reduce(share_N, dist.ReduceOp.SUM, shard.group)
 
 
 def local_columns(weight_VD: torch.Tensor, head: HeadOptions) -> int:

@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 from logitcache.kernels import HeadOptions, VocabularyShard
 from logitcache.losses.inputs import pack_targets
 from logitcache.losses.loss import LossOutput, distillation_loss, distillation_output, distillation_terms
+from logitcache.losses.masks import TokenMask
 from logitcache.losses.objective import KINDS, TAILS, Objective
 from logitcache.losses.options import LossOptions
 from logitcache.losses.settings import LossSettings
 from logitcache.losses.terms import DistillationTerms
 
 if TYPE_CHECKING:
-    from logitcache.losses.forward import DistillationOutput
     from logitcache.losses.patch import is_patched, patch_forward, unpatch_forward
+    from logitcache.losses.patched_forward import DistillationOutput
 
 __all__ = [
     "KINDS",
@@ -27,6 +28,7 @@ __all__ = [
     "LossOutput",
     "LossSettings",
     "Objective",
+    "TokenMask",
     "VocabularyShard",
     "distillation_loss",
     "distillation_output",
@@ -38,7 +40,12 @@ __all__ = [
 ]
 
 # These import transformers, which the loss itself does without.
-_LAZY = {"DistillationOutput": "forward", "is_patched": "patch", "patch_forward": "patch", "unpatch_forward": "patch"}
+_LAZY = {
+    "DistillationOutput": "patched_forward",
+    "is_patched": "patch",
+    "patch_forward": "patch",
+    "unpatch_forward": "patch",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -87,16 +87,42 @@ def check_label_logprob(targets: DeviceTargets, counted_N: torch.Tensor) -> None
         )
 
 
-def check_share(name: str, value: float | torch.Tensor, rows: int) -> None:
-    """Raise ObjectiveError unless the value is a number in [0, 1], or a tensor of one number or one per row."""
+def known_entropy(targets: SparseTargets | DeviceTargets, counted_N: torch.Tensor, look: bool) -> torch.Tensor:
+    """The teacher's entropy of each row on the device of `counted_N`, [N] nats.
+
+    Raises:
+        TargetsError: it is of another number of rows; or, where values may be looked at, it is not known of a row
+            that counts.
+    """
+    entropy_N = torch.as_tensor(targets.entropy).to(counted_N.device)
+    if entropy_N.shape != counted_N.shape:
+        raise TargetsError(f"targets.entropy has shape {tuple(entropy_N.shape)}, but hidden has {len(counted_N)} rows")
+    if look:
+        bad_N = counted_N & ~torch.isfinite(entropy_N)
+        if bool(bad_N.any()):
+            row = int(bad_N.nonzero()[0])
+            raise TargetsError(
+                f"targets.entropy is {float(entropy_N[row])} in row {row}, whose label counts; a mask by "
+                "teacher-entropy needs it, so use a cache that `dump` wrote, or a mask by student-entropy"
+            )
+    return entropy_N
+
+
+def check_share(name: str, value: float | torch.Tensor, rows: int | None = None) -> None:
+    """Raise ObjectiveError unless the value is a number in [0, 1], or a tensor of one number or one per row.
+
+    With rows None the number of rows is not known yet.
+    """
     if isinstance(value, torch.Tensor):
-        if value.ndim != 0 and value.shape != (rows,):
+        if value.ndim > 1 or (value.ndim == 1 and rows is not None and len(value) != rows):
             raise ObjectiveError(f"{name} has shape {tuple(value.shape)}; it must be a number or one per row")
         if values_are_free(value) and not bool(((value >= 0) & (value <= 1)).all()):
             raise ObjectiveError(f"{name} holds a number outside [0, 1]; all of its numbers must lie there")
         return
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise ObjectiveError(f"{name} is {value!r}; it must be a number in [0, 1] or a tensor of such numbers")
+        raise ObjectiveError(
+            f"{name} is {value!r}; it must be a number in [0, 1] or a tensor of such numbers, one per row"
+        )
 
 
 def check_z_loss(z_loss: float) -> None:

@@ -80,10 +80,11 @@ def blend(g: Gathered, objective: Objective, temperature: float) -> torch.Tensor
     The student's mass outside the head is that outside all ids plus that at the sampled ids: a sum of logarithms'
     exponentials, never 1 - p(head).
     """
-    sampled_NK = g.stored_NK & (g.head_NK == 0)
+    head_NK = g.exact_NK()
+    sampled_NK = g.stored_NK & (head_NK == 0)
     log_sampled_N = torch.where(sampled_NK, g.log_p_NK, FLOOR).logsumexp(dim=1)
     log_rest_N = torch.logaddexp(g.student.log_rest_N, log_sampled_N)
-    head_N = _bucket_kl(g.head_NK, g.log_p_NK, g.tau_N, log_rest_N)
+    head_N = _bucket_kl(head_NK, g.log_p_NK, g.tau_N, log_rest_N)
     return (1 - g.blend) * head_N + g.blend * unbiased(g, objective, temperature)
 
 

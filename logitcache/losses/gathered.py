@@ -27,7 +27,7 @@ class Gathered:
         z_NK: logits at the stored ids, FLOOR at padding.
         log_p_NK: log p at the stored ids, 0 at padding.
         q_NK: weights, 0 at padding.
-        head_NK: the weights that are exact probabilities, 0 elsewhere; NaN in rows that hold none, or do not say.
+        threshold_N: weights above it are exact probabilities.
         tau_N: the teacher's mass outside S; outside the head for tail='blend'.
         entropy_N: the teacher's entropy in nats, NaN where unknown.
         label_logprob_N: the teacher's log-probability of the label in nats, NaN where unknown.
@@ -39,11 +39,17 @@ class Gathered:
     z_NK: torch.Tensor
     log_p_NK: torch.Tensor
     q_NK: torch.Tensor
-    head_NK: torch.Tensor
+    threshold_N: torch.Tensor
     tau_N: torch.Tensor
     entropy_N: torch.Tensor
     label_logprob_N: torch.Tensor
     blend: float | torch.Tensor
+
+    def exact_NK(self) -> torch.Tensor:
+        """The weights that are exact probabilities, 0 elsewhere; NaN in rows that hold none, or do not say."""
+        threshold_N1 = self.threshold_N.unsqueeze(1)
+        exact_NK = torch.where(self.q_NK > threshold_N1, self.q_NK, 0.0)
+        return exact_NK.masked_fill(self.stored_NK & threshold_N1.isinf(), torch.nan)
 
 
 def read_by(objective: Objective, targets: DeviceTargets) -> DeviceTargets:
@@ -62,8 +68,6 @@ def gather_terms(student: Student, targets: DeviceTargets, blend: float | torch.
     dtype = student.z_NK.dtype
     stored_NK = targets.ids >= 0
     q_NK = torch.where(stored_NK, targets.weights.to(dtype), 0.0)
-    threshold_N1 = targets.threshold.unsqueeze(1)
-    head_NK = torch.where(targets.weights > threshold_N1, q_NK, 0.0)
     if isinstance(blend, torch.Tensor):
         blend = blend.to(device=q_NK.device, dtype=dtype)
     return Gathered(
@@ -72,7 +76,7 @@ def gather_terms(student: Student, targets: DeviceTargets, blend: float | torch.
         z_NK=torch.where(stored_NK, student.z_NK, FLOOR),
         log_p_NK=torch.where(stored_NK, student.z_NK - student.lse_N[:, None], 0.0),
         q_NK=q_NK,
-        head_NK=head_NK.masked_fill(stored_NK & threshold_N1.isinf(), torch.nan),
+        threshold_N=targets.threshold.to(dtype),
         tau_N=targets.tail_mass.to(dtype),
         entropy_N=targets.entropy.to(dtype),
         label_logprob_N=targets.label_logprob.to(dtype),

@@ -22,7 +22,7 @@ from logitcache.kernels import (
 )
 from logitcache.losses.objective import Objective
 from logitcache.losses.options import LossOptions, denominator
-from logitcache.losses.rows import LossRows, of_rows, prepare_rows
+from logitcache.losses.rows import LossRows, prepare_rows
 from logitcache.losses.terms import DistillationTerms
 from logitcache.targets import DeviceTargets, SparseTargets
 
@@ -64,8 +64,7 @@ def distillation_loss(
         hidden: [N, D] the student's last hidden states: float64, float32, float16 or bfloat16.
         weight: [V, D] the LM head; its type may differ from hidden's.
         labels: int64 [N], the next token. Rows with `ignore_index` count for neither term.
-        targets: the teacher's distributions of the same N rows. May be None when they are not read: objective
-            cross_entropy, or alpha == 0.
+        targets: the teacher's rows; None where they are not read: objective cross_entropy, or alpha == 0.
         objective: by default what suits the targets: forward_kl with 'bucket' for top-k and top-p, 'unbiased' for
             sampled ones.
         alpha: weight of the divergence, in [0, 1]. A Python 0 is exactly Objective.cross_entropy(); a Python 1 leaves
@@ -84,8 +83,7 @@ def distillation_loss(
         blend: share of the unbiased term of tail='blend', in [0, 1]; a tensor, one number or [N], may move without
             recompiling. No other objective reads it.
         z_loss: adds z_loss * lse^2 to every counted row, whatever alpha is; lse is the logsumexp of its logits at
-            temperature 1. Keeps logits from drifting (PaLM, arXiv:2204.02311, with 1e-4; of a router's logits in
-            ST-MoE, arXiv:2202.08906).
+            temperature 1. Keeps logits from drifting (PaLM, arXiv:2204.02311, with 1e-4).
 
     Returns:
         Nats. float64 for float64 inputs, float32 otherwise. When no row counts: 0, with a graph.
@@ -120,26 +118,13 @@ def distillation_output(
         ObjectiveError, TargetsError: as in `distillation_loss`.
     """
     options, head = options or LossOptions(), head or HeadOptions()
-    objective = options.effective_objective
-    rows = prepare_rows(
-        hidden,
-        weight,
-        labels,
-        targets,
-        objective,
-        options.temperature,
-        head,
-        options.ignore_index,
-        options.with_ce,
-        options.blend,
-        options.z_loss,
-    )
+    rows = prepare_rows(hidden, weight, labels, targets, options, head, options.with_ce)
     summed = options.reduction != "none" and head.shard is None and not _wants_gradient(options.alpha, options.blend)
     impl = choose_implementation(options.impl, hidden, weight, summed)
     if impl == "chunk" and summed and _wants_gradient(hidden, weight, head.bias):
         return _chunked(hidden, weight, rows, options, head)
     terms = rows.terms(linear_gather(hidden, weight, rows.ids_to_gather, head=head, impl=impl))
-    if impl == "reference" and objective is not None and objective.kind == "cross_entropy" and head.shard is None:
+    if impl == "reference" and rows.objective.kind == "cross_entropy" and head.shard is None:
         terms = replace(terms, ce=_dense_cross_entropy(hidden, weight, rows, head, "none"))
         if options.z_loss == 0 and options.reduction == "mean" and options.normalizer is None:
             return LossOutput(_dense_cross_entropy(hidden, weight, rows, head, "mean"), terms)
@@ -154,18 +139,14 @@ def _chunked(
     hidden_ND: torch.Tensor, weight_VD: torch.Tensor, rows: LossRows, options: LossOptions, head: HeadOptions
 ) -> LossOutput:
     """The loss as a sum over chunks of rows, whose gradient is made on the way."""
-    present: list[bool] = []
 
-    def row_loss(start: int, stop: int, result: GatherResult) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        terms = rows.slice(start, stop).terms(result)
-        present[:] = [column is not None for column in terms.all_columns]
-        columns = tuple(column for column in terms.all_columns if column is not None)
-        return terms.rows(of_rows(options.alpha, start, stop)).sum(), columns
+    def row_loss(start: int, stop: int, result: GatherResult) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        part = rows.slice(start, stop)
+        terms = part.terms(result)
+        return terms.rows(part.options.alpha).sum(), terms.columns
 
     total, columns = linear_gather_total(hidden_ND, weight_VD, rows.ids_to_gather, row_loss, head=head)
-    found = iter(columns)
-    ce_N, divergence_N, z_loss_N = (next(found) if there else None for there in present)
-    terms = DistillationTerms(ce_N, divergence_N, rows.counted_N, rows.temperature, rows.dtype, z_loss_N)
+    terms = rows.terms_of(columns)
     loss = total / denominator(rows.counted_N, options.reduction, options.normalizer)
     return LossOutput(loss.to(rows.dtype), terms)
 
@@ -212,8 +193,7 @@ def distillation_terms(
         ObjectiveError, TargetsError: as in `distillation_loss`.
     """
     head = head or HeadOptions()
-    rows = prepare_rows(
-        hidden, weight, labels, targets, objective, temperature, head, ignore_index, with_ce, blend, z_loss
-    )
+    options = LossOptions(objective, temperature=temperature, ignore_index=ignore_index, blend=blend, z_loss=z_loss)
+    rows = prepare_rows(hidden, weight, labels, targets, options, head, with_ce)
     impl = choose_implementation(impl, hidden, weight, summed=False)
     return rows.terms(linear_gather(hidden, weight, rows.ids_to_gather, head=head, impl=impl))

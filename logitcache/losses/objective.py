@@ -14,6 +14,7 @@ import torch
 
 from logitcache.errors import ObjectiveError
 from logitcache.kernels import check_temperature
+from logitcache.losses.checks import check_share
 
 TAILS = ("bucket", "renormalised", "teacher_renormalised", "unnormalised", "label", "unbiased", "blend")
 CLASS_TAILS = ("bucket", "renormalised")
@@ -248,15 +249,15 @@ class Objective:
         Args:
             unbiased: whether the targets' weights are unbiased estimates (sampled) or probabilities.
             temperature: T of the divergence.
-            alpha: weight of the divergence. A float is checked; 0 means that the targets are not read, so that nothing
-                about them can be wrong. Of a tensor the values are not looked at.
+            alpha: weight of the divergence. A Python 0 means that the targets are not read, so that nothing about them
+                can be wrong.
             has_exact_head: whether unbiased targets say which of their weights are exact (varopt:K does).
             has_label_logprob: whether the targets hold the teacher's log-probability of the labels.
 
         Raises:
             ObjectiveError: says what to use or to store instead.
         """
-        check_alpha(alpha)
+        check_share("alpha", alpha)
         check_temperature(temperature)
         if not self.reads_targets or (isinstance(alpha, int | float) and alpha == 0):
             return
@@ -309,16 +310,6 @@ class Objective:
         raise ObjectiveError(
             f"temperature is {temperature}, but {self._name} needs the teacher's tail mass at that temperature, and "
             "the cache stores it at temperature 1; use tail='renormalised', or temperature=1"
-        )
-
-
-def check_alpha(alpha: float | torch.Tensor) -> None:
-    """Raise ObjectiveError unless alpha is a number in [0, 1] or a tensor (whose values are not looked at)."""
-    if isinstance(alpha, torch.Tensor):
-        return
-    if not _is_number(alpha) or not 0 <= alpha <= 1:
-        raise ObjectiveError(
-            f"alpha is {alpha!r}; it must be a number in [0, 1] or a tensor of such numbers, one per row"
         )
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from logitcache.errors import ObjectiveError
 from logitcache.losses.checks import check_share, check_z_loss, values_are_free
-from logitcache.losses.objective import Objective, check_alpha
+from logitcache.losses.objective import Objective
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -37,11 +37,14 @@ class LossOptions:
             raise ObjectiveError(
                 f"objective is {self.objective!r}; build one, for example Objective.forward_kl(tail='bucket')"
             )
-        check_alpha(self.alpha)
-        if isinstance(self.alpha, torch.Tensor) and self.alpha.ndim == 0:
-            check_share("alpha", self.alpha, 0)
+        check_share("alpha", self.alpha)
+        check_share("blend", self.blend)
         check_z_loss(self.z_loss)
         check_reduction(self.reduction, self.normalizer)
+
+    def slice(self, start: int, stop: int) -> LossOptions:
+        """The options of the rows [start, stop): what differs by row is cut."""
+        return replace(self, alpha=_of_rows(self.alpha, start, stop), blend=_of_rows(self.blend, start, stop))
 
     @property
     def effective_objective(self) -> Objective | None:
@@ -54,6 +57,10 @@ class LossOptions:
     def with_ce(self) -> bool:
         """Whether the cross entropy enters the loss."""
         return isinstance(self.alpha, torch.Tensor) or self.alpha != 1
+
+
+def _of_rows(value: float | torch.Tensor, start: int, stop: int) -> float | torch.Tensor:
+    return value[start:stop] if isinstance(value, torch.Tensor) and value.ndim else value
 
 
 def check_reduction(reduction: str, normalizer: float | torch.Tensor | None) -> None:

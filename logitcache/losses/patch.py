@@ -17,7 +17,7 @@ import torch
 
 from logitcache import models
 from logitcache.errors import ModelError
-from logitcache.losses.forward import OWN_ARGUMENTS, assemble, head_loss, run_body
+from logitcache.losses.patched_forward import OWN_ARGUMENTS, assemble, head_loss, run_body
 from logitcache.losses.settings import LossSettings
 
 

@@ -9,19 +9,18 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from logitcache.errors import ObjectiveError
 from logitcache.kernels import GatherResult, HeadOptions, accumulation_dtype, check_head
 from logitcache.losses.checks import (
     check_label_logprob,
     check_label_values,
     check_labels,
     check_share,
-    check_z_loss,
     device_targets,
     has_exact_head,
 )
 from logitcache.losses.divergence import divergence, gather_terms, read_by
 from logitcache.losses.objective import Objective
+from logitcache.losses.options import LossOptions
 from logitcache.losses.student import ids_to_gather, student_of
 from logitcache.losses.terms import DistillationTerms
 from logitcache.targets import DeviceTargets, SparseTargets
@@ -32,22 +31,21 @@ class LossRows:
     """Checked rows of a batch.
 
     Args:
-        objective: what is minimised.
+        options: how they are weighed; what differs by row has these rows.
+        objective: the divergence.
         stored: what the objective reads of the targets; None when it reads none.
         label_N: the label, -1 where there is none; None when labels are not read.
         counted_N: bool, whether the row counts.
-        temperature, with_ce, blend, z_loss: as in `distillation_terms`.
+        with_ce: whether the cross entropy is asked for.
         dtype: type of the loss.
     """
 
+    options: LossOptions
     objective: Objective
     stored: DeviceTargets | None
     label_N: torch.Tensor | None
     counted_N: torch.Tensor
-    temperature: float
     with_ce: bool
-    blend: float | torch.Tensor
-    z_loss: float
     dtype: torch.dtype
 
     @property
@@ -66,30 +64,31 @@ class LossRows:
         """The rows [start, stop)."""
         return replace(
             self,
+            options=self.options.slice(start, stop),
             stored=None if self.stored is None else self.stored.slice(start, stop),
             label_N=None if self.label_N is None else self.label_N[start:stop],
             counted_N=self.counted_N[start:stop],
-            blend=of_rows(self.blend, start, stop),
         )
 
     def terms(self, result: GatherResult) -> DistillationTerms:
         """What the rows cost, from the primitive's results at `ids_to_gather`."""
+        options = self.options
         student = student_of(result, self.stored_ids_NK, self.label_N)
-        ce_N = divergence_N = z_loss_N = None
+        columns = {}
         if student.log_p_label_N is not None and (self.with_ce or self.stored is None):
-            ce_N = torch.where(self.counted_N, -student.log_p_label_N, 0.0)
+            columns["ce"] = torch.where(self.counted_N, -student.log_p_label_N, 0.0)
         if self.stored is not None:
-            gathered = gather_terms(student, self.stored, self.blend)
-            divergence_N = divergence(gathered, self.objective, self.temperature)
-            divergence_N = torch.where(self.counted_N, divergence_N, 0.0)
-        if self.z_loss != 0:
-            z_loss_N = torch.where(self.counted_N, self.z_loss * student.lse_N.square(), 0.0)
-        return DistillationTerms(ce_N, divergence_N, self.counted_N, self.temperature, self.dtype, z_loss_N)
+            gathered = gather_terms(student, self.stored, options.blend)
+            divergence_N = divergence(gathered, self.objective, options.temperature)
+            columns["divergence"] = torch.where(self.counted_N, divergence_N, 0.0)
+        if options.z_loss != 0:
+            columns["z_loss"] = torch.where(self.counted_N, options.z_loss * student.lse_N.square(), 0.0)
+        return self.terms_of(columns)
 
-
-def of_rows(value: float | torch.Tensor, start: int, stop: int) -> float | torch.Tensor:
-    """A number, or the rows [start, stop) of one number per row."""
-    return value[start:stop] if isinstance(value, torch.Tensor) and value.ndim else value
+    def terms_of(self, columns: dict[str, torch.Tensor]) -> DistillationTerms:
+        """The terms of these rows from their columns [N]; those that are not there were not asked for."""
+        ce_N, divergence_N, z_loss_N = (columns.get(name) for name in ("ce", "divergence", "z_loss"))
+        return DistillationTerms(ce_N, divergence_N, self.counted_N, self.options.temperature, self.dtype, z_loss_N)
 
 
 def prepare_rows(
@@ -97,25 +96,19 @@ def prepare_rows(
     weight_VD: torch.Tensor,
     labels_N: torch.Tensor,
     targets: SparseTargets | DeviceTargets | None,
-    objective: Objective | None,
-    temperature: float,
+    options: LossOptions,
     head: HeadOptions,
-    ignore_index: int,
     with_ce: bool,
-    blend: float | torch.Tensor,
-    z_loss: float,
 ) -> LossRows:
     """Check everything that can be checked before the head runs; raises as `distillation_loss` says."""
     check_head(hidden_ND, weight_VD, head)
     check_labels(labels_N, hidden_ND)
-    objective = objective or Objective.default_for(bool(getattr(targets, "unbiased", False)))
-    if not isinstance(objective, Objective):
-        raise ObjectiveError(f"objective is {objective!r}; build one, for example Objective.forward_kl(tail='bucket')")
-    check_share("blend", blend, len(labels_N))
-    check_z_loss(z_loss)
+    check_share("alpha", options.alpha, len(labels_N))
+    check_share("blend", options.blend, len(labels_N))
+    objective = options.effective_objective or Objective.default_for(bool(getattr(targets, "unbiased", False)))
     columns = head.columns(weight_VD)
-    stored = _what_is_read(targets, objective, temperature, hidden_ND, columns)
-    counted_N = labels_N != ignore_index
+    stored = _what_is_read(targets, objective, options.temperature, hidden_ND, columns)
+    counted_N = labels_N != options.ignore_index
     label_N = None
     if with_ce or objective.reads_labels:
         check_label_values(labels_N, counted_N, columns)
@@ -123,7 +116,7 @@ def prepare_rows(
     if stored is not None and objective.kind == "policy_gradient":
         check_label_logprob(stored, counted_N)
     dtype = accumulation_dtype(hidden_ND, weight_VD)
-    return LossRows(objective, stored, label_N, counted_N, temperature, with_ce, blend, z_loss, dtype)
+    return LossRows(options, objective, stored, label_N, counted_N, with_ce, dtype)
 
 
 def _what_is_read(

@@ -9,9 +9,10 @@ import torch
 
 from logitcache.errors import ObjectiveError
 from logitcache.kernels import HeadOptions, check_implementation
-from logitcache.losses.checks import check_share, check_z_loss
+from logitcache.losses.checks import check_share
 from logitcache.losses.loss import LossOutput, distillation_output
-from logitcache.losses.objective import Objective, check_alpha
+from logitcache.losses.masks import TokenMask
+from logitcache.losses.objective import Objective
 from logitcache.losses.options import LossOptions
 from logitcache.losses.student import working_dtype
 from logitcache.targets import DeviceTargets, SparseTargets
@@ -33,6 +34,7 @@ class LossSettings:
         ignore_index: the label of positions that do not count.
         unbiased: whether targets that come as a dict of tensors without a key of this name are unbiased samples.
         has_exact_head: whether such samples say which of them are exact (varopt:K); None looks where that is free.
+        mask: which positions of a batch with targets keep the divergence; None: all that count.
 
     Raises:
         ObjectiveError: a value that no batch could make right.
@@ -48,22 +50,37 @@ class LossSettings:
     ignore_index: int = -100
     unbiased: bool = False
     has_exact_head: bool | None = None
+    mask: TokenMask | None = None
 
     def __post_init__(self) -> None:
-        if self.objective is not None and not isinstance(self.objective, Objective):
-            raise ObjectiveError(f"objective is {self.objective!r}; build one, for example Objective.forward_kl()")
-        check_alpha(self.alpha)
-        if isinstance(self.alpha, torch.Tensor):
-            raise ObjectiveError("alpha is a tensor, but settings hold a number; pass the tensor as model(..., alpha=)")
+        for name in ("alpha", "blend"):
+            if isinstance(getattr(self, name), torch.Tensor):
+                raise ObjectiveError(
+                    f"{name} is a tensor, but settings hold a number; pass the tensor as model(..., {name}=)"
+                )
+        self._options()
         check_implementation(self.impl)
-        check_share("blend", self.blend, 0)
-        check_z_loss(self.z_loss)
+        self._check_mask()
         (self.objective or Objective.cross_entropy()).check(
             self.objective is not None and self.objective.tail in ("unbiased", "blend"),
             self.temperature,
             self.alpha,
             has_exact_head=True,
         )
+
+    def _check_mask(self) -> None:
+        if not isinstance(self.mask, TokenMask | None):
+            raise ObjectiveError(f"mask is {self.mask!r}; build one, for example TokenMask('teacher-entropy', 0.85)")
+        if self.mask is not None and self.objective is not None and not self.objective.reads_targets:
+            raise ObjectiveError(
+                f"mask is {self.mask}, but {self.objective.kind} has no distillation term to keep or to drop; leave "
+                "the mask out"
+            )
+
+    def _options(self, **changed: Any) -> LossOptions:
+        """What the loss takes of these settings, with what came with the call."""
+        mine = ("objective", "alpha", "temperature", "impl", "ignore_index", "blend", "z_loss")
+        return LossOptions(**({name: getattr(self, name) for name in mine} | changed))
 
     def with_fields(self, values: dict[str, Any]) -> LossSettings:
         """These settings with some fields changed; ObjectiveError names a field that does not exist."""
@@ -88,22 +105,27 @@ class LossSettings:
         alpha: float | torch.Tensor | None = None,
         blend: float | torch.Tensor | None = None,
         normalizer: float | torch.Tensor | None = None,
+        kept: torch.Tensor | None = None,
     ) -> LossOutput:
-        """`distillation_output` with these settings; without targets, that of cross entropy alone."""
+        """`distillation_output` with these settings; without targets, that of cross entropy alone.
+
+        `kept`, [N] or [B, L], says which positions the mask keeps. `head` says how many tokens are valid.
+        """
         if alpha is not None and not isinstance(alpha, torch.Tensor):
-            check_alpha(alpha)
+            check_share("alpha", alpha)
             # A number that comes with each call is one of a schedule: as a tensor it leaves no term out whatever it is,
             # and changes no compiled graph.
             alpha = hidden_ND.new_full((), alpha, dtype=working_dtype(hidden_ND.device))
-        options = LossOptions(
+        alpha = self.alpha if alpha is None else alpha
+        if kept is not None and self.mask is not None:
+            if self.mask.rest == "labels":
+                alpha = alpha * kept.flatten().to(working_dtype(kept.device))
+            else:
+                labels_N = labels_N.masked_fill(~kept.flatten(), self.ignore_index)
+        options = self._options(
             objective=Objective.cross_entropy() if targets is None else self.objective,
-            alpha=self.alpha if alpha is None else alpha,
-            temperature=self.temperature,
-            impl=self.impl,
-            ignore_index=self.ignore_index,
-            normalizer=normalizer,
+            alpha=alpha,
             blend=self.blend if blend is None else blend,
-            z_loss=self.z_loss,
+            normalizer=normalizer,
         )
-        head = replace(head, valid_vocab=self.valid_vocab)
         return distillation_output(hidden_ND, weight_VD, labels_N, targets, options, head)

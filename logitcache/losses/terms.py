@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from logitcache.errors import ObjectiveError
-from logitcache.losses.objective import check_alpha
+from logitcache.losses.checks import check_share
 from logitcache.losses.options import check_reduction, denominator
 
 
@@ -47,7 +47,7 @@ class DistillationTerms:
 
     def rows(self, alpha: float | torch.Tensor = 0.9) -> torch.Tensor:
         """[N] the mixed loss of each row. Of a term with weight exactly 0 (a Python number) nothing enters."""
-        check_alpha(alpha)
+        check_share("alpha", alpha, len(self.counted))
         mixed_N = self._mixed(alpha)
         return mixed_N if self.z_loss is None else mixed_N + self.z_loss
 
@@ -58,8 +58,6 @@ class DistillationTerms:
         if not isinstance(alpha, torch.Tensor) and alpha == 1:
             return divergence_N
         if isinstance(alpha, torch.Tensor):
-            if alpha.ndim != 0 and alpha.shape != self.counted.shape:
-                raise ObjectiveError(f"alpha has shape {tuple(alpha.shape)}; it must be a number or one per row")
             alpha = alpha.to(device=divergence_N.device, dtype=divergence_N.dtype)
         return (1 - alpha) * self._need(self.ce, "cross entropy") + alpha * divergence_N
 
@@ -70,6 +68,7 @@ class DistillationTerms:
         return term
 
     @property
-    def all_columns(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """ce, divergence and z_loss."""
-        return self.ce, self.divergence, self.z_loss
+    def columns(self) -> dict[str, torch.Tensor]:
+        """Those of `ce`, `divergence` and `z_loss` that there are, [N] each."""
+        columns = {"ce": self.ce, "divergence": self.divergence, "z_loss": self.z_loss}
+        return {name: column for name, column in columns.items() if column is not None}

@@ -42,7 +42,7 @@ def with_head(model: Any, hidden: torch.Tensor, function: Callable[[torch.Tensor
         function: gets the hidden states and the head to multiply them with. Under LoRA on the head both are wider by
             R: x W' + s (x A') B' = [x, s x A'] [W, B]', exact under dropout too. That costs a copy [V, D + R] of the
             weight; the gradient reaches A and B (and W, unless it is frozen) through it. What the function returns goes
-            through the head module's hooks: tensors, or a tuple of tensors.
+            through the head module's hooks: tensors, in tuples and dicts.
 
     Raises:
         ModelError: the head is not a plain linear layer, a LoRA layer or a copy that peft trains.

@@ -152,7 +152,7 @@ def _ranges(sources: Sequence[BlockSource], options: ReaderOptions, mixed: Mixed
     for each, (first, stop) in zip(sources, ranges, strict=True):
         if not 0 <= first < stop <= each.num_blocks:
             raise TrainingError(
-                f"blocks [{first}, {stop}) cannot be read from {each.name}, which has {each.num_blocks} blocks"
+                f"blocks [{first}, {stop}) cannot be read from {each.location}, which has {each.num_blocks} blocks"
             )
     return ranges
 

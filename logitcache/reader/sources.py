@@ -31,7 +31,7 @@ class BlockSource(ABC):
         chunks: all of them, in the order of their blocks.
         num_blocks, num_tokens, block_length, vocab_size, unbiased, has_exact_head: as in `Cache`.
         tokenizer: its sha256.
-        name: for messages.
+        location: for messages.
     """
 
     fingerprints: list[str]
@@ -44,7 +44,7 @@ class BlockSource(ABC):
     unbiased: bool
     has_exact_head: bool
     tokenizer: str
-    name: str
+    location: str
 
     @abstractmethod
     def read(self, ref: ChunkRef, memory: Memory = FRESH, with_targets: bool = True) -> Rows:
@@ -73,7 +73,7 @@ class CacheSource(BlockSource):
         self.vocab_size = cache.vocab_size
         self.unbiased, self.has_exact_head = cache.unbiased, cache.has_exact_head
         self.tokenizer = cache.tokenizer
-        self.name = cache.location
+        self.location = cache.location
 
     def read(self, ref: ChunkRef, memory: Memory = FRESH, with_targets: bool = True) -> Rows:
         return self.cache.read_rows(ref, memory) if with_targets else (self.cache.read_tokens(ref), None)
@@ -117,7 +117,7 @@ class AveragedCaches(BlockSource):
         self.unbiased = grid.unbiased
         self.has_exact_head = not grid.unbiased or (len(caches) == 1 and grid.has_exact_head)
         self.tokenizer = grid.tokenizer
-        self.name = "the average of " + " and ".join(cache.location for cache in caches)
+        self.location = "the average of " + " and ".join(cache.location for cache in caches)
         for cache in caches:
             cache.keep_chunks(CHUNKS_PER_WINDOW)
 
@@ -190,7 +190,7 @@ class MixedCaches:
                 mine, theirs = getattr(first, what), getattr(other, what)
                 if mine != theirs:
                     raise TrainingError(
-                        f"{first.name} and {other.name} cannot be mixed: {what} is {mine} and {theirs}; dump both with "
+                        f"{first.location} and {other.location} cannot be mixed: {what} is {mine} and {theirs}; dump both with "
                         "one tokenizer, block length and kind of selection"
                     )
 

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from logitcache import models
-from logitcache.kernels import HeadOptions, head_statistics
+from logitcache.kernels import head_statistics
 from logitcache.losses import Objective, distillation_terms
+from logitcache.losses.patched_forward import options_of
 from logitcache.targets import DeviceTargets
 
 CALIBRATION_BINS = 15
@@ -51,7 +52,7 @@ def evaluate_blocks(
     sums, calibration = Sums(), Calibration()
     for batch in batches:
         hidden_ND, head, labels_N = _forward(model, batch, device)
-        options = HeadOptions(bias=head.bias, softcap=head.softcap, logit_scale=head.logit_scale)
+        options = options_of(head)
         stats = head_statistics(hidden_ND, head.weight, labels_N.clamp(min=0).unsqueeze(1), head=options)
         counted_N = labels_N >= 0
         sums.tokens += float(counted_N.sum())

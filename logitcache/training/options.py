@@ -34,7 +34,7 @@ class TrainOptions(BaseModel):
 
     Sizes are in tokens, rounded to whole blocks of the cache. `epochs`, `max_tokens` and `max_steps` each bound the
     run; the last one given in that order wins. `tail`, `beta`, `reverse` and `clip` belong to some objectives only,
-    `blend` and `blend_end` to tail='blend': see docs/objectives.md.
+    `blend` and `blend_end` to tail='blend': see docs/objectives.md. `mask` is what `TokenMask.parse` reads, or "none".
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -52,6 +52,8 @@ class TrainOptions(BaseModel):
     blend: float | None = Field(None, ge=0, le=1)
     blend_end: float | None = Field(None, ge=0, le=1)
     z_loss: float = Field(0.0, ge=0)
+    mask: str | None = None
+    mask_rest: Literal["labels", "nothing"] | None = None
     alpha: float = Field(0.9, ge=0, le=1)
     temperature: float = Field(1.0, gt=0)
     alpha_schedule: Literal["constant", "linear", "wsd"] = "constant"
@@ -85,6 +87,11 @@ class TrainOptions(BaseModel):
     @classmethod
     def _one_is_a_list(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str | float | int) else value
+
+    @field_validator("mask")
+    @classmethod
+    def _none_is_no_mask(cls, value: str | None) -> str | None:
+        return None if value == "none" else value
 
     @classmethod
     def build(cls, values: dict[str, Any]) -> TrainOptions:

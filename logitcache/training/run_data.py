@@ -123,12 +123,12 @@ class RunData:
         total, options = source.num_blocks, self.options
         if source.num_tokens == total:
             raise TrainingError(
-                f"{source.name} holds one token a block and so no next token to learn; dump a larger corpus"
+                f"{source.location} holds one token a block and so no next token to learn; dump a larger corpus"
             )
         held = 0 if self._held_out or options.held_out == 0 else max(1, round(total * options.held_out))
         if held >= total:
             raise TrainingError(
-                f"{source.name} has only {total} blocks, too few to hold some out; use --held-out 0 or a larger cache"
+                f"{source.location} has only {total} blocks, too few to hold some out; use --held-out 0 or a larger cache"
             )
         return 0, total - held
 
@@ -176,8 +176,8 @@ def _one(group: Group) -> Cache | AveragedCaches:
 def _refuse_other_tokenizer(mine: BlockSource, held_out: BlockSource) -> None:
     if mine.tokenizer != held_out.tokenizer:
         raise TrainingError(
-            f"the held-out cache {held_out.name} was made with another tokenizer ({held_out.tokenizer[:12]}) than "
-            f"{mine.name} ({mine.tokenizer[:12]}); dump it with the same teacher"
+            f"the held-out cache {held_out.location} was made with another tokenizer ({held_out.tokenizer[:12]}) than "
+            f"{mine.location} ({mine.tokenizer[:12]}); dump it with the same teacher"
         )
 
 

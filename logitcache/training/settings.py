@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from logitcache.errors import UsageError
-from logitcache.losses import Objective
+from logitcache.losses import Objective, TokenMask
 from logitcache.reader import BlockSource
 from logitcache.store import Cache
 from logitcache.training.options import TrainOptions
@@ -22,17 +22,17 @@ def settings_for(options: TrainOptions, cache: Cache | BlockSource) -> Distillat
     Raises:
         ObjectiveError: an option that the objective does not have or that is out of range, or a combination without a
             correct meaning on this cache; says what to use or to store instead.
-        UsageError: a schedule makes no sense.
-        DamagedCacheError: its first block is damaged (read for policy-gradient only).
+        UsageError: a schedule or a mask makes no sense.
+        DamagedCacheError: its first block is damaged (read for policy-gradient and masks by teacher-entropy only).
     """
     unbiased, head = cache.unbiased, cache.has_exact_head
     objective = choose_objective(options, unbiased)
-    known = objective.kind != "policy_gradient" or _knows_labels(cache)
+    known = objective.kind != "policy_gradient" or _is_known(cache, "label_logprob")
     objective.check(unbiased, options.temperature, options.alpha, head, known)
     alpha = AlphaSchedule(options.alpha_schedule, options.alpha, options.alpha_warmup, options.alpha_decay)
-    blend = _blend(options, objective)
+    blend, mask = _blend(options, objective), _mask(options, objective, cache)
     return DistillationSettings(
-        objective, alpha, options.temperature, unbiased, options.impl, head, blend, options.z_loss
+        objective, alpha, options.temperature, unbiased, options.impl, head, blend, options.z_loss, mask
     )
 
 
@@ -65,8 +65,28 @@ def _blend(options: TrainOptions, objective: Objective) -> BlendSchedule:
     return BlendSchedule(0.5 if options.blend is None else options.blend, options.blend_end)
 
 
-def _knows_labels(cache: Cache | BlockSource) -> bool:
-    """Whether the first block holds the teacher's log-probability of each of its labels."""
+def _mask(options: TrainOptions, objective: Objective, cache: Cache | BlockSource) -> TokenMask | None:
+    if options.mask is None:
+        if options.mask_rest is not None:
+            raise UsageError(
+                f"mask_rest is {options.mask_rest!r}, but there is no mask; leave it out, or use --mask "
+                "teacher-entropy:0.85"
+            )
+        return None
+    mask = TokenMask.parse(options.mask, options.mask_rest or "labels")
+    if not objective.reads_targets or options.alpha == 0:
+        why = "alpha is 0" if objective.reads_targets else "the objective is cross-entropy"
+        raise UsageError(f"mask is {mask}, but {why}, so that there is nothing to keep or to drop; leave the mask out")
+    if mask.by == "teacher-entropy" and not _is_known(cache, "entropy"):
+        raise UsageError(
+            f"mask is {mask}, but {cache.location} does not hold the teacher's entropy; use a cache that `dump` wrote "
+            "and whose entropy was not dropped, or --mask student-entropy:0.5"
+        )
+    return mask
+
+
+def _is_known(cache: Cache | BlockSource, column: str) -> bool:
+    """Whether the first block holds a column of the teacher's for each of its labels."""
     blocks = cache.read_blocks(0, 1)
-    known = np.isfinite(blocks.targets.label_logprob)
+    known = np.isfinite(getattr(blocks.targets, column))
     return bool(known[blocks.labels().ravel() != -100].all())

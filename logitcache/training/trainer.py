@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainingArguments
 
 from logitcache import models
-from logitcache.losses import DistillationOutput, LossSettings, Objective, pack_targets, patch_forward
+from logitcache.losses import DistillationOutput, LossSettings, Objective, TokenMask, pack_targets, patch_forward
 from logitcache.targets import DeviceTargets
 from logitcache.training.schedules import AlphaSchedule, BlendSchedule
 
@@ -31,6 +31,7 @@ class DistillationSettings:
         impl: of the loss: "auto", "reference" or "split".
         blend: share of the unbiased term over the run; of tail='blend' only.
         z_loss: coefficient of lse^2, added whatever alpha is.
+        mask: which positions keep the divergence; None: all that count.
     """
 
     objective: Objective
@@ -41,6 +42,7 @@ class DistillationSettings:
     has_exact_head: bool | None = None
     blend: BlendSchedule = field(default_factory=BlendSchedule)
     z_loss: float = 0.0
+    mask: TokenMask | None = None
 
     @property
     def labels_only(self) -> bool:
@@ -57,6 +59,7 @@ class DistillationSettings:
             z_loss=self.z_loss,
             unbiased=self.unbiased,
             has_exact_head=self.has_exact_head,
+            mask=self.mask,
         )
 
 
@@ -73,7 +76,8 @@ class DistillationTrainer(Trainer):
         Further keywords go to transformers.Trainer.
 
     Logged besides Trainer's own values: `ce` and `divergence` (nats per counted token), `z_loss` where there is one
-    (with its coefficient, per counted token), `alpha`, `blend` where the objective has one, `tokens_per_second`.
+    (with its coefficient, per counted token), `alpha`, `blend` where the objective has one, `kept` where there is a
+    mask (share of the labelled tokens that keep the divergence), `tokens_per_second` (labelled ones).
     """
 
     def __init__(
@@ -125,6 +129,13 @@ class DistillationTrainer(Trainer):
             inputs = inputs.to(self.args.device, non_blocking=True).unpack()
         return super()._prepare_inputs(inputs)
 
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """Trainer's count of what the summed loss is divided by, less the tokens that a mask leaves nothing to."""
+        mask = self.settings.mask
+        if mask is not None:
+            batch_samples = [{"labels": mask.counted_labels(batch["labels"])} for batch in batch_samples]
+        return super()._get_num_items_in_batch(batch_samples, device)
+
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         self._clock = time.perf_counter()
         return super()._inner_training_loop(*args, **kwargs)
@@ -145,7 +156,7 @@ class DistillationTrainer(Trainer):
         # With tokens counted over all ranks, DDP's mean over ranks must be undone.
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes
-        self._record(output)
+        self._record(output, inputs["labels"])
         return (loss, output) if return_outputs else loss
 
     def _targets(self, inputs: dict[str, Any]) -> dict[str, Any] | None:
@@ -157,10 +168,10 @@ class DistillationTrainer(Trainer):
             DeviceTargets(**inputs["targets"], unbiased=settings.unbiased, has_exact_head=settings.has_exact_head)
         )
 
-    def _record(self, output: DistillationOutput) -> None:
+    def _record(self, output: DistillationOutput, labels: torch.Tensor) -> None:
         """Add up what will be logged, on the device and without a synchronisation."""
-        values = {"tokens": output.counted, "ce": output.ce, "divergence": output.divergence, "z_loss": output.z_loss}
-        for name, column in values.items():
+        columns = {name: getattr(output, name) for name in ("counted", "ce", "divergence", "z_loss", "kept")}
+        for name, column in {"labelled": labels != -100, **columns}.items():
             if column is not None:
                 total = column.sum()
                 self._sums[name] = self._sums.get(name, torch.zeros_like(total)) + total
@@ -168,9 +179,9 @@ class DistillationTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._sums:
             totals = {name: self.accelerator.reduce(value, "sum").item() for name, value in self._sums.items()}
-            tokens = max(1.0, totals.pop("tokens"))
-            logs |= {name: value / tokens for name, value in totals.items()}
-            logs["tokens_per_second"] = tokens / (time.perf_counter() - self._clock)
+            labelled, counted = (max(1.0, totals.pop(name)) for name in ("labelled", "counted"))
+            logs |= {name: value / (labelled if name == "kept" else counted) for name, value in totals.items()}
+            logs["tokens_per_second"] = labelled / (time.perf_counter() - self._clock)
             self._clock = time.perf_counter()
             done = max(0, self.state.global_step - 1), self.state.max_steps
             logs["alpha"] = self.settings.alpha.at(*done)

@@ -248,10 +248,13 @@ def test_options_in_a_config_file(logitcache: Main, dumped: Dumped, tmp_path: Pa
 def test_an_objective_on_the_command_line(logitcache: Main, dumped: Dumped, tmp_path: Path) -> None:
     line = train_line(dumped, tmp_path)
     chosen = ["--objective", "skew-kl", "--tail", "renormalised", "--beta", "0.2", "--reverse", "--z-loss", "1e-4"]
+    chosen += ["--mask", "student-entropy:0.5", "--mask-rest", "nothing"]
     assert logitcache(*line, *chosen, "--temperature", "2").status == 0
     options = json.loads((tmp_path / "run" / "run.json").read_text())["options"]
-    names = ("objective", "tail", "beta", "reverse", "clip", "blend", "blend_end", "z_loss")
-    assert [options[name] for name in names] == ["skew-kl", "renormalised", 0.2, True, None, None, None, 1e-4]
+    names = ("objective", "tail", "beta", "reverse", "clip", "blend", "blend_end", "z_loss", "mask", "mask_rest")
+    assert [options[name] for name in names] == [
+        *("skew-kl", "renormalised", 0.2, True, None, None, None, 1e-4, "student-entropy:0.5", "nothing")
+    ]
     refused = logitcache(*line, *chosen, "--temperature", "2", "--resume", "--beta", "0.3")
     assert refused.status == 1
     assert "beta: the run has 0.2, now 0.3" in refused.err
@@ -260,6 +263,9 @@ def test_an_objective_on_the_command_line(logitcache: Main, dumped: Dumped, tmp_
         (("--tail", "blend"), 1, "dump a cache with --select varopt:K"),
         (("--blend", "0.3"), 2, "only tail 'blend' mixes two terms"),
         (("--blend", "3"), 2, "less than or equal to 1"),
+        (("--mask", "0.85"), 2, "the mask '0.85' is not understood; write what ranks the tokens"),
+        (("--mask-rest", "nothing"), 2, "there is no mask"),
+        (("--mask", "student-entropy:0.5", "--mask-rest", "ce"), 2, "mask-rest"),
     ):
         refused = logitcache(*line, *given, "--set", f"out={tmp_path / 'other'}")
         assert refused.status == status

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from logitcache.kernels import IMPLEMENTATIONS, GatherResult, HeadOptions, linear_gather, split
 from logitcache.kernels.plan import GatherPlan
@@ -66,6 +69,29 @@ def bare_split(problem: Problem, head: HeadOptions, temperature: float = 1.0, sl
     grads = tuple(None if result is None else torch.ones_like(result) for result in results)
     wants = tuple(leaf.requires_grad for leaf in problem.leaves)
     split.backward(grads, *tensors, *results, plan, wants)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the largest number of elements of any tensor that an operator returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self.numel = max(self.numel, leaf.numel())
+        return result
+
+
+def assert_compiles(run: Callable[..., torch.Tensor], problem: Problem) -> None:
+    """A scalar of (hidden, weight, bias, ids) compiles as one graph, to the same value and gradients."""
+    torch.compiler.reset()
+    eager = run(*problem.leaves, problem.ids)
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")(*problem.leaves, problem.ids)
+    torch.testing.assert_close(compiled, eager)
+    found, expected = (torch.autograd.grad(value, problem.leaves) for value in (compiled, eager))
+    torch.testing.assert_close(found, expected)
 
 
 def mix(result: GatherResult, seed: int = 1) -> torch.Tensor:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from logitcache.kernels import HeadOptions, dense_logits, head_statistics, linear_gather
-from tests.kernels.problems import EXACT, HEADS, Problem, make_problem, mix
+from logitcache.kernels import HeadOptions, dense_logits, head_entropy, head_statistics, linear_gather
+from tests.kernels.problems import EXACT, HEADS, LargestTensor, Problem, make_problem, mix
 
 CASES = [("reference", None), ("chunk", None), *(("split", width) for width in (None, 1, 4, 5, 22, 23))]
 
@@ -160,6 +162,38 @@ def test_head_statistics(name, width):
     assert found.argmax.tolist() == logits.argmax(1).tolist()
     torch.testing.assert_close(found.z, problem.run(HEADS[name], impl="reference").z)
     assert not found.lse.requires_grad
+
+
+@pytest.mark.parametrize("width", [None, 1, 5])
+@pytest.mark.parametrize("name", HEADS)
+def test_head_entropy(name, width):
+    problem = make_problem(columns=17)
+    head = replace(HEADS[name], bias=problem.bias)
+    with torch.no_grad():
+        problem.hidden[0] *= 50
+        logp = dense_logits(problem.hidden, problem.weight, head).log_softmax(1)
+    expected = -torch.where(logp == -torch.inf, 0.0, logp.exp() * logp).sum(1)
+    found = head_entropy(problem.hidden, problem.weight, head=head, slice_width=width)
+    assert not found.requires_grad
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_head_entropy_of_a_confident_row(dtype):
+    """lse - E[z] would be 0 or negative: the entropy, 1e-8 nats, is far below the logits' rounding."""
+    logits = torch.zeros(1, 40, dtype=dtype)
+    logits[0, 3] = 25
+    found = head_entropy(logits, torch.eye(40, dtype=dtype), slice_width=7)
+    p = logits.double().softmax(1)
+    torch.testing.assert_close(found.double(), torch.special.entr(p).sum(1), rtol=0.05, atol=0)
+    assert 0 < found < 1e-7
+
+
+def test_head_entropy_makes_no_tensor_of_the_size_of_the_logits():
+    problem = make_problem(n=64, v=1000, d=8, k=0, dtype=torch.float32)
+    with LargestTensor() as seen:
+        head_entropy(problem.hidden, problem.weight, slice_width=100)
+    assert seen.numel <= 64 * 101 + 1000 * 8
 
 
 def test_head_statistics_takes_the_first_of_equals():

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from logitcache.kernels import HeadOptions, linear_gather
 from logitcache.kernels.plan import GatherPlan
-from tests.kernels.problems import EXACT, HEADS, make_problem, mix
+from tests.kernels.problems import EXACT, HEADS, assert_compiles, make_problem, mix
 
 COMPILED = [impl for impl in EXACT if impl != "reference"]
 
@@ -41,20 +41,13 @@ def test_opcheck_of_backward(wants):
 @pytest.mark.parametrize("name", ["plain", "all"])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_compiles_without_a_graph_break(impl, name, temperature):
-    torch.compiler.reset()
     problem = make_problem(columns=17)
 
     def run(hidden, weight, bias, ids):
         head = replace(HEADS[name], bias=bias)
         return mix_all(linear_gather(hidden, weight, ids, head=head, impl=impl, temperature=temperature))
 
-    eager = run(*problem.leaves, problem.ids)
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")(*problem.leaves, problem.ids)
-    torch.testing.assert_close(compiled, eager)
-    for found, expected in zip(
-        torch.autograd.grad(compiled, problem.leaves), torch.autograd.grad(eager, problem.leaves), strict=True
-    ):
-        torch.testing.assert_close(found, expected)
+    assert_compiles(run, problem)
 
 
 def mix_all(result: tuple[torch.Tensor, ...]) -> torch.Tensor:

@@ -4,26 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from logitcache.kernels import HeadOptions, linear_gather, slices
-from tests.kernels.problems import Problem, bare_split, make_problem, mix
+from tests.kernels.problems import LargestTensor, Problem, bare_split, make_problem, mix
 
 SHAPE = {"n": 252, "v": 507, "d": 123, "k": 9}
-
-
-class LargestTensor(TorchDispatchMode):
-    """Records the largest number of elements of any tensor that an operator returns."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                self.numel = max(self.numel, leaf.numel())
-        return result
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -17,8 +17,8 @@ from logitcache.errors import ObjectiveError
 from logitcache.kernels import GatherResult, HeadOptions, triton_gather
 from logitcache.kernels.plan import GatherPlan
 from logitcache.kernels.triton_launch import Blocks
-from tests.kernels.problems import HEADS, Problem, make_problem, mix
-from tests.kernels.test_split import SHAPE, LargestTensor, eager, gradients, widened
+from tests.kernels.problems import HEADS, LargestTensor, Problem, make_problem, mix
+from tests.kernels.test_split import SHAPE, eager, gradients, widened
 
 # numpy warns where the powers at the ids overflow, before they are overwritten.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")

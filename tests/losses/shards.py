@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from logitcache.kernels import HeadOptions, VocabularyShard, head_statistics, linear_gather
+from logitcache.kernels import HeadOptions, VocabularyShard, head_entropy, head_statistics, linear_gather
 from logitcache.losses import Objective, distillation_loss
 from tests.kernels import problems as heads
 from tests.kernels.problems import EXACT
@@ -114,7 +114,9 @@ def statistics(rows: tuple[int, ...]) -> float:
     options = HeadOptions(bias=block(problem.bias, rows), shard=VocabularyShard.of(rows[dist.get_rank()]))
     split = head_statistics(problem.hidden, block(problem.weight, rows), problem.ids, head=options)
     assert int(whole.argmax[0]) == 2
-    return max(worst(one.double(), other.double()) for one, other in zip(split, whole, strict=True))
+    entropy = head_entropy(problem.hidden, problem.weight, head=HeadOptions(bias=problem.bias))
+    ours = [*split, head_entropy(problem.hidden, block(problem.weight, rows), head=options)]
+    return max(worst(one.double(), other.double()) for one, other in zip(ours, [*whole, entropy], strict=True))
 
 
 def half_precision() -> dict[str, float]:

@@ -40,6 +40,7 @@ def swap(**fields: object) -> DeviceTargets:
         ({"temperature": 2.0}, ObjectiveError, "use tail='renormalised', or temperature=1"),
         ({"objective": Objective.forward_kl("unbiased")}, ObjectiveError, "--select sample:N"),
         ({"alpha": torch.tensor(1.5)}, ObjectiveError, "alpha holds a number outside"),
+        ({"alpha": torch.tensor([0.5, 1.5])}, ObjectiveError, "alpha holds a number outside"),
         ({"blend": torch.tensor(-0.5)}, ObjectiveError, "blend holds a number outside"),
         ({"normalizer": torch.tensor(0.0)}, ObjectiveError, "normalizer is 0.0"),
         ({"temperature": "1"}, ObjectiveError, "temperature is '1'"),

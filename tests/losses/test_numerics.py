@@ -31,6 +31,36 @@ def confident_logits(gap: float) -> torch.Tensor:
     return others[None].float().double()
 
 
+def assert_finite_and_right(
+    gap: float,
+    dtype: torch.dtype,
+    labels: torch.Tensor,
+    targets: SparseTargets,
+    objective: Objective,
+    tolerance: float,
+    impl: str = "auto",
+    **options: float,
+) -> None:
+    """Value and gradient of a confident row are those of the definition; finite where only the row's gap is left.
+
+    `tolerance` is that of float32.
+    """
+    logits = confident_logits(gap)
+    hidden, weight = one_hot_head(logits, dtype)
+    loss = distillation_loss(hidden, weight, labels, targets, objective, impl=impl, **options)
+    grad = torch.autograd.grad(loss, hidden)[0]
+    if gap >= 300:
+        assert torch.isfinite(loss)
+        assert torch.isfinite(grad).all()
+        return
+    exact_logits = logits.clone().requires_grad_()
+    exact = dense_loss(exact_logits, labels, targets.to_device(), objective, **options).sum()
+    exact_grad = torch.autograd.grad(exact, exact_logits)[0]
+    tolerance = tolerance if dtype == torch.float32 else 1e-12
+    assert abs(loss.item() - exact.item()) <= tolerance * max(1.0, abs(exact.item()))
+    torch.testing.assert_close(grad.double(), exact_grad, rtol=10 * tolerance, atol=tolerance)
+
+
 def targets_of(ids: list[int], weights: list[float], tail: str, **options: object) -> SparseTargets:
     return from_rows([[np.array(ids, dtype=np.int64), np.array(weights)]], unbiased=tail == "unbiased", **options)
 
@@ -51,24 +81,11 @@ def targets_of(ids: list[int], weights: list[float], tail: str, **options: objec
     ],
 )
 def test_confident_rows_are_finite_and_right(impl, dtype, tail, gap, ids, weights):
-    logits = confident_logits(gap)
-    hidden, weight = one_hot_head(logits, dtype)
     targets = targets_of(ids, weights, tail)
     objective = Objective.forward_kl(tail)
     for label, alpha in itertools.product((3, 5, 9), (0.5, 1.0)):
         labels = torch.tensor([label])
-        loss = distillation_loss(hidden, weight, labels, targets, objective, alpha=alpha, impl=impl)
-        grad = torch.autograd.grad(loss, hidden)[0]
-        if gap >= 300:
-            assert torch.isfinite(loss)
-            assert torch.isfinite(grad).all()
-            continue
-        exact_logits = logits.clone().requires_grad_()
-        exact = dense_loss(exact_logits, labels, targets.to_device(), objective, alpha).sum()
-        exact_grad = torch.autograd.grad(exact, exact_logits)[0]
-        tolerance = 1e-6 if dtype == torch.float32 else 1e-12
-        assert abs(loss.item() - exact.item()) <= tolerance * max(1.0, abs(exact.item()))
-        torch.testing.assert_close(grad.double(), exact_grad, rtol=10 * tolerance, atol=tolerance)
+        assert_finite_and_right(gap, dtype, labels, targets, objective, 1e-6, impl, alpha=alpha)
 
 
 @pytest.mark.parametrize("impl", EXACT)

@@ -226,7 +226,7 @@ def test_alpha_out_of_range(alpha):
 def test_combinations_with_a_meaning():
     for tail in TAILS:
         sampled = tail in ("unbiased", "blend")
-        Objective.forward_kl(tail).check(unbiased=sampled, alpha=torch.tensor(3.0), has_exact_head=tail == "blend")
+        Objective.forward_kl(tail).check(unbiased=sampled, alpha=torch.tensor(0.7), has_exact_head=tail == "blend")
     for temperature in (0.1, 1, 2.0, 100.0):
         Objective.forward_kl("renormalised").check(unbiased=False, temperature=temperature)
     for tail in ("bucket", "unbiased"):

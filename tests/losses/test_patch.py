@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from logitcache import models
 from logitcache.errors import TargetsError
@@ -25,20 +23,11 @@ from logitcache.losses import (
     patch_forward,
     unpatch_forward,
 )
+from tests.kernels.problems import LargestTensor
 from tests.losses.batches import Example, assert_same_grads, grads_of
 from tests.tiny import FAMILIES, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture
-def example() -> Example:
-    return Example()
-
-
-@pytest.fixture
-def model() -> Any:
-    return patch_forward(tiny_model("llama", seed=2))
 
 
 # ---------------------------------------------------------------------------------------------- the loss
@@ -179,19 +168,6 @@ def test_masks_and_positions_reach_the_body(model: Any, example: Example) -> Non
     by_embeddings = model(inputs_embeds=embeds, labels=example.labels, output_hidden_states=True)
     assert torch.equal(by_embeddings.loss, model(example.ids, labels=example.labels).loss)
     assert len(by_embeddings.hidden_states) == 3
-
-
-class LargestTensor(TorchDispatchMode):
-    """Remembers the number of elements of the largest tensor that any operation gave."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                self.numel = max(self.numel, leaf.numel())
-        return result
 
 
 def largest_of_a_step(impl: str, example: Example) -> int:

@@ -20,16 +20,6 @@ from tests.tiny import tiny_model
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture
-def example() -> Example:
-    return Example()
-
-
-@pytest.fixture
-def model() -> Any:
-    return patch_forward(tiny_model("llama", seed=2))
-
-
 def refused(error: type[Exception], call: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     with pytest.raises(error) as caught:
         call(*args, **kwargs)

@@ -54,11 +54,12 @@ def test_trainer_over_processes_and_accumulation(ranks: list[dict[str, Any]]) ->
         assert_same_grads(found["trainer"]["weights"], expected["weights"], 1e-5)
 
 
-def test_our_own_trainer_over_processes(ranks: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize(("name", "mask"), [("distilled", None), ("masked", wrappers.MASK)])
+def test_our_own_trainer_over_processes(ranks: list[dict[str, Any]], name: str, mask: Any) -> None:
     """Loss, its two terms and alpha of each step, with halves of which one counts more tokens than the other."""
-    expected = wrappers.distilled(rank=-1)
+    expected = wrappers.distilled(rank=-1, mask=mask)
     for found in ranks:
-        for ours, theirs in zip(found["distilled"], expected, strict=True):
+        for ours, theirs in zip(found[name], expected, strict=True):
             assert ours == pytest.approx(theirs, rel=1e-5)
 
 

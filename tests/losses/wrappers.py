@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from logitcache.errors import TargetsError
-from logitcache.losses import pack_targets, patch_forward
+from logitcache.losses import TokenMask, pack_targets, patch_forward
 from logitcache.reader import CacheDataset, ReaderOptions, model_inputs
 from logitcache.store import open_cache
 from logitcache.training import AlphaSchedule, DistillationSettings, DistillationTrainer
@@ -26,6 +26,7 @@ from tests.tiny import tiny_model
 
 EXAMPLE = Example(batch=4, length=12)
 FAMILY = "gemma2"
+MASK = TokenMask("student-entropy", 0.4, "nothing")
 
 
 def new_model(tied: bool = True) -> Any:
@@ -156,20 +157,20 @@ def arguments(folder: str, **options: Any) -> TrainingArguments:
     )
 
 
-def distilled(rank: int) -> list[dict[str, float]]:
+def distilled(rank: int, mask: TokenMask | None = None) -> list[dict[str, float]]:
     """What DistillationTrainer logs in four steps over this rank's half of the example, or all of it with rank -1."""
     half = slice(None) if rank < 0 else slice(2 * rank, 2 * rank + 2)
     rows = EXAMPLE.targets.to_device()
     columns = ("ids", "weights", "tail_mass", "label_logprob", "entropy", "threshold")
     targets = {name: getattr(rows, name).unflatten(0, (4, 12))[half].flatten(0, 1) for name in columns}
     batch = {"input_ids": EXAMPLE.ids[half], "labels": EXAMPLE.following[half], "targets": targets}
-    settings = DistillationSettings(BUCKET, AlphaSchedule("linear", peak=0.8))
+    settings = DistillationSettings(BUCKET, AlphaSchedule("linear", peak=0.8), mask=mask)
     with tempfile.TemporaryDirectory() as folder:
         args = arguments(folder, remove_unused_columns=False)
         trainer = DistillationTrainer(tiny_model(FAMILY, seed=2), args, [batch] * 4, settings)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    names = ("loss", "ce", "divergence", "alpha")
+    names = ("loss", "ce", "divergence", "alpha") if mask is None else ("loss", "ce", "divergence", "kept")
     return [{name: row[name] for name in names} for row in trainer.state.log_history if "loss" in row]
 
 
@@ -217,5 +218,6 @@ def work(cache: str) -> dict[str, Any]:
         "fsdp1": fsdp1(),
         "mixed": mixed_precision(),
         "distilled": distilled(dist.get_rank()),
+        "masked": distilled(dist.get_rank(), MASK),
         "trainer": trained(new_model(), batch=1, accumulate=2),
     }

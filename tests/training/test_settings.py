@@ -9,7 +9,7 @@ import pytest
 
 from logitcache.algebra import Derivation, derive_cache
 from logitcache.errors import LogitcacheError, ObjectiveError, UsageError
-from logitcache.losses import KINDS, TAILS, Objective
+from logitcache.losses import KINDS, TAILS, Objective, TokenMask
 from logitcache.store import Cache, open_cache
 from logitcache.training import BlendSchedule
 from logitcache.training.options import ObjectiveName, Tail, TrainOptions
@@ -61,6 +61,16 @@ REFUSED: list[tuple[dict[str, Any], str, type[LogitcacheError], str]] = [
     ({"tail": "blend"}, "top_k", ObjectiveError, "--select varopt:K"),
     ({"tail": "blend"}, "sample", ObjectiveError, "--select varopt:K"),
     ({"blend": 0.3}, "varopt", UsageError, "blend is 0.3, but only tail 'blend'"),
+    ({"mask": "student-entropy:2"}, "top_k", UsageError, "a mask's keep is 2.0"),
+    ({"mask": "entropy"}, "top_k", UsageError, "'entropy' is not understood"),
+    ({"mask": "student-entropy:0.5", "alpha": 0}, "top_k", UsageError, "mask is student-entropy:0.5, but alpha is 0"),
+    (
+        {"mask": "teacher-entropy:1", "objective": "cross-entropy"},
+        "top_k",
+        UsageError,
+        "objective is cross-entropy, so",
+    ),
+    ({"mask_rest": "nothing"}, "top_k", UsageError, "mask_rest is 'nothing', but there is no mask"),
     ({"blend_end": 1}, "top_k", UsageError, "blend_end is 1.0, but only tail 'blend'.*--tail blend on a varopt cache"),
 ]
 
@@ -87,3 +97,20 @@ def test_a_cache_whose_label_logprob_was_dropped(dumped: Dumped, tmp_path: Path)
         assert settings_for(options(objective="policy-gradient"), opened(dumped, name)).objective.kind
     with pytest.raises(ObjectiveError, match="whose label_logprob was not dropped"):
         settings_for(options(objective="policy-gradient"), open_cache(tmp_path / "bare"))
+
+
+def test_masks(dumped: Dumped) -> None:
+    cache = opened(dumped, "top_k")
+    for none in ({}, {"mask": "none"}, {"mask": None}):
+        assert settings_for(options(**none), cache).mask is None
+    assert settings_for(options(mask="teacher-entropy:0.85"), cache).mask == TokenMask()
+    chosen = settings_for(options(mask="student-entropy:0.5", mask_rest="nothing"), cache)
+    assert chosen.mask == TokenMask("student-entropy", 0.5, "nothing")
+
+
+def test_a_cache_whose_entropy_was_dropped(dumped: Dumped, tmp_path: Path) -> None:
+    derive_cache(dumped.top_k, tmp_path / "bare", Derivation(drop=("entropy",)))
+    bare = open_cache(tmp_path / "bare")
+    with pytest.raises(UsageError, match=r"bare does not hold the teacher's entropy; .*or --mask student-entropy:0\.5"):
+        settings_for(options(mask="teacher-entropy:0.85"), bare)
+    assert settings_for(options(mask="student-entropy:0.5"), bare).mask == TokenMask("student-entropy", 0.5)

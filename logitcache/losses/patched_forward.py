@@ -5,7 +5,7 @@ Legend: B sequences of L tokens, N = B * L positions, D width, V rows of the LM 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from logitcache import models
 from logitcache.errors import ModelError, ObjectiveError, TargetsError
-from logitcache.kernels import HeadOptions
+from logitcache.kernels import HeadOptions, head_entropy
+from logitcache.losses.checks import known_entropy
 from logitcache.losses.inputs import check_alignment, check_flags, next_labels, unpack_targets
 from logitcache.losses.settings import LossSettings
 
@@ -21,8 +22,8 @@ from logitcache.losses.settings import LossSettings
 OWN_ARGUMENTS = ("shift_labels", "teacher_targets", "alpha", "blend")
 _NOT_THE_BODYS = (*OWN_ARGUMENTS, "labels", "num_items_in_batch", "logits_to_keep", "return_dict")
 
-# loss, counted [B, L], ce [B, L], divergence [B, L] and z_loss [B, L]
-Columns = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+# The loss, and by their names in DistillationOutput the columns [B, L] that there are.
+LossAndColumns = tuple[torch.Tensor, dict[str, torch.Tensor]]
 
 
 @dataclass
@@ -34,13 +35,15 @@ class DistillationOutput(CausalLMOutputWithPast):
         ce: float64 [B, L], cross entropy of each position in nats, 0 where none counts; without a graph.
         divergence: [B, L] divergence from the teacher without the factor T^2, alike; None without targets.
         z_loss: [B, L] z_loss * lse^2, alike; None where there is none.
-        counted: bool [B, L], where there is a label.
+        counted: bool [B, L], where the loss counts: where there is a label, less what a mask leaves nothing to.
+        kept: bool [B, L], where a mask keeps the divergence; None without one, or without targets.
     """
 
     ce: torch.Tensor | None = None
     divergence: torch.Tensor | None = None
     z_loss: torch.Tensor | None = None
     counted: torch.Tensor | None = None
+    kept: torch.Tensor | None = None
 
 
 def run_body(model: Any, named: dict[str, Any]) -> Any:
@@ -64,7 +67,12 @@ def run_body(model: Any, named: dict[str, Any]) -> Any:
     return model.base_model(**arguments, return_dict=True)
 
 
-def head_loss(model: Any, named: dict[str, Any], hidden_BLD: torch.Tensor) -> Columns:
+def options_of(head: models.LMHead) -> HeadOptions:
+    """What the kernels must know of a model's head besides its weight."""
+    return HeadOptions(bias=head.bias, softcap=head.softcap, logit_scale=head.logit_scale)
+
+
+def head_loss(model: Any, named: dict[str, Any], hidden_BLD: torch.Tensor) -> LossAndColumns:
     """The loss of the body's hidden states, and its columns."""
     settings: LossSettings = model._logitcache_settings
     labels, shift_labels = named.get("labels"), named.get("shift_labels")
@@ -74,7 +82,8 @@ def head_loss(model: Any, named: dict[str, Any], hidden_BLD: torch.Tensor) -> Co
             f"labels have shape {tuple(labels_BL.shape)}, but there are {tuple(hidden_BLD.shape[:2])} positions"
         )
     targets = _targets(model, settings, named)
-    if _may_look(model, hidden_BLD):
+    look = _may_look(model, hidden_BLD)
+    if look:
         if named.get("input_ids") is not None:
             check_alignment(named["input_ids"], labels, shift_labels, settings.ignore_index)
         if targets is not None:
@@ -82,31 +91,34 @@ def head_loss(model: Any, named: dict[str, Any], hidden_BLD: torch.Tensor) -> Co
     alpha, blend = (_flat(named.get(name)) for name in ("alpha", "blend"))
     items = _positive(named.get("num_items_in_batch"), hidden_BLD)
 
-    def columns(hidden_BLD: torch.Tensor, head: models.LMHead) -> Columns:
-        options = HeadOptions(bias=head.bias, softcap=head.softcap, logit_scale=head.logit_scale)
+    def loss_and_columns(hidden_BLD: torch.Tensor, head: models.LMHead) -> LossAndColumns:
+        hidden_ND, options = hidden_BLD.flatten(0, 1), replace(options_of(head), valid_vocab=settings.valid_vocab)
+        kept_BL = None
+        if settings.mask is not None and targets is not None:
+            counted_BL = labels_BL != settings.ignore_index
+            if settings.mask.by == "teacher-entropy":
+                entropy_N = known_entropy(targets, counted_BL.flatten(), look)
+            else:
+                entropy_N = head_entropy(hidden_ND, head.weight, head=options)
+            kept_BL = settings.mask.kept(entropy_N.view_as(labels_BL), counted_BL)
         loss, terms = settings.output(
-            hidden_BLD.flatten(0, 1), head.weight, labels_BL.flatten(), targets, options, alpha, blend, items
+            hidden_ND, head.weight, labels_BL.flatten(), targets, options, alpha, blend, items, kept_BL
         )
-        ce_BL, divergence_BL, z_loss_BL = (
-            None if column is None else column.detach().view_as(labels_BL) for column in terms.all_columns
-        )
-        return loss, terms.counted.view_as(labels_BL), ce_BL, divergence_BL, z_loss_BL
+        columns = {"counted": terms.counted} | terms.columns | ({} if kept_BL is None else {"kept": kept_BL})
+        return loss, {name: column.detach().view_as(labels_BL) for name, column in columns.items()}
 
-    return models.with_head(model, hidden_BLD, columns)
+    return models.with_head(model, hidden_BLD, loss_and_columns)
 
 
-def assemble(model: Any, named: dict[str, Any], output: Any, columns: Columns) -> Any:
+def assemble(model: Any, named: dict[str, Any], output: Any, of_the_head: LossAndColumns) -> Any:
     """The output of the whole model, from that of its body."""
-    loss, counted_BL, ce_BL, divergence_BL, z_loss_BL = columns
+    loss, columns = of_the_head
     result = DistillationOutput(
         loss=loss,
         past_key_values=output.get("past_key_values"),
         hidden_states=output.get("hidden_states"),
         attentions=output.get("attentions"),
-        ce=ce_BL,
-        divergence=divergence_BL,
-        z_loss=z_loss_BL,
-        counted=counted_BL,
+        **columns,
     )
     as_dict = named.get("return_dict")
     return result if (model.config.return_dict if as_dict is None else as_dict) else result.to_tuple()
