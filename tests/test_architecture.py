@@ -18,6 +18,8 @@ RANKS = [
     {"reader", "algebra", "interchange"},
     {"training"},
     {"dump_options"},
+    {"dump_corpus"},
+    {"dump_unit"},
     {"dump", "distill"},
     {"demo", "bench"},
     {"cli"},

@@ -98,7 +98,11 @@ class CacheWriter:
 
     def pending_units(self) -> list[int]:
         """Units without a commit record, ascending."""
-        return [unit for unit in range(self.geometry.num_units) if not self.layout.commit(unit).exists()]
+        return [unit for unit in range(self.geometry.num_units) if not self.is_committed(unit)]
+
+    def is_committed(self, unit: int) -> bool:
+        """Whether a unit has its commit record."""
+        return self.layout.commit(unit).exists()
 
     def forget_missing_shards(self) -> list[int]:
         """Take back the commits of units whose shard files are gone, and the manifest that lists them.
