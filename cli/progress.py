@@ -59,6 +59,10 @@ class View:
         else:
             err.print(f"{self._name}: {what}", soft_wrap=True)
 
+    def note(self, what: str) -> None:
+        """A line that stays."""
+        err.print(f"{self._name}: {what}", soft_wrap=True)
+
     def bar(self, done: float, total: float, facts: str, seconds_left: float | None) -> None:
         """`done` of `total`, with a few words about speed or quality."""
         if self._live is not None:
@@ -82,6 +86,7 @@ class DumpView(View):
         super().__init__(name)
         self._resumed_bytes = 0
         self._committed = 0
+        self._done_before: int | None = None
 
     def stage(self, what: str) -> None:
         super().stage(what)
@@ -91,7 +96,10 @@ class DumpView(View):
     def advance(self, done: int, total: int, computed: int, num_bytes: int) -> None:
         """See `logitcache.dump.Progress`."""
         seconds = max(self.seconds_since_start(), 1e-9)
-        rate = computed / seconds
+        # What other workers finished counts, too.
+        if self._done_before is None:
+            self._done_before = done - computed
+        rate = (done - self._done_before) / seconds
         if num_bytes != self._resumed_bytes:
             self._resumed_bytes, self._committed = num_bytes, computed
         size = f", {num_bytes / self._committed:.1f} B/token" if self._committed else ""

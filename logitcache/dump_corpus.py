@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,14 @@ from logitcache.corpus import (
 from logitcache.dump_options import DumpOptions
 from logitcache.errors import CorpusError
 from logitcache.store import Layout, Manifest, TokenFile, load_document
+
+Facts = dict[str, Any]
+Once = Callable[[Callable[[], Facts | None], Callable[[], Facts]], Facts]
+
+
+def alone(find: Callable[[], Facts | None], make: Callable[[], Facts]) -> Facts:
+    """What `find` finds, or else `make` makes: `Once` where there are no other workers."""
+    return find() or make()
 
 
 class Corpus:
@@ -39,8 +47,12 @@ class Corpus:
         self._stored, self._block_length, self._new = stored, block_length, new
 
     @classmethod
-    def prepare(cls, options: DumpOptions, files: Sequence[CorpusFile], tokenizer: Any) -> Corpus:
-        """Find the tokens that an earlier run left, or tokenise. Raises CorpusError."""
+    def prepare(cls, options: DumpOptions, files: Sequence[CorpusFile], tokenizer: Any, once: Once = alone) -> Corpus:
+        """Find the tokens that another worker or an earlier run left, or tokenise. Raises CorpusError.
+
+        Args:
+            once: finds or makes; with several workers one makes and all others find.
+        """
         policy = resolve_policy(tokenizer, options.block_length, options.bos, options.eos)
         inputs = {
             "files": corpus_files_identity(files),
@@ -52,9 +64,17 @@ class Corpus:
         key = {**inputs, "tokenizer": identity["sha256"]}
         layout = Layout(options.outputs[0].root)
         stored = TokenFile(layout.work)
-        found = _facts_of_finished(options, inputs) or stored.find(key)
-        facts = found or cls._tokenise(options, files, tokenizer, policy, stored, key)
-        return cls({**inputs, **facts}, identity, stored, options.block_length, new=found is None)
+        made: list[Facts] = []
+
+        def find() -> Facts | None:
+            return _facts_of_finished(options, inputs) or stored.find(key)
+
+        def make() -> Facts:
+            made.append(cls._tokenise(options, files, tokenizer, policy, stored, key))
+            return made[0]
+
+        facts = once(find, make)
+        return cls({**inputs, **facts}, identity, stored, options.block_length, new=bool(made))
 
     @staticmethod
     def _tokenise(
@@ -87,6 +107,11 @@ class Corpus:
         """Remove the token file if this run made it: the cache there has no use for it."""
         if self._new:
             self._stored.discard()
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether there are blocks to read: not for a dump that was finished already."""
+        return self._stored.found
 
     @property
     def num_tokens(self) -> int:

@@ -6,84 +6,36 @@ the same unit one commits.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from logitcache.codec import Planes
-from logitcache.dump_corpus import Corpus
-from logitcache.dump_options import DumpOptions
-from logitcache.progress import Progress
+from logitcache.dump_job import Job
+from logitcache.errors import ModelError
 from logitcache.selection import Selection
-from logitcache.store import CacheWriter, Geometry
+from logitcache.store import CacheWriter
 from logitcache.targets import SparseTargets
-from logitcache.teachers import TransformersTeacher
 from logitcache.teachers.capture import capture_blocks
 
-
-class Meter:
-    """Counts tokens and bytes and passes them on."""
-
-    def __init__(self, geometry: Geometry, todo: Sequence[int], progress: Progress) -> None:
-        self._total, self._progress = geometry.num_tokens, progress
-        self._before = self._total - sum(geometry.tokens_in(*geometry.unit_range(unit)) for unit in todo)
-        self.computed = self._bytes = 0
-
-    def computed_rows(self, rows: int) -> None:
-        """So many tokens went through the teacher."""
-        self.computed += rows
-        self._tell()
-
-    def committed(self, num_bytes: int) -> None:
-        """So many bytes were committed."""
-        self._bytes += num_bytes
-        self._tell()
-
-    def _tell(self) -> None:
-        self._progress.advance(self._before + self.computed, self._total, self.computed, self._bytes)
+# The unit whose first chunk is the pilot that a cache's tables are counted from.
+PILOT_UNIT = 0
+# How torch's allocator for CPUs says it, as a RuntimeError.
+_CPU_OUT_OF_MEMORY = ("not enough memory", "can't allocate memory")
 
 
-@dataclass
-class Job:
-    """What a worker needs for every unit.
-
-    Args:
-        options: of the dump.
-        teacher: loaded.
-        corpus: its token blocks.
-        writers: of the outputs, in their order.
-        meter: told of what is done.
-    """
-
-    options: DumpOptions
-    teacher: TransformersTeacher
-    corpus: Corpus
-    writers: list[CacheWriter]
-    meter: Meter
-
-    @property
-    def geometry(self) -> Geometry:
-        """Tokens, blocks and units, which all outputs share."""
-        return self.writers[0].geometry
-
-    def lacking(self, unit: int) -> list[tuple[CacheWriter, Selection]]:
-        """The outputs that `unit` is not committed to."""
-        outputs = zip(self.writers, self.options.outputs, strict=True)
-        return [(writer, output.selection) for writer, output in outputs if not writer.is_committed(unit)]
-
-
-def pending_units(writers: Sequence[CacheWriter]) -> list[int]:
-    """Units that at least one output lacks, ascending."""
-    return sorted(set().union(*(writer.pending_units() for writer in writers)))
-
-
-def process_unit(job: Job, unit: int) -> None:
+def process_unit(job: Job, unit: int, await_tables: Callable[[], None] | None = None) -> None:
     """Compute one unit and commit it to every output that lacks it.
 
+    Args:
+        job: what to compute it with.
+        unit: its number; `PILOT_UNIT` makes the tables that all others are encoded with.
+        await_tables: returns when they are there; by default the pilot's unit is processed first.
+
     Raises:
-        ModelError: the teacher's logits are not finite.
+        ModelError: the teacher's logits are not finite, or one block is too much for the memory.
         TargetsError, CacheError: rows cannot be stored, or files not written.
     """
     wanting = job.lacking(unit)
@@ -99,6 +51,9 @@ def process_unit(job: Job, unit: int) -> None:
         end = min(begin + step, stop)
         tokens = job.corpus.read(begin, end)
         rows = _capture(job, tokens, begin, selections)
+        if unit != PILOT_UNIT and any(writer.codebook() is None for writer, _ in wanting):
+            # Its rows were computed while another worker made them.
+            (await_tables or (lambda: process_unit(job, PILOT_UNIT)))()
         real = tokens.reshape(-1)[: geometry.tokens_in(begin, end)]
         for (writer, _), targets, planes in zip(wanting, rows, chunks, strict=True):
             planes += _encode(writer, begin, end, real, targets)
@@ -122,15 +77,49 @@ def _capture(
     job: Job, tokens: NDArray[np.int64], first_block: int, selections: Sequence[Selection]
 ) -> list[SparseTargets]:
     """Rows of consecutive blocks, batch by batch, once for each selection."""
-    options = job.options
-    batch_blocks = max(1, options.batch_tokens // options.block_length)
     parts: list[list[SparseTargets]] = [[] for _ in selections]
-    for start in range(0, tokens.shape[0], batch_blocks):
-        batch = tokens[start : start + batch_blocks]
+    start = 0
+    while start < tokens.shape[0]:
+        batch = tokens[start : start + job.batch_blocks]
         begin = first_block + start
         num_rows = job.geometry.tokens_in(begin, begin + batch.shape[0])
-        captured = capture_blocks(job.teacher, batch, begin, num_rows, selections, options.seed)
+        captured = _captured_or_halved(job, batch, begin, num_rows, selections)
+        if captured is None:
+            continue
         for part, targets in zip(parts, captured, strict=True):
             part.append(targets)
+        start += batch.shape[0]
         job.meter.computed_rows(num_rows)
     return [SparseTargets.concatenate(part) for part in parts]
+
+
+def _captured_or_halved(
+    job: Job, batch: NDArray[np.int64], first_block: int, num_rows: int, selections: Sequence[Selection]
+) -> list[SparseTargets] | None:
+    """Rows of one batch; None where it was too much for the memory, and batches are half as large from now on."""
+    try:
+        return capture_blocks(job.teacher, batch, first_block, num_rows, selections, job.options.seed)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        if batch.shape[0] == 1:
+            raise ModelError(
+                f"one block of {batch.shape[1]} tokens (block {first_block}) is too much for the teacher's memory; "
+                "choose a shorter --block-length, --dtype bfloat16 or a device with more memory"
+            ) from error
+    job.batch_blocks = batch.shape[0] // 2
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if not job.said_halved:
+        job.said_halved = True
+        job.progress.note(
+            f"{batch.shape[0]} blocks at a time are too much for the teacher's memory; going on with "
+            f"{job.batch_blocks} (--batch-tokens {job.batch_blocks * batch.shape[1]})"
+        )
+    return None
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return any(said in str(error) for said in _CPU_OUT_OF_MEMORY)

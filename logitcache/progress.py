@@ -14,6 +14,9 @@ class Progress(Protocol):
     def advance(self, done: int, total: int, computed: int, num_bytes: int) -> None:
         """`done` of `total` tokens are finished, `computed` of them in this run; `num_bytes` of it are written."""
 
+    def note(self, what: str) -> None:
+        """Something worth saying once, for example that a worker died and was started again."""
+
 
 class Silent:
     """Reports nothing."""
@@ -22,4 +25,7 @@ class Silent:
         pass
 
     def advance(self, done: int, total: int, computed: int, num_bytes: int) -> None:
+        pass
+
+    def note(self, what: str) -> None:
         pass
