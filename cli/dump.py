@@ -61,6 +61,17 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
     "--eos", default="auto", show_default=True, type=click.Choice(["auto", "none", "document"]), help="Where EOS goes."
 )
 @cache_options
+@click.option(
+    "--engine",
+    default="local",
+    show_default=True,
+    type=click.Choice(["local", "torchrun", "ray"]),
+    help="Who starts the workers: this command, torchrun or srun, or Ray.",
+)
+@click.option("--workers", type=int, help="Processes with a teacher each; local: 1, ray: one for each GPU.")
+@click.option(
+    "--lease-seconds", default=60.0, show_default=True, help="A worker silent for so long loses its unit to another."
+)
 @click.option("--trust-remote-code", is_flag=True, help="Let the teacher's folder run Python code of its own.")
 @json_option
 @debug_option
@@ -77,6 +88,8 @@ def dump(
     outputs = tuple(Output(selection, folder) for selection, folder in selections)
     with DumpView() as view:
         report = run_dump(DumpOptions(corpus=corpus, outputs=outputs, **rest), view)
+    if not report.speaks:
+        return
     facts = [
         {
             "cache": str(output.root),

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from logitcache.dump_job import DumpReport
 from logitcache.dump_options import DumpOptions, Output
+from logitcache.engines.local import run_local
 from logitcache.engines.worker import run_worker
+from logitcache.errors import UsageError
 from logitcache.progress import Progress, Silent
 from logitcache.teachers import TransformersTeacher
 
@@ -28,4 +30,17 @@ def run_dump(
         PlanMismatchError: an output folder holds a cache begun with other arguments.
         CacheError: an output cannot be written; what is committed stays, and the same call resumes.
     """
-    return run_worker(options, progress or Silent(), teacher)
+    progress = progress or Silent()
+    if teacher is not None and (options.engine != "local" or (options.workers or 1) > 1):
+        raise UsageError("a teacher that is loaded already serves one worker of the engine local")
+    if options.engine == "torchrun":
+        from logitcache.engines.torchrun import run_torchrun
+
+        return run_torchrun(options, progress)
+    if options.engine == "ray":
+        from logitcache.engines.ray import run_ray
+
+        return run_ray(options, progress)
+    if (options.workers or 1) > 1:
+        return run_local(options, progress)
+    return run_worker(options, progress, teacher)

@@ -26,12 +26,14 @@ class DumpReport:
         computed_tokens: tokens this run put through the teacher; 0 when there was nothing left to do.
         seconds: wall time of the capture loop, loading and tokenising not counted.
         manifests: of the outputs, in their order.
+        speaks: whether this process is the one of several that tells the user.
     """
 
     tokens: int
     computed_tokens: int
     seconds: float
     manifests: list[Manifest] = field(default_factory=list)
+    speaks: bool = True
 
 
 class Meter:

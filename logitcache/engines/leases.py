@@ -25,8 +25,8 @@ from logitcache.errors import CacheError
 from logitcache.store.layout import writing
 
 TERM_SECONDS = 60.0
-# So many heartbeats may be lost before a lease is.
-_BEATS = 20
+# So many heartbeats may be lost before a lease is, and so often is there one.
+_BEATS, _LONGEST_BEAT = 20, 2.0
 _LONGEST_PAUSE = 1.0
 _MOST_BYTES = 1 << 16
 _FILE_NAME = re.compile(r"([a-z0-9-]+)\.([0-9]{6})", re.ASCII)
@@ -75,13 +75,15 @@ class Leases:
         folder: the same for all workers.
         label: what people call this worker, for example its rank.
         term: seconds without a heartbeat after which a lease may be taken over.
+
+    Attributes:
+        status: what this worker does, for those who watch; called with every heartbeat.
     """
 
     def __init__(self, folder: Path, label: str = "", term: float = TERM_SECONDS) -> None:
         self.folder, self.term = folder, term
         self._owner = {"label": label, "worker": secrets.token_hex(6), **this_process()}
-        self._status: dict[str, Any] = {}
-        self._written: dict[str, Any] | None = None
+        self.status: Callable[[], dict[str, Any]] = dict
         self._held: dict[Path, Lease] = {}
         self._lock, self._closed = threading.Lock(), threading.Event()
         self._presence: Lease | None = None
@@ -154,10 +156,6 @@ class Leases:
         """Wait a moment for the work of others."""
         self._closed.wait(min(_LONGEST_PAUSE, self.term / _BEATS))
 
-    def say(self, **status: Any) -> None:
-        """What this worker does, for those who watch; written with the next heartbeat."""
-        self._status = {**self._status, **status}
-
     # ------------------------------------------------------------------------------------------ heartbeats
 
     def _join(self) -> float:
@@ -185,20 +183,19 @@ class Leases:
         return lease
 
     def _keep_beating(self) -> None:
-        while not self._closed.wait(self.term / _BEATS):
+        while not self._closed.wait(min(_LONGEST_BEAT, self.term / _BEATS)):
             self.beat()
 
     def beat(self) -> None:
         """Touch what is held. A handle follows its own file: what others created under that name is not touched."""
+        data = json.dumps({**self._owner, **self.status()}).encode()
         with self._lock:
             for lease in self._held.values():
                 # A heartbeat that fails is a lost one; the next may succeed.
                 with suppress(OSError):
-                    if lease is self._presence and self._status != self._written:
-                        data = json.dumps({**self._owner, **self._status}).encode()
-                        # One line, padded: it is never shorter than what it replaces, so no reader sees a rest.
+                    if lease is self._presence:
+                        # Padded: it is never shorter than what it replaces, so no reader sees a rest of that.
                         os.pwrite(lease.handle, data.ljust(os.fstat(lease.handle).st_size), 0)
-                        self._written = self._status
                     os.utime(lease.handle)
 
 

@@ -6,6 +6,7 @@ Any process that runs the same dump on the same folder joins: there is no rank t
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from logitcache.corpus import expand_paths
 from logitcache.dump_job import DumpReport, Job
@@ -44,7 +45,7 @@ def run_worker(
     with Leases(Layout(options.outputs[0].root).leases, label, options.lease_seconds) as leases:
         while True:
             progress.stage("tokenising the corpus")
-            leases.say(stage="tokenising")
+            leases.status = lambda: {"stage": "tokenising"}
             job = Job.prepare(options, files, teacher, progress, lambda find, make: leases.once("tokens", find, make))
             _take_back_missing(job, leases)
             if job.corpus.has_tokens or not job.pending():
@@ -64,7 +65,9 @@ class _Worker:
 
     def __init__(self, job: Job, leases: Leases) -> None:
         self._job, self._leases = job, leases
-        self._began = time.perf_counter()
+        self._stage, self._unit = "waiting", -1
+        self._began, self._waited = time.perf_counter(), 0.0
+        leases.status = self._status
 
     def run(self) -> DumpReport:
         job = self._job
@@ -81,14 +84,20 @@ class _Worker:
         """Process the first unit that nobody holds, or wait for those who hold the rest."""
         claimed = self._leases.claim(lease_of(unit) for unit in pending)
         if claimed is None:
-            self._say("waiting")
-            self._leases.pause()
+            self._wait()
             return
+        before = self._unit
         with claimed:
-            unit = int(claimed.name.removeprefix(UNIT_PREFIX))
-            self._say("computing", unit)
-            process_unit(self._job, unit, self._await_tables)
-            self._say("committed")
+            self._unit = int(claimed.name.removeprefix(UNIT_PREFIX))
+            self._stage = "computing"
+            process_unit(self._job, self._unit, self._await_tables)
+        self._unit = before
+
+    def _wait(self) -> None:
+        began, self._stage = time.perf_counter(), "waiting"
+        self._leases.pause()
+        self._waited += time.perf_counter() - began
+        self._stage = "computing" if self._unit >= 0 else "waiting"
 
     def _await_tables(self) -> None:
         """Return when every output has its tables; whose maker died has them made here."""
@@ -101,10 +110,12 @@ class _Worker:
                     )
             self._work_on([PILOT_UNIT])
 
-    def _say(self, stage: str, unit: int | None = None) -> None:
-        self._leases.say(
-            stage=stage, unit=unit, computed=self._job.meter.computed, seconds=time.perf_counter() - self._began
-        )
+    def _status(self) -> dict[str, Any]:
+        """What those who watch are told; asked by another thread."""
+        meter = self._job.meter
+        working = {"unit": self._unit, "in_unit": meter.in_unit} if self._unit >= 0 else {}
+        seconds = time.perf_counter() - self._began - self._waited
+        return {"stage": self._stage, **working, "computed": meter.computed, "seconds": seconds}
 
 
 def lease_of(unit: int) -> str:

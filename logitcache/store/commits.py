@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 from logitcache.errors import DamagedCacheError
@@ -10,6 +11,15 @@ from logitcache.store.layout import Layout, unit_name
 from logitcache.store.schema import Commit, Manifest, Plan, Shard, load_document
 
 COMMIT_NAME = re.compile(r"[0-9]{6,9}\.json", re.ASCII)
+
+
+def committed_units(layout: Layout) -> set[int]:
+    """Numbers of the units that have a commit record; the records are not read."""
+    try:
+        names = os.listdir(layout.commits)
+    except FileNotFoundError:
+        return set()
+    return {int(name.partition(".")[0]) for name in names if COMMIT_NAME.fullmatch(name)}
 
 
 def read_commits(layout: Layout, plan: Plan) -> list[Commit]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from logitcache.codec import Codebook, CodedRows, Planes, RowCodec
 from logitcache.errors import CacheError, DamagedCacheError, FormatVersionError, PlanMismatchError, TargetsError
 from logitcache.selection import chunk_uniforms
-from logitcache.store.commits import assemble_manifest, read_commits
+from logitcache.store.commits import assemble_manifest, committed_units, read_commits
 from logitcache.store.container import Container, Plane, open_container, write_container
 from logitcache.store.differences import Wording, diff_identities
 from logitcache.store.files import (
@@ -97,7 +97,8 @@ class CacheWriter:
 
     def pending_units(self) -> list[int]:
         """Units without a commit record, ascending."""
-        return [unit for unit in range(self.geometry.num_units) if not self.is_committed(unit)]
+        committed = committed_units(self.layout)
+        return [unit for unit in range(self.geometry.num_units) if unit not in committed]
 
     def is_committed(self, unit: int) -> bool:
         """Whether a unit has its commit record."""
