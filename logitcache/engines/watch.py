@@ -36,7 +36,7 @@ def snapshot(roots: Sequence[Path], term: float = TERM_SECONDS) -> Snapshot:
         (_state(lease, now, term) for lease in seen if lease.name.startswith(WORKER_PREFIX)),
         key=lambda state: (len(state.worker), state.worker, state.host, state.pid),
     )
-    speed = sum(state.tokens_per_second or 0 for state in workers if state.stage == "computing")
+    speed = sum((state.tokens_per_second or 0.0 for state in workers if state.stage == "computing"), 0.0)
     geometry, done = _geometry(first), set[int]()
     if geometry is not None:
         done = set.intersection(*(committed_units(layout) for layout in layouts))
