@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -32,12 +33,17 @@ _ENDING_SECONDS = 10.0
 _MOST_DEATHS = 3
 
 
-def run_local(options: DumpOptions, progress: Progress) -> DumpReport:
-    """Run `options.workers` processes until every unit is committed. Raises as `run_dump`."""
+def run_local(options: DumpOptions, progress: Progress, context: BaseContext | None = None) -> DumpReport:
+    """Run `options.workers` processes until every unit is committed; `context` starts them, by default by spawning.
+
+    Raises:
+        CacheError: every worker died again and again.
+        Others: as `run_dump`.
+    """
     for output in options.outputs:
         check_folder(Layout(output.root))
     expand_paths(options.corpus)
-    fleet = Fleet(options, options.workers or 1, progress)
+    fleet = Fleet(options, progress, context or multiprocessing.get_context("spawn"))
     try:
         return fleet.run()
     finally:
@@ -47,9 +53,9 @@ def run_local(options: DumpOptions, progress: Progress) -> DumpReport:
 class Fleet:
     """The processes of one dump. What they did is in the cache; they tell only how they ended, and what to say once."""
 
-    def __init__(self, options: DumpOptions, count: int, progress: Progress) -> None:
-        self._options, self._count, self._progress = options, count, progress
-        self._context = multiprocessing.get_context("spawn")
+    def __init__(self, options: DumpOptions, progress: Progress, context: BaseContext) -> None:
+        self._options, self._progress, self._context = options, progress, context
+        self._count = count = options.workers or 1
         self._root = options.outputs[0].root
         self._watcher = Watcher([output.root for output in options.outputs], options.lease_seconds, progress)
         self._processes: dict[int, Any] = {}
@@ -97,10 +103,14 @@ class Fleet:
 
     def _start(self, slot: int) -> None:
         mine, theirs = self._context.Pipe(duplex=False)
-        process: Any = self._context.Process(
-            target=_main, args=(self._options, slot, self._count, theirs), name=f"worker {slot}", daemon=True
+        arguments = (self._options, slot, self._count, theirs)
+        process: Any = self._context.Process(  # type: ignore[attr-defined]
+            target=_main, args=arguments, name=f"worker {slot}", daemon=True
         )
+        # A new process inherits what is blocked: Ctrl-C must not meet it while it imports.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         process.start()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
         self._processes[slot], self._pipes[slot] = process, mine
 

@@ -34,10 +34,9 @@ def make_place(folder: Path) -> Path:
 def options(place: Path, root: Path, *more: tuple[str, Path], **changes: Any) -> DumpOptions:
     """Units of 6 blocks of 16 tokens: about ten of them."""
     settings: dict[str, Any] = {"block_length": LENGTH, "batch_tokens": 3 * LENGTH, "unit_tokens": 6 * LENGTH}
+    settings |= {"device": "cpu", "seed": 3, **changes}
     outputs = tuple(Output(Selection.parse(spec), folder) for spec, folder in (("sample:7", root), *more))
-    return DumpOptions(
-        str(place / "teacher"), (str(place / "corpus.txt"),), outputs, device="cpu", seed=3, **{**settings, **changes}
-    )
+    return DumpOptions(str(place / "teacher"), (str(place / "corpus.txt"),), outputs, **settings)
 
 
 def dump(given: DumpOptions, log: Path | None = None) -> None:
