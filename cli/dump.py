@@ -11,6 +11,7 @@ from rich.table import Table
 from .console import counted, debug_option, json_option, out, print_json
 from .options import cache_options, teacher_options
 from .progress import DumpView
+from .watch import Watchable
 
 EXAMPLE = """
 \b
@@ -21,11 +22,19 @@ Selections: top-k:K (K most probable ids), top-p:P:K (mass P, at most K ids), sa
 sample:N:T (N draws from p^T, weighted to be unbiased), varopt:K (K ids: exact head, least-variance tail).
 Run the same line again to resume after an interruption.
 
+\b
+Several workers share one dump through the cache's folder; the result is the same:
+  logitcache dump ... --workers 8                                 processes of this machine, a GPU each
+  torchrun --nproc-per-node 8 -m logitcache.cli.main dump ... --engine torchrun
+  srun logitcache dump ... --engine torchrun                      or a SLURM array: docs/dumping.md
+  logitcache dump ... --engine ray                                workers on a Ray cluster
+  logitcache dump --watch cache                                   all of them in one view
+
 Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 """
 
 
-@click.command(epilog=EXAMPLE)
+@click.command(cls=Watchable, epilog=EXAMPLE)
 @teacher_options
 @click.option("--out", "root", required=True, type=click.Path(path_type=Path), metavar="CACHE", help="Cache folder.")
 @click.option("--select", required=True, metavar="SPEC", help="What to keep, for example sample:50 or varopt:12.")
@@ -61,6 +70,23 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
     "--eos", default="auto", show_default=True, type=click.Choice(["auto", "none", "document"]), help="Where EOS goes."
 )
 @cache_options
+@click.option(
+    "--engine",
+    default="local",
+    show_default=True,
+    type=click.Choice(["local", "torchrun", "ray"]),
+    help="Who starts the workers: this command, torchrun or srun, or Ray.",
+)
+@click.option("--workers", type=int, help="Processes with a teacher each; local: 1, ray: one for each GPU.")
+@click.option(
+    "--lease-seconds", default=60.0, show_default=True, help="A worker silent for so long loses its unit to another."
+)
+@click.option(
+    "--watch",
+    expose_value=False,
+    metavar="CACHE",
+    help="Show the workers of a dump that runs; Ctrl-C ends the view only.",
+)
 @click.option("--trust-remote-code", is_flag=True, help="Let the teacher's folder run Python code of its own.")
 @json_option
 @debug_option
@@ -77,6 +103,8 @@ def dump(
     outputs = tuple(Output(selection, folder) for selection, folder in selections)
     with DumpView() as view:
         report = run_dump(DumpOptions(corpus=corpus, outputs=outputs, **rest), view)
+    if not report.speaks:
+        return
     facts = [
         {
             "cache": str(output.root),

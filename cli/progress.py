@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Any, Self
 
+from rich.console import RenderableType
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TaskProgressColumn, TextColumn
+from rich.table import Table
 from rich.text import Text
 
-from .console import err
+from logitcache.progress import Snapshot
+
+from .console import counted, err
 
 LINE_SECONDS = 10.0
 
@@ -20,12 +25,23 @@ class _TimeLeft(ProgressColumn):
         return Text("" if left is None else f"{duration(left)} left", style="cyan")
 
 
+class _Bars(Progress):
+    """A bar, and what stands below it."""
+
+    below: RenderableType | None = None
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        if self.below is not None:
+            yield self.below
+
+
 class View:
     """One running job: stages, then a bar. Use as a context manager."""
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._live: Progress | None = None
+        self._live: _Bars | None = None
         self._task: Any = None
         self._last_line = 0.0
         self._said_end = False
@@ -33,7 +49,7 @@ class View:
 
     def __enter__(self) -> Self:
         if err.is_terminal:
-            self._live = Progress(
+            self._live = _Bars(
                 SpinnerColumn(),
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=24),
@@ -59,6 +75,10 @@ class View:
         else:
             err.print(f"{self._name}: {what}", soft_wrap=True)
 
+    def note(self, what: str) -> None:
+        """A line that stays."""
+        err.print(f"{self._name}: {what}", soft_wrap=True)
+
     def bar(self, done: float, total: float, facts: str, seconds_left: float | None) -> None:
         """`done` of `total`, with a few words about speed or quality."""
         if self._live is not None:
@@ -82,6 +102,7 @@ class DumpView(View):
         super().__init__(name)
         self._resumed_bytes = 0
         self._committed = 0
+        self._done_before: int | None = None
 
     def stage(self, what: str) -> None:
         super().stage(what)
@@ -91,12 +112,46 @@ class DumpView(View):
     def advance(self, done: int, total: int, computed: int, num_bytes: int) -> None:
         """See `logitcache.dump.Progress`."""
         seconds = max(self.seconds_since_start(), 1e-9)
-        rate = computed / seconds
+        # What other workers finished counts, too.
+        if self._done_before is None:
+            self._done_before = done - computed
+        rate = (done - self._done_before) / seconds
         if num_bytes != self._resumed_bytes:
             self._resumed_bytes, self._committed = num_bytes, computed
         size = f", {num_bytes / self._committed:.1f} B/token" if self._committed else ""
         facts = f"{done:,} of {total:,} tokens, {rate:,.0f} tokens/s{size}"
         self.bar(done, total, facts, (total - done) / rate if rate else None)
+
+    def workers(self, seen: Snapshot) -> None:
+        """See `logitcache.progress.Progress`."""
+        busy = counted(sum(state.stage == "computing" for state in seen.workers), "worker")
+        if self._live is not None:
+            self._live.below = workers_table(seen)
+        if seen.total_tokens is None:
+            return
+        units = f"{seen.committed_units:,} of {seen.total_units:,} units"
+        facts = f"{seen.done_tokens:,} of {seen.total_tokens:,} tokens, {units}, {seen.tokens_per_second:,.0f} tokens/s"
+        self.bar(seen.done_tokens, seen.total_tokens, f"{facts}, {busy} computing", seen.seconds_left)
+
+
+def workers_table(seen: Snapshot) -> Table:
+    """One line for each worker of a dump."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("worker", "host", "pid", "doing", "unit", "tokens", "tokens/s", "heartbeat"):
+        table.add_column(column, justify="left" if column in ("worker", "host", "doing") else "right")
+    for state in seen.workers:
+        table.add_row(
+            state.worker,
+            state.host,
+            str(state.pid),
+            state.stage,
+            "" if state.unit is None else f"{state.unit:,}",
+            f"{state.computed_tokens:,}",
+            "" if state.tokens_per_second is None else f"{state.tokens_per_second:,.0f}",
+            f"{state.heartbeat_age:,.0f} s ago",
+            style="dim" if state.stage == "gone" else "",
+        )
+    return table
 
 
 class StageView(DumpView):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 from logitcache.codec import LayoutName
 from logitcache.corpus import PackingPolicy
@@ -29,6 +30,7 @@ SETTLED_BY = {
     "teacher.revision": "--teacher",
     "tokenizer": "--teacher",
 }
+Engine = Literal["local", "torchrun", "ray"]
 FOLLOWS = ("codec", "corpus", "geometry", "teacher.sha256", "vocab_size")
 
 
@@ -61,6 +63,9 @@ class DumpOptions:
         container: kind of file the shards are, "zarr" or "arrow".
         trust_remote_code: let a teacher run Python code of its own.
         codec: "small" stores the fewest bytes, "fast" is decoded several times as fast.
+        engine: who starts the workers; see `logitcache.engines`.
+        workers: processes with a teacher each; None for one, or with Ray one for each GPU.
+        lease_seconds: a worker that shows no life for so long loses its unit to another.
     """
 
     teacher: str
@@ -80,6 +85,9 @@ class DumpOptions:
     container: ContainerKind = "zarr"
     trust_remote_code: bool = False
     codec: LayoutName = "small"
+    engine: Engine = "local"
+    workers: int | None = None
+    lease_seconds: float = 60.0
 
     def __post_init__(self) -> None:
         # Raises for a block length that makes no sense, before anything is loaded.
@@ -87,10 +95,14 @@ class DumpOptions:
         roots = [output.root.resolve() for output in self.outputs]
         if not roots or len(set(roots)) != len(roots):
             raise UsageError("every cache needs a folder of its own; give each selection another --out")
-        for name in ("max_tokens", "batch_tokens", "unit_tokens"):
+        for name in ("max_tokens", "batch_tokens", "unit_tokens", "workers"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name.replace('_', '-')} is {value}; it must be at least 1")
+        if self.engine not in get_args(Engine):
+            raise UsageError(f"the engine must be one of {', '.join(get_args(Engine))}, not {self.engine!r}")
+        if self.lease_seconds < 1:
+            raise UsageError(f"lease-seconds is {self.lease_seconds:g}; it must be at least 1")
         if not 0 <= self.seed < 1 << 62:
             raise UsageError(f"seed is {self.seed}; it must lie between 0 and 2^62 - 1")
 

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class LogitcacheError(Exception):
     """Base of every error a user can cause or meet; the command line prints it without a traceback."""
 
     exit_code = 1
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Some take more than a message; a worker's error must reach the process that started it all the same.
+        return _restored, (type(self), self.args, self.__dict__)
+
+
+def _restored(kind: type[LogitcacheError], arguments: tuple[Any, ...], fields: dict[str, Any]) -> LogitcacheError:
+    error = kind.__new__(kind, *arguments)
+    error.__dict__.update(fields)
+    return error
 
 
 class UsageError(LogitcacheError, ValueError):

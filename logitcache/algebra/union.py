@@ -12,10 +12,10 @@ from logitcache.algebra.rewrite import Result
 from logitcache.progress import Progress
 from logitcache.store import Cache, CacheWriter, Layout, Manifest
 from logitcache.store.access import check_shard_file
+from logitcache.store.commits import read_commits
 from logitcache.store.files import failpoint, fsync_folder, publish, sha256_of_file, write_temporary
 from logitcache.store.layout import writing
 from logitcache.store.schema import Commit
-from logitcache.store.writer import read_commits
 
 Found = tuple[Cache, Commit]
 

@@ -17,11 +17,12 @@ from logitcache.errors import CacheError, DamagedCacheError, FormatVersionError,
 from logitcache.selection import Selection
 from logitcache.store.access import CacheFiles, LocalFiles
 from logitcache.store.blocks import Blocks, ChunkRef, cut, join, to_blocks
+from logitcache.store.commits import assemble_manifest
 from logitcache.store.container import Container, Plane
 from logitcache.store.layout import Layout
 from logitcache.store.location import S3Location, parse_location
 from logitcache.store.schema import Manifest, Plan, Shard, load_document, most_integers
-from logitcache.store.writer import assemble_manifest, check_attributes, parse_codebook, read_codebook
+from logitcache.store.writer import check_attributes, parse_codebook, read_codebook
 from logitcache.targets import SparseTargets
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 from logitcache.errors import DamagedCacheError, UsageError
 from logitcache.store.blocks import ChunkRef
 from logitcache.store.cache import Cache, open_cache
+from logitcache.store.commits import read_commits
 from logitcache.store.differences import Wording
 from logitcache.store.layout import ContainerKind, Layout, refuse_sources
 from logitcache.store.location import local_root
 from logitcache.store.schema import Ancestor, Manifest, Plan
-from logitcache.store.writer import CacheWriter, read_commits
+from logitcache.store.writer import CacheWriter
 
 
 def convert(

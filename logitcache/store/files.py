@@ -19,9 +19,14 @@ FAILPOINT_VARIABLE = "LOGITCACHE_FAILPOINT"
 
 
 def failpoint(name: str) -> None:
-    """Kill this process, or raise OSError, when `LOGITCACHE_FAILPOINT` is `name:kill` or `name:error`."""
+    """Kill, stop or fail (OSError) here when `LOGITCACHE_FAILPOINT` is `name:kill`, `name:stop` or `name:error`."""
     wanted, _, action = os.environ.get(FAILPOINT_VARIABLE, "").rpartition(":")
     if wanted != name:
+        return
+    if action == "stop":
+        # Once: who continues it goes on.
+        os.environ[FAILPOINT_VARIABLE] = ""
+        os.kill(os.getpid(), signal.SIGSTOP)
         return
     if action == "kill":
         sys.stderr.flush()

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from logitcache.errors import CacheError
 from logitcache.store.cache import open_cache
+from logitcache.store.commits import read_commits
 from logitcache.store.files import fsync_folder
 from logitcache.store.layout import Layout, writing
 from logitcache.store.location import local_root
 from logitcache.store.lock import held_alone
 from logitcache.store.schema import Plan
-from logitcache.store.writer import read_commits
 
 SHARD_NAME = re.compile(r"[0-9]{6,9}-[0-9a-f]{12}\.(zarr\.zip|arrow)", re.ASCII)
 

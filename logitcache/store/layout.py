@@ -52,8 +52,13 @@ class Layout:
 
     @property
     def work(self) -> Path:
-        """Scratch of a running dump (token file); removed when the cache is complete."""
+        """Scratch of a running dump (token file, leases); removed when the cache is complete."""
         return self.root / "work"
+
+    @property
+    def leases(self) -> Path:
+        """What the workers of a running dump claim; see `logitcache.engines.leases`."""
+        return self.work / "leases"
 
     def shard(self, unit: int, sha256: str) -> Path:
         """A unit's file. The name carries the content, so that a slower worker can never replace what is committed."""

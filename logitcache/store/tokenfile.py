@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from logitcache.store.files import (
     digest,
     read_checked_json,
     replace,
-    sha256_of_file,
     write_temporary_bytes,
 )
 from logitcache.store.layout import writing
+
+_HASHED_TOKENS = 1 << 20
 
 
 class TokenFile:
@@ -46,24 +48,48 @@ class TokenFile:
 
     def record(self, key: dict[str, Any], facts: dict[str, Any]) -> None:
         """Note that the file is whole, what it was made from and what is known of it."""
-        data = checked_json({"key": digest(key), "facts": facts, "file_sha256": sha256_of_file(self.path)})
+        tokens = self._map()
+        data = checked_json({"key": digest(key), "facts": facts, "file_sha256": _sha256(tokens)})
         with writing(self.folder):
             replace(write_temporary_bytes(self.folder, "tokens.json", data), self._record_path)
+        self._mapped = tokens
 
     def find(self, key: dict[str, Any]) -> dict[str, Any] | None:
-        """The facts of a whole file made from `key`, or None."""
+        """The facts of a whole file made from `key`, or None.
+
+        What is found stays mapped: another run that replaces or removes the file takes nothing from this one.
+        """
         if not (self._record_path.exists() and self.path.exists()):
             return None
         try:
             stored = read_checked_json(self._record_path)
-        except CacheError:
+            if stored["key"] != digest(key):
+                return None
+            tokens = self._map()
+        except (CacheError, OSError, ValueError):
             return None
-        if stored["key"] != digest(key) or stored["file_sha256"] != sha256_of_file(self.path):
+        if stored["file_sha256"] != _sha256(tokens):
             return None
+        self._mapped = tokens
         return dict(stored["facts"])
+
+    @property
+    def found(self) -> bool:
+        """Whether `find` or `record` saw a whole file, which `read` then reads."""
+        return self._mapped is not None
 
     def read(self, start: int, stop: int) -> NDArray[np.int64]:
         """Tokens [start, stop) as int64."""
         if self._mapped is None:
-            self._mapped = np.memmap(self.path, dtype="<i4", mode="r")
+            self._mapped = self._map()
         return np.asarray(self._mapped[start:stop], dtype=np.int64)
+
+    def _map(self) -> NDArray[np.int32]:
+        return np.memmap(self.path, dtype="<i4", mode="r")
+
+
+def _sha256(tokens: NDArray[np.int32]) -> str:
+    hashed = hashlib.sha256()
+    for start in range(0, tokens.size, _HASHED_TOKENS):
+        hashed.update(tokens[start : start + _HASHED_TOKENS].tobytes())
+    return hashed.hexdigest()

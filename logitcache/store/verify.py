@@ -9,13 +9,13 @@ from pathlib import Path
 
 from logitcache.errors import CacheError, DamagedCacheError
 from logitcache.store.cache import Cache, open_cache
+from logitcache.store.commits import read_commits
 from logitcache.store.container import open_container
 from logitcache.store.documents import read_commit, read_plan
 from logitcache.store.layout import Layout
 from logitcache.store.location import S3Location, parse_location
 from logitcache.store.objects import Objects
 from logitcache.store.schema import Plan, Shard, load_document
-from logitcache.store.writer import read_commits
 
 
 @dataclass(frozen=True)

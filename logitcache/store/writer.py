@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import weakref
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from logitcache.codec import Codebook, CodedRows, Planes, RowCodec
 from logitcache.errors import CacheError, DamagedCacheError, FormatVersionError, PlanMismatchError, TargetsError
 from logitcache.selection import chunk_uniforms
+from logitcache.store.commits import assemble_manifest, committed_units, read_commits
 from logitcache.store.container import Container, Plane, open_container, write_container
 from logitcache.store.differences import Wording, diff_identities
 from logitcache.store.files import (
@@ -30,6 +30,7 @@ from logitcache.store.files import (
 )
 from logitcache.store.layout import Layout, refuse_inside_cache, unit_name, writing
 from logitcache.store.lock import hold_shared
+from logitcache.store.retract import take_back
 from logitcache.store.schema import (
     FORMAT_VERSION,
     Commit,
@@ -37,14 +38,12 @@ from logitcache.store.schema import (
     Manifest,
     Origin,
     Plan,
-    Shard,
     load_document,
     most_integers,
 )
 from logitcache.targets import SparseTargets
 
 MAX_CODEBOOK_INTEGERS = 1 << 26
-COMMIT_NAME = re.compile(r"[0-9]{6,9}\.json", re.ASCII)
 
 
 class CacheWriter:
@@ -98,22 +97,25 @@ class CacheWriter:
 
     def pending_units(self) -> list[int]:
         """Units without a commit record, ascending."""
-        return [unit for unit in range(self.geometry.num_units) if not self.layout.commit(unit).exists()]
+        committed = committed_units(self.layout)
+        return [unit for unit in range(self.geometry.num_units) if unit not in committed]
+
+    def is_committed(self, unit: int) -> bool:
+        """Whether a unit has its commit record."""
+        return self.layout.commit(unit).exists()
+
+    def missing_shards(self) -> list[int]:
+        """Units that are committed and whose shard files are gone."""
+        return [int(commit.unit) for commit in self.commits() if not os.path.lexists(self.layout.shards / commit.file)]
 
     def forget_missing_shards(self) -> list[int]:
         """Take back the commits of units whose shard files are gone, and the manifest that lists them.
 
         Returns the units, which are then pending again. Files that are there stay, damaged or not.
         """
-        lost = [int(commit.unit) for commit in self.commits() if not os.path.lexists(self.layout.shards / commit.file)]
+        lost = self.missing_shards()
         if lost:
-            with writing(self.layout.root):
-                # First the manifest: without it the cache is an unfinished one at every moment.
-                self.layout.manifest.unlink(missing_ok=True)
-                fsync_folder(self.layout.root)
-                for unit in lost:
-                    self.layout.commit(unit).unlink(missing_ok=True)
-                fsync_folder(self.layout.commits)
+            take_back(self.layout, lost)
         return lost
 
     def codebook(self) -> Codebook | None:
@@ -198,6 +200,21 @@ class CacheWriter:
             counters: what was met on the way.
             num_entries: stored entries of all rows; counted from `ids` by default.
         """
+        try:
+            return self._commit_unit(unit, chunks, counters, num_entries)
+        except CacheError:
+            # Another worker was first and finished the cache, temporary files removed: nothing is lost.
+            if self.is_committed(unit):
+                return 0
+            raise
+
+    def _commit_unit(
+        self,
+        unit: int,
+        chunks: Sequence[Mapping[str, Plane]],
+        counters: Mapping[str, int] | None,
+        num_entries: int | None,
+    ) -> int:
         first, stop = self.geometry.unit_range(unit)
         num_tokens = self.geometry.tokens_in(first, stop)
         name = unit_name(unit)
@@ -344,45 +361,3 @@ def check_attributes(container: Container, **expected: Any) -> None:
             "restore the right file",
             shard=container.path.name,
         )
-
-
-def read_commits(layout: Layout, plan: Plan) -> list[Commit]:
-    """Commit records in unit order. Raises DamagedCacheError when one does not belong to this plan."""
-    commits = []
-    geometry = plan.identity.geometry
-    # What is there is listed, because a plan may claim any number of units.
-    found = [path for path in layout.commits.glob("*.json") if COMMIT_NAME.fullmatch(path.name)]
-    for path in sorted(found, key=lambda path: int(path.stem)):
-        unit = int(path.stem)
-        commit = load_document(path, Commit)
-        first, stop = geometry.unit_range(unit)
-        expected = (plan.fingerprint, unit_name(unit), first, stop - first, geometry.tokens_in(first, stop))
-        if (commit.plan, commit.unit, commit.first_block, commit.num_blocks, commit.num_tokens) != expected:
-            raise DamagedCacheError(f"{path} belongs to another cache or unit; restore the right file")
-        commits.append(commit)
-    return commits
-
-
-def assemble_manifest(layout: Layout, plan: Plan) -> Manifest:
-    """The manifest of all units committed so far; `complete` says whether none is missing."""
-    commits = read_commits(layout, plan)
-    codebook_sha256 = sha256_of_file(layout.codebook) if layout.codebook.exists() else "0" * 64
-    strays = [commit.unit for commit in commits if commit.codebook_sha256 != codebook_sha256]
-    if strays:
-        raise DamagedCacheError(
-            f"{layout.codebook} is not the table that unit {strays[0]} was encoded with; restore it"
-        )
-    shards = [Shard.of(commit) for commit in commits]
-    counters: dict[str, int] = {}
-    for commit in commits:
-        for name, count in commit.counters.items():
-            counters[name] = counters.get(name, 0) + count
-    return Manifest(
-        fingerprint=Manifest.fingerprint_of(plan, codebook_sha256, shards),
-        complete=len(commits) == plan.identity.geometry.num_units,
-        identity=plan.identity,
-        origin=plan.origin,
-        codebook_sha256=codebook_sha256,
-        counters=counters,
-        shards=shards,
-    )

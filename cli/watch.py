@@ -1,0 +1,52 @@
+"""`logitcache dump --watch`: what the workers of a dump do, from another terminal or machine."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .console import debug_option, err, json_option, out, print_json
+from .progress import DumpView
+
+_SECONDS = 1.0
+
+
+@click.command()
+@click.option("--watch", "cache", required=True, type=click.Path(path_type=Path), metavar="CACHE")
+@json_option
+@debug_option
+def watch(cache: Path, as_json: bool) -> None:
+    """Show the workers of a dump until the cache is complete; with --json print one snapshot."""
+    from logitcache.engines.watch import snapshot
+
+    seen = snapshot([cache])
+    if as_json:
+        print_json(asdict(seen))
+        return
+    try:
+        with DumpView("watch") as view:
+            while not seen.complete:
+                view.workers(seen)
+                time.sleep(_SECONDS)
+                seen = snapshot([cache])
+    except KeyboardInterrupt:
+        err.print("Only the view ended; the dump goes on.")
+        return
+    out.print(f"{cache}: complete, {seen.done_tokens:,} tokens in {seen.committed_units:,} units")
+
+
+class Watchable(click.Command):
+    """A command that needs none of its options beside `--watch CACHE`."""
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        """The context of `watch` where that is asked for."""
+        watching = any(argument.partition("=")[0] == "--watch" for argument in args)
+        if watching and not set(args) & {"--help", "-h"}:
+            return watch.make_context(info_name, args, parent, **extra)
+        return super().make_context(info_name, args, parent, **extra)

@@ -1,0 +1,156 @@
+"""What one worker of a dump works with: teacher, corpus and open outputs, and the count of what is done."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from logitcache.codec import RowCodec
+from logitcache.corpus import CorpusFile
+from logitcache.dump_corpus import Corpus, Once, alone
+from logitcache.dump_options import DumpOptions, Output
+from logitcache.errors import PlanMismatchError
+from logitcache.progress import Progress
+from logitcache.selection import Selection
+from logitcache.store import CacheWriter, Geometry, Identity, Layout, Manifest, Origin, StoredSelection
+from logitcache.teachers import TransformersTeacher
+
+
+@dataclass
+class DumpReport:
+    """What a dump did.
+
+    Args:
+        tokens: tokens each cache holds.
+        computed_tokens: tokens this run put through the teacher; 0 when there was nothing left to do.
+        seconds: wall time of the capture loop, loading and tokenising not counted.
+        manifests: of the outputs, in their order.
+        speaks: whether this process is the one of several that tells the user.
+    """
+
+    tokens: int
+    computed_tokens: int
+    seconds: float
+    manifests: list[Manifest] = field(default_factory=list)
+    speaks: bool = True
+
+
+class Meter:
+    """Counts tokens and bytes and passes them on. What other workers finish is counted when a unit begins."""
+
+    def __init__(self, geometry: Geometry, progress: Progress) -> None:
+        self._geometry, self._progress = geometry, progress
+        self._elsewhere = self.in_unit = 0
+        self.computed = self._bytes = 0
+
+    def begin(self, pending: Sequence[int]) -> None:
+        """A unit begins, or nothing is left; `pending` are the units that some output lacks."""
+        lacking = sum(self._geometry.tokens_in(*self._geometry.unit_range(unit)) for unit in pending)
+        self._elsewhere, self.in_unit = self._geometry.num_tokens - lacking, 0
+
+    def computed_rows(self, rows: int) -> None:
+        """So many tokens went through the teacher."""
+        self.computed += rows
+        self.in_unit += rows
+        self._tell()
+
+    def committed(self, num_bytes: int) -> None:
+        """So many bytes were committed."""
+        self._bytes += num_bytes
+        self._tell()
+
+    def _tell(self) -> None:
+        total = self._geometry.num_tokens
+        self._progress.advance(min(self._elsewhere + self.in_unit, total), total, self.computed, self._bytes)
+
+
+@dataclass
+class Job:
+    """What a worker needs for every unit.
+
+    Args:
+        options: of the dump.
+        teacher: loaded.
+        corpus: its token blocks.
+        writers: of the outputs, in their order.
+        progress: told of what is done, through `meter`.
+    """
+
+    options: DumpOptions
+    teacher: TransformersTeacher
+    corpus: Corpus
+    writers: list[CacheWriter]
+    progress: Progress
+
+    def __post_init__(self) -> None:
+        self.meter = Meter(self.geometry, self.progress)
+        # Halved where the teacher runs out of memory.
+        self.batch_blocks = max(1, self.options.batch_tokens // self.options.block_length)
+        self.said_halved = False
+
+    @classmethod
+    def prepare(
+        cls,
+        options: DumpOptions,
+        files: Sequence[CorpusFile],
+        teacher: TransformersTeacher,
+        progress: Progress,
+        once: Once = alone,
+    ) -> Job:
+        """Tokenise the corpus, unless that was done, and open the outputs.
+
+        Raises:
+            CorpusError: the corpus is not usable.
+            PlanMismatchError: an output folder holds a cache begun with other arguments.
+            CacheError: an output cannot be written.
+        """
+        corpus = Corpus.prepare(options, files, teacher.tokenizer, once)
+        source = Path(options.teacher)
+        origin = Origin(teacher=str(source.resolve() if source.is_dir() else source), gguf_file=options.gguf_file)
+        planned = [(output.root, _identity(options, output, teacher, corpus)) for output in options.outputs]
+        try:
+            # First those that exist: a mismatch must be found before a new folder is begun.
+            for root, identity in planned:
+                if Layout(root).plan.exists():
+                    CacheWriter.open(root, identity, origin, options.wording)
+            writers = [CacheWriter.open(root, identity, origin, options.wording) for root, identity in planned]
+        except PlanMismatchError:
+            corpus.discard_new()
+            raise
+        return cls(options, teacher, corpus, writers, progress)
+
+    @property
+    def geometry(self) -> Geometry:
+        """Tokens, blocks and units, which all outputs share."""
+        return self.writers[0].geometry
+
+    def lacking(self, unit: int) -> list[tuple[CacheWriter, Selection]]:
+        """The outputs that `unit` is not committed to."""
+        outputs = zip(self.writers, self.options.outputs, strict=True)
+        return [(writer, output.selection) for writer, output in outputs if not writer.is_committed(unit)]
+
+    def pending(self) -> list[int]:
+        """Units that at least one output lacks, ascending."""
+        return sorted(set().union(*(writer.pending_units() for writer in self.writers)))
+
+    def finish(self, seconds: float) -> DumpReport:
+        """Write the manifests, unless another worker did. Raises CacheError when a unit is missing."""
+        manifests = [writer.finalize() for writer in self.writers]
+        return DumpReport(self.geometry.num_tokens, self.meter.computed, seconds, manifests)
+
+
+def _identity(options: DumpOptions, output: Output, teacher: TransformersTeacher, corpus: Corpus) -> Identity:
+    selection = output.selection
+    codec = RowCodec.for_selection(selection.method, selection.size, selection.exponent, options.codec)
+    return Identity(
+        teacher=teacher.identity(),
+        tokenizer=corpus.tokenizer,
+        vocab_size=teacher.vocab_size,
+        corpus=corpus.record,
+        selection=StoredSelection(**selection.to_dict()),
+        seed=options.seed,
+        codec=codec.to_dict(),
+        geometry=Geometry.planned(corpus.num_tokens, options.block_length, selection.size, options.unit_tokens),
+        container=options.container,
+    )

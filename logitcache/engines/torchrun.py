@@ -1,0 +1,85 @@
+"""`--engine torchrun`: this process is one worker of several that torchrun, srun or a SLURM array started.
+
+No collectives and no rendezvous: ranks may die, join late or run one after the other. Those that share the cache's
+folder share the work.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from logitcache.dump_job import DumpReport
+from logitcache.dump_options import DumpOptions
+from logitcache.engines.devices import take_device
+from logitcache.engines.watch import Watcher
+from logitcache.engines.worker import run_worker
+from logitcache.errors import UsageError
+from logitcache.progress import Progress, Snapshot
+
+_VIEW_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Which worker this process is: `rank` of `size`, the `place`-th on its machine."""
+
+    rank: int
+    size: int
+    place: int
+
+    @classmethod
+    def of_environment(cls, variables: Mapping[str, str]) -> Rank:
+        """What torchrun or SLURM say. Raises UsageError where neither started this process."""
+        names = (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))
+        for rank, size, place in names:
+            if rank in variables and size in variables:
+                try:
+                    return cls(int(variables[rank]), int(variables[size]), int(variables.get(place, "0")))
+                except ValueError as error:
+                    raise UsageError(f"{rank}, {size} and {place} in the environment must be numbers") from error
+        raise UsageError(
+            "the engine torchrun finds neither RANK and WORLD_SIZE nor SLURM_PROCID and SLURM_NTASKS; "
+            "start the command with torchrun or srun, or use --engine local --workers N"
+        )
+
+
+def run_torchrun(options: DumpOptions, progress: Progress) -> DumpReport:
+    """Be one worker of a dump until every unit is committed, by whomever; the first rank speaks for all.
+
+    Raises:
+        UsageError: neither torchrun nor SLURM started this process.
+        Others: as `run_dump`.
+    """
+    if options.workers is not None:
+        raise UsageError("the engine torchrun has as many workers as torchrun or srun started; leave --workers out")
+    me = Rank.of_environment(os.environ)
+    array = os.environ.get("SLURM_ARRAY_TASK_ID")
+    take_device(options.device, me.place)
+    roots = [output.root for output in options.outputs]
+    watcher = Watcher(roots, options.lease_seconds, progress) if me.rank == 0 else None
+    report = run_worker(options, _View(progress, watcher), label=f"{array}/{me.rank}" if array else str(me.rank))
+    return replace(report, speaks=me.rank == 0)
+
+
+class _View:
+    """What one rank has to show: the first what all workers do, the others only what is worth a line."""
+
+    def __init__(self, progress: Progress, watcher: Watcher | None) -> None:
+        self._progress, self._watcher = progress, watcher
+        self._last = 0.0
+        self.note = progress.note
+
+    def stage(self, what: str) -> None:
+        if self._watcher is not None:
+            self._progress.stage(what)
+
+    def advance(self, done: int, total: int, computed: int, num_bytes: int) -> None:
+        if self._watcher is not None and time.monotonic() - self._last > _VIEW_SECONDS:
+            self._last = time.monotonic()
+            self._watcher.show()
+
+    def workers(self, seen: Snapshot) -> None:
+        self._progress.workers(seen)

@@ -1,0 +1,136 @@
+"""All workers of a dump in one view, from what lies in the cache's folder. Torch-free; leaves no trace."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from logitcache.engines.leases import TERM_SECONDS, WORKER_PREFIX, LeaseFile, read_leases
+from logitcache.errors import CacheError
+from logitcache.progress import Progress, Snapshot, WorkerState
+from logitcache.store import Geometry, Layout, Plan, load_document
+from logitcache.store.commits import committed_units
+
+
+def snapshot(roots: Sequence[Path], term: float = TERM_SECONDS) -> Snapshot:
+    """What the workers of a dump do now.
+
+    Args:
+        roots: the dump's outputs, the first one first: there the workers see each other.
+        term: seconds without a heartbeat after which a worker counts as gone.
+
+    Raises:
+        CacheError: there is no dump, or its plan cannot be read.
+    """
+    layouts = [Layout(root) for root in roots]
+    first = layouts[0]
+    complete = all(layout.manifest.exists() for layout in layouts)
+    if not (first.plan.exists() or first.leases.is_dir()):
+        raise CacheError(f"{first.root} holds no cache and no dump writes one there; check the spelling")
+    now = _clock(first.leases)
+    seen = read_leases(first.leases)
+    workers = sorted(
+        (_state(lease, now, term) for lease in seen if lease.name.startswith(WORKER_PREFIX)),
+        key=lambda state: (len(state.worker), state.worker, state.host, state.pid),
+    )
+    speed = sum((state.tokens_per_second or 0.0 for state in workers if state.stage == "computing"), 0.0)
+    geometry, done = _geometry(first), set[int]()
+    if geometry is not None:
+        done = set.intersection(*(committed_units(layout) for layout in layouts))
+    under_way = sum(_in_unit(lease, done) for lease in seen if not lease.expired(now, term))
+    total = geometry.num_tokens if geometry else None
+    finished = min(_tokens(geometry, done) + under_way, total or 0)
+    return Snapshot(
+        cache=str(first.root),
+        complete=complete,
+        done_tokens=finished,
+        total_tokens=total,
+        committed_units=len(done),
+        total_units=geometry.num_units if geometry else None,
+        tokens_per_second=speed,
+        seconds_left=(total - finished) / speed if total is not None and speed else None,
+        workers=workers,
+    )
+
+
+class Watcher:
+    """Shows the workers of a dump that may not have begun yet.
+
+    Args:
+        roots, term: as of `snapshot`.
+        progress: what is told.
+    """
+
+    def __init__(self, roots: Sequence[Path], term: float, progress: Progress) -> None:
+        self._roots, self._term, self._progress = list(roots), term, progress
+
+    def look(self) -> Snapshot | None:
+        """The workers, or None before there is anything to see."""
+        layout = Layout(self._roots[0])
+        begun = layout.plan.exists() or layout.leases.is_dir()
+        return snapshot(self._roots, self._term) if begun else None
+
+    def show(self) -> None:
+        """Tell what they do."""
+        if (seen := self.look()) is not None:
+            self._progress.workers(seen)
+
+    def done_tokens(self) -> int:
+        """Tokens that are committed or under way."""
+        seen = self.look()
+        return seen.done_tokens if seen else 0
+
+    def committed_units(self) -> int:
+        """Units that every output has."""
+        seen = self.look()
+        return seen.committed_units if seen else 0
+
+
+def _geometry(layout: Layout) -> Geometry | None:
+    return load_document(layout.plan, Plan).identity.geometry if layout.plan.exists() else None
+
+
+def _tokens(geometry: Geometry | None, units: set[int]) -> int:
+    return sum(geometry.tokens_in(*geometry.unit_range(unit)) for unit in units) if geometry else 0
+
+
+def _state(lease: LeaseFile, now: float, term: float) -> WorkerState:
+    said = lease.owner
+    computed, seconds = _number(said.get("computed")), _number(said.get("seconds"))
+    unit = said.get("unit")
+    return WorkerState(
+        worker=str(said.get("label") or "-"),
+        host=str(said.get("host", "")),
+        pid=int(_number(said.get("pid"))),
+        stage="gone" if lease.expired(now, term) else str(said.get("stage", "starting")),
+        unit=unit if isinstance(unit, int) else None,
+        computed_tokens=int(computed),
+        tokens_per_second=computed / seconds if computed and seconds else None,
+        heartbeat_age=max(0.0, now - lease.touched),
+    )
+
+
+def _in_unit(lease: LeaseFile, done: set[int]) -> int:
+    """Tokens that a worker computed of a unit that is not committed yet."""
+    unit = lease.owner.get("unit")
+    return 0 if unit is None or unit in done else int(_number(lease.owner.get("in_unit")))
+
+
+def _number(value: object) -> float:
+    return value if isinstance(value, int | float) else 0.0
+
+
+def _clock(folder: Path) -> float:
+    """The time on the clock that the folder's file system stamps files with; this machine's where nothing runs."""
+    try:
+        handle, name = tempfile.mkstemp(dir=folder, suffix=".tmp")
+    except OSError:
+        return time.time()
+    try:
+        return os.fstat(handle).st_mtime
+    finally:
+        os.close(handle)
+        Path(name).unlink(missing_ok=True)

@@ -1,0 +1,123 @@
+"""The loop of one worker, the same under every engine: claim a unit, process it, until no output lacks one.
+
+Any process that runs the same dump on the same folder joins: there is no rank that must live, and none that counts.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from logitcache.corpus import expand_paths
+from logitcache.dump_job import DumpReport, Job
+from logitcache.dump_options import DumpOptions
+from logitcache.dump_unit import PILOT_UNIT, process_unit
+from logitcache.engines.leases import Leases
+from logitcache.errors import DamagedCacheError
+from logitcache.progress import Progress
+from logitcache.store import Layout, check_folder
+from logitcache.store.layout import unit_name
+from logitcache.teachers import TransformersTeacher
+
+UNIT_PREFIX = "unit-"
+
+
+def run_worker(
+    options: DumpOptions, progress: Progress, teacher: TransformersTeacher | None = None, label: str = ""
+) -> DumpReport:
+    """Work on a dump until every unit is committed, whoever did it.
+
+    `teacher` is one loaded already from `options.teacher`; `label` is what people call this worker.
+
+    Raises: as `run_dump`.
+    """
+    for output in options.outputs:
+        check_folder(Layout(output.root))
+    files = expand_paths(options.corpus)
+    if teacher is None:
+        progress.stage("loading the teacher")
+        teacher = TransformersTeacher.load(
+            options.teacher, options.gguf_file, options.dtype, options.device, options.trust_remote_code
+        )
+    for output in options.outputs:
+        output.selection.check_vocabulary(teacher.vocab_size)
+    teacher.check_block_length(options.block_length)
+    with Leases(Layout(options.outputs[0].root).leases, label, options.lease_seconds) as leases:
+        while True:
+            progress.stage("tokenising the corpus")
+            leases.status = lambda: {"stage": "tokenising"}
+            job = Job.prepare(options, files, teacher, progress, lambda find, make: leases.once("tokens", find, make))
+            _take_back_missing(job, leases)
+            if job.corpus.has_tokens or not job.pending():
+                return _Worker(job, leases).run()
+            # What a finished cache needed no tokens for is to be computed again.
+            progress.stage("shards are missing: computing them again")
+
+
+def _take_back_missing(job: Job, leases: Leases) -> None:
+    """Make units pending again whose shard files are gone; one worker at a time, so that no new commit is lost."""
+    if any(writer.missing_shards() for writer in job.writers):
+        leases.once("shards", lambda: None, lambda: [writer.forget_missing_shards() for writer in job.writers])
+
+
+class _Worker:
+    """One worker in the loop."""
+
+    def __init__(self, job: Job, leases: Leases) -> None:
+        self._job, self._leases = job, leases
+        self._stage, self._unit = "waiting", -1
+        self._began, self._waited = time.perf_counter(), 0.0
+        leases.status = self._status
+
+    def run(self) -> DumpReport:
+        job = self._job
+        pending = job.pending()
+        job.progress.stage("running the teacher" if pending else "nothing left to compute")
+        self._began = time.perf_counter()
+        while pending:
+            job.meter.begin(pending)
+            self._work_on(pending)
+            pending = job.pending()
+        return job.finish(time.perf_counter() - self._began)
+
+    def _work_on(self, pending: list[int]) -> None:
+        """Process the first unit that nobody holds, or wait for those who hold the rest."""
+        claimed = self._leases.claim(lease_of(unit) for unit in pending)
+        if claimed is None:
+            self._wait()
+            return
+        before = self._unit
+        with claimed:
+            self._unit = int(claimed.name.removeprefix(UNIT_PREFIX))
+            self._stage = "computing"
+            process_unit(self._job, self._unit, self._await_tables)
+        self._unit = before
+
+    def _wait(self) -> None:
+        began, self._stage = time.perf_counter(), "waiting"
+        self._leases.pause()
+        self._waited += time.perf_counter() - began
+        self._stage = "computing" if self._unit >= 0 else "waiting"
+
+    def _await_tables(self) -> None:
+        """Return when every output has its tables; whose maker died has them made here."""
+        while any(writer.codebook() is None for writer in self._job.writers):
+            for writer in self._job.writers:
+                if writer.is_committed(PILOT_UNIT) and writer.codebook() is None:
+                    raise DamagedCacheError(
+                        f"{writer.layout.codebook} is missing; restore it, or run logitcache repair and then the same "
+                        "dump again"
+                    )
+            self._work_on([PILOT_UNIT])
+
+    def _status(self) -> dict[str, Any]:
+        """What those who watch are told; asked by another thread."""
+        meter = self._job.meter
+        working = {"unit": self._unit, "in_unit": meter.in_unit} if self._unit >= 0 else {}
+        seconds = time.perf_counter() - self._began - self._waited
+        return {"stage": self._stage, **working, "computed": meter.computed, "seconds": seconds}
+
+
+def lease_of(unit: int) -> str:
+    """The name of a unit's lease."""
+    return f"{UNIT_PREFIX}{unit_name(unit)}"
