@@ -190,8 +190,8 @@ class MixedCaches:
                 mine, theirs = getattr(first, what), getattr(other, what)
                 if mine != theirs:
                     raise TrainingError(
-                        f"{first.location} and {other.location} cannot be mixed: {what} is {mine} and {theirs}; dump both with "
-                        "one tokenizer, block length and kind of selection"
+                        f"{first.location} and {other.location} cannot be mixed: {what} is {mine} and {theirs}; dump "
+                        "both with one tokenizer, block length and kind of selection"
                     )
 
 

@@ -128,7 +128,8 @@ class RunData:
         held = 0 if self._held_out or options.held_out == 0 else max(1, round(total * options.held_out))
         if held >= total:
             raise TrainingError(
-                f"{source.location} has only {total} blocks, too few to hold some out; use --held-out 0 or a larger cache"
+                f"{source.location} has only {total} blocks, too few to hold some out; use --held-out 0 or a larger "
+                "cache"
             )
         return 0, total - held
 
