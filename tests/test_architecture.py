@@ -18,6 +18,7 @@ RANKS = [
     {"reader", "algebra", "interchange"},
     {"training"},
     {"dump_options"},
+    {"dump_corpus"},
     {"dump", "distill"},
     {"demo", "bench"},
     {"cli"},
