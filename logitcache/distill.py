@@ -315,7 +315,8 @@ class _Run:
             stop = min(stop, first + max(1, self.options.eval_tokens // source.block_length))
             starts = range(first, stop, self.batch_blocks)
             batches = (
-                make_batch([source.read_blocks(start, min(stop, start + self.batch_blocks))]) for start in starts
+                make_batch([source.read_blocks(start, min(stop, start + self.batch_blocks))], source.keeps_ids)
+                for start in starts
             )
             metrics |= evaluate_blocks(model, batches, source.unbiased, device)
         if self.other_domain:

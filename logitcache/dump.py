@@ -80,7 +80,7 @@ def run_dump(
         output.selection.check_vocabulary(teacher.vocab_size)
     teacher.check_block_length(options.block_length)
     progress.stage("tokenising the corpus")
-    corpus = Corpus.prepare(options, files, teacher.tokenizer)
+    corpus = Corpus.prepare(options, files, teacher.tokenizer, teacher.vocab_size)
     source = Path(options.teacher)
     origin = Origin(teacher=str(source.resolve() if source.is_dir() else source), gguf_file=options.gguf_file)
     planned = [(output.root, _identity(options, output, teacher, corpus)) for output in options.outputs]
@@ -103,7 +103,7 @@ def run_dump(
 
 def _identity(options: DumpOptions, output: Output, teacher: TransformersTeacher, corpus: Corpus) -> Identity:
     selection = output.selection
-    codec = RowCodec.for_selection(selection.method, selection.size, selection.exponent, options.codec)
+    codec = RowCodec.for_selection(selection.method, selection.size, selection.exponent, options.codec, corpus.masked)
     return Identity(
         teacher=teacher.identity(),
         tokenizer=corpus.tokenizer,
@@ -158,24 +158,31 @@ def _capture_unit(
     step = max(writer.geometry.chunk_blocks for writer, _ in wanting)
     for begin in range(first, stop, step):
         end = min(begin + step, stop)
-        tokens = corpus.read(begin, end)
-        rows = _capture_blocks(options, teacher, tokens, begin, geometry, selections, meter)
-        real = tokens.reshape(-1)[: geometry.tokens_in(begin, end)]
+        tokens, counted = corpus.read(begin, end), corpus.read_counted(begin, end)
+        rows = _capture_blocks(options, teacher, tokens, counted, begin, geometry, selections, meter)
+        count = geometry.tokens_in(begin, end)
+        real, mask = tokens.reshape(-1)[:count], None if counted is None else counted.reshape(-1)[:count]
         for (writer, _), targets, planes in zip(wanting, rows, chunks, strict=True):
-            planes += _encode(writer, begin, end, real, targets)
+            planes += _encode(writer, begin, end, real, targets, mask)
     for (writer, _), planes in zip(wanting, chunks, strict=True):
         meter.committed(writer.commit_unit(unit, planes))
 
 
 def _encode(
-    writer: CacheWriter, first: int, stop: int, tokens: NDArray[np.int64], targets: SparseTargets
+    writer: CacheWriter,
+    first: int,
+    stop: int,
+    tokens: NDArray[np.int64],
+    targets: SparseTargets,
+    counted: NDArray[np.bool_] | None,
 ) -> list[Planes]:
     """Planes of the chunks that blocks [first, stop) make in one output."""
     geometry, planes = writer.geometry, []
     for begin in range(first, stop, geometry.chunk_blocks):
         low = geometry.tokens_in(first, begin)
         high = geometry.tokens_in(first, min(begin + geometry.chunk_blocks, stop))
-        planes.append(writer.encode(begin, tokens[low:high], targets.slice(low, high)))
+        mask = None if counted is None else counted[low:high]
+        planes.append(writer.encode(begin, tokens[low:high], targets.slice(low, high), mask))
     return planes
 
 
@@ -183,6 +190,7 @@ def _capture_blocks(
     options: DumpOptions,
     teacher: TransformersTeacher,
     tokens: NDArray[np.int64],
+    counted: NDArray[np.bool_] | None,
     first_block: int,
     geometry: Geometry,
     selections: Sequence[Selection],
@@ -192,11 +200,11 @@ def _capture_blocks(
     parts: list[list[SparseTargets]] = [[] for _ in selections]
     for start in range(0, tokens.shape[0], batch_blocks):
         batch = tokens[start : start + batch_blocks]
+        mask = None if counted is None else counted[start : start + batch_blocks]
         begin = first_block + start
         num_rows = geometry.tokens_in(begin, begin + batch.shape[0])
-        for part, targets in zip(
-            parts, capture_blocks(teacher, batch, begin, num_rows, selections, options.seed), strict=True
-        ):
+        captured = capture_blocks(teacher, batch, begin, num_rows, selections, options.seed, mask)
+        for part, targets in zip(parts, captured, strict=True):
             part.append(targets)
         meter.computed_rows(num_rows)
     return [SparseTargets.concatenate(part) for part in parts]

@@ -19,7 +19,8 @@ from logitcache.reader.order import CHUNKS_PER_WINDOW
 from logitcache.store import Cache, ChunkRef
 from logitcache.targets import SparseTargets
 
-Rows = tuple[NDArray[np.int64], SparseTargets | None]
+# Real tokens, their rows, and which of them count (None: all).
+Rows = tuple[NDArray[np.int64], SparseTargets | None, NDArray[np.bool_] | None]
 
 
 class BlockSource(ABC):
@@ -47,7 +48,10 @@ class BlockSource(ABC):
 
     @abstractmethod
     def read(self, ref: ChunkRef, memory: Memory = FRESH, with_targets: bool = True) -> Rows:
-        """A chunk's real tokens int64 [R] and their rows, None without targets. Raises DamagedCacheError."""
+        """A chunk's real tokens int64 [R], their rows, None without targets, and bool [R], which count, None for all.
+
+        Raises DamagedCacheError.
+        """
 
     @abstractmethod
     def block_tokens(self, first: int, stop: int) -> list[int]:
@@ -70,7 +74,9 @@ class CacheSource(BlockSource):
         self.name = cache.location
 
     def read(self, ref: ChunkRef, memory: Memory = FRESH, with_targets: bool = True) -> Rows:
-        return self.cache.read_rows(ref, memory) if with_targets else (self.cache.read_tokens(ref), None)
+        if with_targets:
+            return self.cache.read_rows(ref, memory)
+        return self.cache.read_tokens(ref), None, self.cache.read_counted(ref)
 
     def block_tokens(self, first: int, stop: int) -> list[int]:
         return self.cache.manifest.identity.geometry.block_tokens(first, stop)
@@ -115,9 +121,9 @@ class AveragedCaches(BlockSource):
     def read(self, ref: ChunkRef, memory: Memory = FRESH, with_targets: bool = True) -> Rows:
         if not with_targets or len(self.caches) == 1:
             return CacheSource(self._grid).read(ref, memory, with_targets)
-        tokens, rows = self._grid.read_rows(ref)
-        parts = [rows if cache is self._grid else self._rows_of(cache, ref, tokens) for cache in self.caches]
-        return tokens, average_rows(parts, self.shares)
+        tokens, rows, counted = self._grid.read_rows(ref)
+        parts = [rows if cache is self._grid else self._rows_of(cache, ref, tokens, counted) for cache in self.caches]
+        return tokens, average_rows(parts, self.shares), counted
 
     def block_tokens(self, first: int, stop: int) -> list[int]:
         return self._grid.manifest.identity.geometry.block_tokens(first, stop)
@@ -133,13 +139,18 @@ class AveragedCaches(BlockSource):
             ]
             cache.prefetch(dict.fromkeys(there))
 
-    def _rows_of(self, cache: Cache, ref: ChunkRef, tokens: NDArray[np.int64]) -> SparseTargets:
+    def _rows_of(
+        self, cache: Cache, ref: ChunkRef, tokens: NDArray[np.int64], counted: NDArray[np.bool_] | None
+    ) -> SparseTargets:
         """The rows of the same blocks in another cache."""
         blocks = cache.read_blocks(ref.first_block, ref.first_block + ref.num_blocks)
-        if not np.array_equal(blocks.tokens[blocks.valid], tokens):
+        same_mask = blocks.counted is counted is None or (
+            blocks.counted is not None and np.array_equal(blocks.counted[blocks.valid], counted)  # type: ignore[arg-type]
+        )
+        if not (np.array_equal(blocks.tokens[blocks.valid], tokens) and same_mask):
             raise DamagedCacheError(
-                f"{cache.location} and {self._grid.location} name the same corpus, but hold other tokens in blocks "
-                f"{ref.first_block} to {ref.first_block + ref.num_blocks - 1}; average whole caches, or the same "
+                f"{cache.location} and {self._grid.location} name the same corpus, but hold other tokens or masks in "
+                f"blocks {ref.first_block} to {ref.first_block + ref.num_blocks - 1}; average whole caches or the same "
                 "subset of each"
             )
         return blocks.targets.take(np.flatnonzero(blocks.valid))
@@ -229,6 +240,8 @@ def _refuse_other_blocks(one: Cache, other: Cache) -> None:
         {
             "tokenizer": cache.manifest.identity.tokenizer.get("sha256"),
             "corpus": cache.manifest.identity.corpus.get("sha256"),
+            "mask": cache.manifest.identity.corpus.get("mask_sha256"),
+            "keeping ids": cache.keeps_ids,
             "block length": cache.block_length,
             "number of tokens": cache.manifest.identity.geometry.num_tokens,
             "short blocks": cache.manifest.identity.geometry.short_blocks,

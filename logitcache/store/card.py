@@ -93,7 +93,7 @@ def dataset_card(manifest: Manifest, num_bytes: int, location: str) -> str:
 
 
 def _spelled(selection: Any) -> list[Any]:
-    parts = (selection.method, selection.mass, selection.size, selection.exponent)
+    parts = (selection.method, selection.mass, selection.size or None, selection.exponent)
     return [part for part in parts if part is not None]
 
 

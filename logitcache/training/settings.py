@@ -26,7 +26,7 @@ def settings_for(options: TrainOptions, cache: Cache) -> DistillationSettings:
     unbiased, head = cache.unbiased, cache.has_exact_head
     objective = choose_objective(options, unbiased)
     known = objective.kind != "policy_gradient" or _knows_labels(cache)
-    objective.check(unbiased, options.temperature, options.alpha, head, known)
+    objective.check(unbiased, options.temperature, options.alpha, head, known, cache.keeps_ids)
     alpha = AlphaSchedule(options.alpha_schedule, options.alpha, options.alpha_warmup, options.alpha_decay)
     blend = _blend(options, objective)
     return DistillationSettings(
