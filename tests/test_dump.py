@@ -17,8 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from logitcache import dump as dump_module
-from logitcache import models, store
+from logitcache import dump_corpus, models, store
 from logitcache.corpus import expand_paths, iter_documents, pack, resolve_policy
 from logitcache.dump import DumpOptions, DumpReport, Output, Silent, run_dump
 from logitcache.errors import CacheError, CorpusError, ModelError, PlanMismatchError, UsageError
@@ -315,7 +314,7 @@ def no_tokenising(patch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> Any:
         raise AssertionError("the corpus was tokenised again")
 
-    patch.setattr(dump_module, "pack_to_file", refuse)
+    patch.setattr(dump_corpus, "pack_encoded_to_file", refuse)
 
 
 def test_missing_shards_are_computed_again(place: Path, whole: Path, tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def derive_cache(
 def operation_for(old: Selection, new: Selection, where: str) -> Operation:
     """How rows of selection `new` are had from rows of `old`. Raises UsageError where they cannot be."""
     exact = ("top-k", "top-p")
-    counted = old == Selection("sample", old.size), new == Selection("sample", new.size)
+    counted = tuple(one.method == "sample" and one.exponent is None for one in (old, new))
     why = "what is stored does not determine it"
     if new == old:
         return "keep"

@@ -122,7 +122,7 @@ def test_errors_name_the_column_and_row(tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match=rf"^{path} has string in column 'prompt', not lists of integers; choose ano"):
         encoded(CorpusFields(ids="prompt"), path)
     (tmp_path / "plain.txt").write_text("text")
-    with pytest.raises(CorpusError, match=r"plain\.txt is plain text and has no fields 'prompt' and 'completion'; give"):
+    with pytest.raises(CorpusError, match=r"plain\.txt is plain text and has no fields 'prompt' and 'completion';"):
         encoded(PAIRS, tmp_path / "plain.txt")
 
 
