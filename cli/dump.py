@@ -106,8 +106,10 @@ def dump(
         print_json({"computed_tokens": report.computed_tokens, "seconds": report.seconds, "caches": facts})
     else:
         _print_table(facts, report)
-        read = report.manifests[0].identity.corpus
-        out.print(f"Corpus: {counted(read['documents'], 'document')} in {counted(len(read['files']), 'file')}")
+        read, counters = report.manifests[0].identity.corpus, report.manifests[0].counters
+        line = f"Corpus: {counted(read['documents'], 'document')} in {counted(len(read['files']), 'file')}"
+        learnt = f", {counters['counted']:,} of {report.tokens:,} tokens to learn" if "counted" in counters else ""
+        out.print(line + learnt)
 
 
 def _print_table(facts: list[dict[str, Any]], report: Any) -> None:

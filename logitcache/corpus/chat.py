@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from logitcache.corpus.records import encodable
 from logitcache.corpus.tokens import common_beginning, token_ids
 from logitcache.errors import CorpusError, UsageError
 
@@ -76,7 +77,7 @@ class ChatTemplate:
 
     def _compared(self, messages: Messages, place: str) -> tuple[list[int], NDArray[np.bool_]]:
         """By comparing the conversation with its beginnings."""
-        whole = self._apply(messages, place, tokenize=False)
+        whole = encodable(self._apply(messages, place, tokenize=False), place)
         texts = [whole]
         for number, message in enumerate(messages):
             if message["role"] == ASSISTANT:

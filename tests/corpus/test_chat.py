@@ -86,6 +86,7 @@ REFUSED: list[tuple[str, list[dict[str, Any]], str]] = [
     (CHATML, TALK[:1], "here has no message of the role 'assistant', so nothing to learn; leave it out"),
     (CHATML, TALK[1:], "here begins with the assistant's message, which nothing prompts; leave it out"),
     (STRICT, TALK[1:], r"here: the chat template refuses the conversation \(Begin with the user\); repair it"),
+    (CHATML, [TALK[0], {"role": "assistant", "content": "\ud800"}], "here holds half a surrogate pair at character"),
     (CHATML, [TALK[0], {"role": "assistant", "content": 3}], "here: the chat template refuses the conversation"),
     (MARKED.replace("'assistant' %}{% gen", "'nobody' %}{% gen"), TALK, "here gives no token that the assistant says"),
 ]
