@@ -9,7 +9,7 @@ import click
 from rich.table import Table
 
 from .console import counted, debug_option, json_option, out, print_json
-from .options import cache_options, teacher_options
+from .options import cache_options, field_options, teacher_options
 from .progress import DumpView
 from .watch import Watchable
 
@@ -19,7 +19,15 @@ Example:
   logitcache dump --teacher ./SmolLM2-135M --corpus 'texts/*.txt' --select sample:25 --out cache
 
 Selections: top-k:K (K most probable ids), top-p:P:K (mass P, at most K ids), sample:N (N unbiased draws),
-sample:N:T (N draws from p^T, weighted to be unbiased), varopt:K (K ids: exact head, least-variance tail).
+sample:N:T (N draws from p^T, weighted to be unbiased), varopt:K (K ids: exact head, least-variance tail),
+label (no ids, only log p of the text's own next token: for policy-gradient).
+
+\b
+Prompts with completions, conversations and token ids are read where their fields are named:
+  --prompt-field prompt --completion-field completion    rows for completions only
+  --messages-field messages                              rows for what the assistant says only
+  --ids-field input_ids [--mask-field completion_mask]   no tokenising; also of a folder that `datasets` saved
+
 Run the same line again to resume after an interruption.
 
 \b
@@ -37,7 +45,9 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 @click.command(cls=Watchable, epilog=EXAMPLE)
 @teacher_options
 @click.option("--out", "root", required=True, type=click.Path(path_type=Path), metavar="CACHE", help="Cache folder.")
-@click.option("--select", required=True, metavar="SPEC", help="What to keep, for example sample:50 or varopt:12.")
+@click.option(
+    "--select", required=True, metavar="SPEC", help="What to keep, for example sample:50, varopt:12 or label."
+)
 @click.option("--also", nargs=2, multiple=True, metavar="SPEC CACHE", help="Write another cache from the same run.")
 @click.option("--block-length", default=1024, show_default=True, help="Tokens in a block.")
 @click.option("--max-tokens", type=int, help="Stop the corpus after so many tokens.")
@@ -58,16 +68,20 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 @click.option("--batch-tokens", default=4096, show_default=True, help="Tokens in one forward pass.")
 @click.option("--unit-tokens", type=int, help="Tokens committed at once; default: about 1/32 of the corpus.")
 @click.option("--seed", default=0, show_default=True, help="Of sampled selections.")
-@click.option("--text-field", default="text", show_default=True, help="Field of JSONL objects and Parquet columns.")
+@field_options
 @click.option(
     "--bos",
     default="auto",
     show_default=True,
     type=click.Choice(["auto", "none", "document", "block"]),
-    help="Where BOS goes.",
+    help="Where BOS goes. auto: as the tokenizer puts it; none with messages and token ids, which have their own.",
 )
 @click.option(
-    "--eos", default="auto", show_default=True, type=click.Choice(["auto", "none", "document"]), help="Where EOS goes."
+    "--eos",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "none", "document"]),
+    help="Where EOS goes; auto as there.",
 )
 @cache_options
 @click.option(
@@ -120,8 +134,10 @@ def dump(
         print_json({"computed_tokens": report.computed_tokens, "seconds": report.seconds, "caches": facts})
     else:
         _print_table(facts, report)
-        read = report.manifests[0].identity.corpus
-        out.print(f"Corpus: {counted(read['documents'], 'document')} in {counted(len(read['files']), 'file')}")
+        read, counters = report.manifests[0].identity.corpus, report.manifests[0].counters
+        line = f"Corpus: {counted(read['documents'], 'document')} in {counted(len(read['files']), 'file')}"
+        learnt = f", {counters['counted']:,} of {report.tokens:,} tokens to learn" if "counted" in counters else ""
+        out.print(line + learnt)
 
 
 def _print_table(facts: list[dict[str, Any]], report: Any) -> None:

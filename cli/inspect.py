@@ -80,6 +80,7 @@ def show_facts(cache: Cache, as_json: bool) -> None:
         # Draws from a top-k never hit its tail: they are unbiased for the stored ids only.
         **({} if identity.mean_tail_mass is None else {"tail mass left out": identity.mean_tail_mass}),
         "tokens": tokens,
+        **({"counted tokens": cache.num_counted} if cache.masked else {}),
         "blocks": cache.num_blocks,
         "block length": cache.block_length,
         "documents": identity.corpus.get("documents"),
@@ -108,6 +109,10 @@ def show_facts(cache: Cache, as_json: bool) -> None:
     for number, step in enumerate(identity.ancestry):
         table.add_row(Text("" if number else "made by", style="dim"), Text(ancestry_line(step)))
     out.print(table)
+
+
+def _mean(values: Any) -> float:
+    return float(values.mean()) if values.size else math.nan
 
 
 def _nats(value: float) -> str:
@@ -147,6 +152,7 @@ def show_position(cache: Cache, position: int, decoder: _Decoder, rows: int, as_
         "entropy": float(row.entropy[0]),
         "tail_mass": float(row.tail_mass[0]),
         "entries": len(row.ids),
+        **({} if blocks.counted is None else {"counted": bool(blocks.counted[0, place])}),
         "unbiased": row.unbiased,
         "teacher": listed,
     }
@@ -179,6 +185,9 @@ def _print_row_facts(facts: dict[str, Any], listed: int) -> None:
         more = counted(facts["entries"] - listed, "more entry", "more entries")
         out.print(Text(f"{more}; see all with --rows", style="dim"))
     label = facts["label_logprob"]
+    if not facts.get("counted", True):
+        out.print("nothing is stored here: the next token is not one to learn, as in a prompt")
+        return
     if facts["next_id"] is None:
         out.print("there is no next token here: the block or the corpus ends")
     else:
@@ -192,17 +201,18 @@ def show_block(cache: Cache, block: int, decoder: _Decoder, as_json: bool) -> No
     if not 0 <= block < cache.num_blocks:
         raise UsageError(f"block {block} is outside {cache.location}; choose 0 to {cache.num_blocks - 1}")
     blocks: Blocks = cache.read_blocks(block, block + 1)
-    valid = blocks.valid[0]
-    targets = blocks.targets
+    valid, targets = blocks.valid[0], blocks.targets
+    stored = valid if blocks.counted is None else blocks.counted[0]
     # An imported cache may know only some of them; their mean would be no cross entropy, so NaN passes through.
     labelled = blocks.labels()[0] >= 0
     facts: dict[str, Any] = {
         "block": block,
         "tokens": int(valid.sum()),
-        "entropy": float(targets.entropy[valid].mean()),
-        "cross_entropy": float(-targets.label_logprob[labelled].mean()) if labelled.any() else float("nan"),
-        "tail_mass": float(targets.tail_mass[valid].mean()),
-        "entries_per_token": float(targets.row_lengths[valid].mean()),
+        **({} if blocks.counted is None else {"counted": int(stored.sum())}),
+        "entropy": _mean(targets.entropy[stored]),
+        "cross_entropy": _mean(-targets.label_logprob[labelled]),
+        "tail_mass": _mean(targets.tail_mass[stored]),
+        "entries_per_token": _mean(targets.row_lengths[stored]),
         "text": decoder.text(blocks.tokens[0][valid].tolist()),
     }
     if as_json:

@@ -22,6 +22,26 @@ def teacher_options(command: Command) -> Command:
     )(command)
 
 
+def field_options(command: Command) -> Command:
+    """Add `--text-field` and the others that say what records of a corpus hold."""
+    helps = {
+        "--mask-field": "Beside token ids: 0 or 1 for each, whether it is to be learnt.",
+        "--ids-field": "Token ids of the teacher's tokenizer, instead of text.",
+        "--messages-field": "Conversations; the tokenizer's chat template writes them, the assistant's part is learnt.",
+        "--completion-field": "The text after the prompt, which alone is learnt.",
+        "--prompt-field": "Prompts, with --completion-field instead of --text-field.",
+    }
+    for name, text in helps.items():
+        command = click.option(name, metavar="NAME", help=text)(command)
+    return click.option(
+        "--text-field",
+        default="text",
+        show_default=True,
+        metavar="NAME",
+        help="Text: a field of JSONL objects, or a column of Parquet and Arrow files.",
+    )(command)
+
+
 def new_cache_option(command: Command) -> Command:
     """Add `--out`, as `root`, to a command that makes a cache of others."""
     return click.option(

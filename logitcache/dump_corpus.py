@@ -1,8 +1,8 @@
-"""The token blocks of a dump: tokenised once, found again by every later run."""
+"""The corpus of a dump: token blocks, in a file in the first output's scratch folder until the dump is complete."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,11 +10,13 @@ from numpy.typing import NDArray
 
 from logitcache import models
 from logitcache.corpus import (
+    ChatTemplate,
     CorpusFile,
+    Encoded,
     PackingPolicy,
     corpus_files_identity,
-    iter_documents,
-    pack_to_file,
+    encode_corpus,
+    pack_encoded_to_file,
     resolve_policy,
 )
 from logitcache.dump_options import DumpOptions
@@ -47,17 +49,30 @@ class Corpus:
         self._stored, self._block_length, self._new = stored, block_length, new
 
     @classmethod
-    def prepare(cls, options: DumpOptions, files: Sequence[CorpusFile], tokenizer: Any, once: Once = alone) -> Corpus:
-        """Find the tokens that another worker or an earlier run left, or tokenise. Raises CorpusError.
+    def prepare(
+        cls, options: DumpOptions, files: Sequence[CorpusFile], tokenizer: Any, vocab_size: int, once: Once = alone
+    ) -> Corpus:
+        """Find the tokens that another worker or an earlier run left, or tokenise.
 
         Args:
+            options: of the dump.
+            files: to read.
+            tokenizer: the teacher's.
+            vocab_size: of the teacher's head.
             once: finds or makes; with several workers one makes and all others find.
+
+        Raises:
+            CorpusError: a file cannot be read, or does not hold what it should; of token ids, those of `vocab_size`.
+            UsageError: the tokenizer has no chat template, and messages are to be read.
         """
-        policy = resolve_policy(tokenizer, options.block_length, options.bos, options.eos)
+        fields = options.fields
+        policy = resolve_policy(tokenizer, options.block_length, *options.special_tokens)
+        template = {"chat_template_sha256": ChatTemplate.of(tokenizer).sha256} if fields.kind == "messages" else {}
         inputs = {
             "files": corpus_files_identity(files),
             "packing": policy.to_dict(),
-            "text_field": options.text_field,
+            **fields.to_dict(),
+            **template,
             "max_tokens": options.max_tokens,
         }
         identity = models.tokenizer_identity(tokenizer)
@@ -70,25 +85,25 @@ class Corpus:
             return _facts_of_finished(options, inputs) or stored.find(key)
 
         def make() -> Facts:
-            made.append(cls._tokenise(options, files, tokenizer, policy, stored, key))
+            batches = encode_corpus(tokenizer, files, fields, vocab_size)
+            made.append(cls._pack(options, batches, policy, stored, key))
             return made[0]
 
         facts = once(find, make)
         return cls({**inputs, **facts}, identity, stored, options.block_length, new=bool(made))
 
     @staticmethod
-    def _tokenise(
+    def _pack(
         options: DumpOptions,
-        files: Sequence[CorpusFile],
-        tokenizer: Any,
+        batches: Iterable[list[Encoded]],
         policy: PackingPolicy,
         stored: TokenFile,
         key: dict[str, Any],
     ) -> dict[str, Any]:
         stored.prepare()
-        documents = iter_documents(files, options.text_field)
+        mask_path = stored.mask_path if options.fields.masked else None
         try:
-            blocks = pack_to_file(tokenizer, documents, policy, stored.path, options.max_tokens)
+            blocks = pack_encoded_to_file(batches, policy, stored.path, mask_path, options.max_tokens)
         except CorpusError:
             stored.discard()
             raise
@@ -97,6 +112,7 @@ class Corpus:
             "documents": blocks.documents,
             "empty_documents": blocks.empty_documents,
             "sha256": blocks.sha256,
+            **({} if blocks.mask_sha256 is None else {"mask_sha256": blocks.mask_sha256}),
             # Attention runs over the whole block, across the documents in it.
             "document_boundaries": "attended",
         }
@@ -112,6 +128,20 @@ class Corpus:
     def has_tokens(self) -> bool:
         """Whether there are blocks to read: not for a dump that was finished already."""
         return self._stored.found
+
+    @property
+    def masked(self) -> bool:
+        """Whether only some tokens are to be learnt."""
+        return "mask_sha256" in self.record
+
+    def read_counted(self, first: int, stop: int) -> NDArray[np.bool_] | None:
+        """Whether each position's next token is to be learnt, of blocks [first, stop): bool [B, L]; None for all."""
+        if not self.masked:
+            return None
+        learnt_BL = self._stored.read_mask(first * self._block_length, stop * self._block_length)
+        learnt_BL = learnt_BL.reshape(-1, self._block_length)
+        # A block's last position has no next token.
+        return np.pad(learnt_BL[:, 1:], ((0, 0), (0, 1)))
 
     @property
     def num_tokens(self) -> int:

@@ -105,7 +105,7 @@ class Job:
             PlanMismatchError: an output folder holds a cache begun with other arguments.
             CacheError: an output cannot be written.
         """
-        corpus = Corpus.prepare(options, files, teacher.tokenizer, once)
+        corpus = Corpus.prepare(options, files, teacher.tokenizer, teacher.vocab_size, once)
         source = Path(options.teacher)
         origin = Origin(teacher=str(source.resolve() if source.is_dir() else source), gguf_file=options.gguf_file)
         planned = [(output.root, _identity(options, output, teacher, corpus)) for output in options.outputs]
@@ -142,7 +142,7 @@ class Job:
 
 def _identity(options: DumpOptions, output: Output, teacher: TransformersTeacher, corpus: Corpus) -> Identity:
     selection = output.selection
-    codec = RowCodec.for_selection(selection.method, selection.size, selection.exponent, options.codec)
+    codec = RowCodec.for_selection(selection.method, selection.size, selection.exponent, options.codec, corpus.masked)
     return Identity(
         teacher=teacher.identity(),
         tokenizer=corpus.tokenizer,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from logitcache.codec import LayoutName
-from logitcache.corpus import PackingPolicy
+from logitcache.corpus import CorpusFields, PackingPolicy
 from logitcache.errors import UsageError
 from logitcache.selection import Selection
 from logitcache.store import ContainerKind, Wording
@@ -15,11 +15,17 @@ from logitcache.store import ContainerKind, Wording
 SETTLED_BY = {
     "codec.layout": "--codec",
     "container": "--container",
+    "corpus.chat_template_sha256": "--teacher",
+    "corpus.completion_field": "--completion-field",
     "corpus.files": "--corpus",
+    "corpus.ids_field": "--ids-field",
+    "corpus.mask_field": "--mask-field",
     "corpus.max_tokens": "--max-tokens",
+    "corpus.messages_field": "--messages-field",
     "corpus.packing.block_length": "--block-length",
     "corpus.packing.bos": "--bos",
     "corpus.packing.eos": "--eos",
+    "corpus.prompt_field": "--prompt-field",
     "corpus.text_field": "--text-field",
     "geometry.unit_blocks": "--unit-tokens",
     "seed": "--seed",
@@ -58,8 +64,9 @@ class DumpOptions:
         batch_tokens: tokens in one forward pass.
         unit_tokens: tokens committed at once; by default about 1/32 of the corpus, 16,384 to 4 million.
         seed: of sampled selections, 0 to 2^62 - 1.
-        text_field: of JSONL objects and Parquet columns.
-        bos, eos: packing policy, "auto" or as in `PackingPolicy`.
+        text_field: of JSONL objects and columns of Parquet and Arrow files; the other fields as in `CorpusFields`.
+        bos, eos: packing policy, "auto" or as in `PackingPolicy`. Messages and token ids have their own special
+            tokens, so there "auto" is "none".
         container: kind of file the shards are, "zarr" or "arrow".
         trust_remote_code: let a teacher run Python code of its own.
         codec: "small" stores the fewest bytes, "fast" is decoded several times as fast.
@@ -80,6 +87,11 @@ class DumpOptions:
     unit_tokens: int | None = None
     seed: int = 0
     text_field: str = "text"
+    prompt_field: str | None = None
+    completion_field: str | None = None
+    messages_field: str | None = None
+    ids_field: str | None = None
+    mask_field: str | None = None
     bos: str = "auto"
     eos: str = "auto"
     container: ContainerKind = "zarr"
@@ -92,6 +104,11 @@ class DumpOptions:
     def __post_init__(self) -> None:
         # Raises for a block length that makes no sense, before anything is loaded.
         PackingPolicy(self.block_length)
+        if self.fields.kind == "messages" and not {self.bos, self.eos} <= {"auto", "none"}:
+            raise UsageError(
+                f"bos={self.bos!r} and eos={self.eos!r} were asked for, but the chat template writes the special "
+                "tokens of messages; leave them at auto"
+            )
         roots = [output.root.resolve() for output in self.outputs]
         if not roots or len(set(roots)) != len(roots):
             raise UsageError("every cache needs a folder of its own; give each selection another --out")
@@ -105,6 +122,24 @@ class DumpOptions:
             raise UsageError(f"lease-seconds is {self.lease_seconds:g}; it must be at least 1")
         if not 0 <= self.seed < 1 << 62:
             raise UsageError(f"seed is {self.seed}; it must lie between 0 and 2^62 - 1")
+
+    @property
+    def fields(self) -> CorpusFields:
+        """What records of the corpus hold."""
+        return CorpusFields(
+            self.text_field,
+            self.prompt_field,
+            self.completion_field,
+            self.messages_field,
+            self.ids_field,
+            self.mask_field,
+        )
+
+    @property
+    def special_tokens(self) -> tuple[str, str]:
+        """`bos` and `eos`, "none" instead of "auto" where documents have them already."""
+        meant = {"auto": "none"} if self.fields.kind in ("messages", "ids") else {}
+        return meant.get(self.bos, self.bos), meant.get(self.eos, self.eos)
 
     @property
     def wording(self) -> Wording:

@@ -20,6 +20,7 @@ from logitcache.store import CacheWriter
 from logitcache.targets import SparseTargets
 from logitcache.teachers.capture import capture_blocks
 
+Mask = NDArray[np.bool_]
 # The unit whose first chunk is the pilot that a cache's tables are counted from.
 PILOT_UNIT = 0
 # How torch's allocator for CPUs says it, as a RuntimeError.
@@ -49,41 +50,49 @@ def process_unit(job: Job, unit: int, await_tables: Callable[[], None] | None = 
     step = max(writer.geometry.chunk_blocks for writer, _ in wanting)
     for begin in range(first, stop, step):
         end = min(begin + step, stop)
-        tokens = job.corpus.read(begin, end)
-        rows = _capture(job, tokens, begin, selections)
+        tokens, counted = job.corpus.read(begin, end), job.corpus.read_counted(begin, end)
+        rows = _capture(job, tokens, counted, begin, selections)
         if unit != PILOT_UNIT and any(writer.codebook() is None for writer, _ in wanting):
             # Its rows were computed while another worker made them.
             (await_tables or (lambda: process_unit(job, PILOT_UNIT)))()
-        real = tokens.reshape(-1)[: geometry.tokens_in(begin, end)]
+        count = geometry.tokens_in(begin, end)
+        real, mask = tokens.reshape(-1)[:count], None if counted is None else counted.reshape(-1)[:count]
         for (writer, _), targets, planes in zip(wanting, rows, chunks, strict=True):
-            planes += _encode(writer, begin, end, real, targets)
+            planes += _encode(writer, begin, end, real, targets, mask)
     for (writer, _), planes in zip(wanting, chunks, strict=True):
         job.meter.committed(writer.commit_unit(unit, planes))
 
 
 def _encode(
-    writer: CacheWriter, first: int, stop: int, tokens: NDArray[np.int64], targets: SparseTargets
+    writer: CacheWriter,
+    first: int,
+    stop: int,
+    tokens: NDArray[np.int64],
+    targets: SparseTargets,
+    counted: Mask | None,
 ) -> list[Planes]:
     """Planes of the chunks that blocks [first, stop) make in one output."""
     geometry, planes = writer.geometry, []
     for begin in range(first, stop, geometry.chunk_blocks):
         low = geometry.tokens_in(first, begin)
         high = geometry.tokens_in(first, min(begin + geometry.chunk_blocks, stop))
-        planes.append(writer.encode(begin, tokens[low:high], targets.slice(low, high)))
+        mask = None if counted is None else counted[low:high]
+        planes.append(writer.encode(begin, tokens[low:high], targets.slice(low, high), mask))
     return planes
 
 
 def _capture(
-    job: Job, tokens: NDArray[np.int64], first_block: int, selections: Sequence[Selection]
+    job: Job, tokens: NDArray[np.int64], counted: Mask | None, first_block: int, selections: Sequence[Selection]
 ) -> list[SparseTargets]:
     """Rows of consecutive blocks, batch by batch, once for each selection."""
     parts: list[list[SparseTargets]] = [[] for _ in selections]
     start = 0
     while start < tokens.shape[0]:
         batch = tokens[start : start + job.batch_blocks]
+        mask = None if counted is None else counted[start : start + job.batch_blocks]
         begin = first_block + start
         num_rows = job.geometry.tokens_in(begin, begin + batch.shape[0])
-        captured = _captured_or_halved(job, batch, begin, num_rows, selections)
+        captured = _captured_or_halved(job, batch, mask, begin, num_rows, selections)
         if captured is None:
             continue
         for part, targets in zip(parts, captured, strict=True):
@@ -94,11 +103,16 @@ def _capture(
 
 
 def _captured_or_halved(
-    job: Job, batch: NDArray[np.int64], first_block: int, num_rows: int, selections: Sequence[Selection]
+    job: Job,
+    batch: NDArray[np.int64],
+    mask: Mask | None,
+    first_block: int,
+    num_rows: int,
+    selections: Sequence[Selection],
 ) -> list[SparseTargets] | None:
     """Rows of one batch; None where it was too much for the memory, and batches are half as large from now on."""
     try:
-        return capture_blocks(job.teacher, batch, first_block, num_rows, selections, job.options.seed)
+        return capture_blocks(job.teacher, batch, first_block, num_rows, selections, job.options.seed, mask)
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise

@@ -130,6 +130,24 @@ class SparseTargets:
             **{name: getattr(self, name)[picked] for name in _COLUMNS},
         )
 
+    def spread(self, places: NDArray[np.bool_]) -> SparseTargets:
+        """These rows, in order, at the True places of a mask bool [M], and at the others rows that say nothing.
+
+        Raises TargetsError unless the mask has a True place for each row.
+        """
+        if int(places.sum()) != len(self):
+            raise TargetsError(f"{len(self)} rows cannot stand at {int(places.sum())} places; give one for each")
+        lengths = np.zeros(places.size, dtype=np.int64)
+        lengths[places] = self.row_lengths
+        absent = {"tail_mass": float(not self.unbiased), "threshold": np.inf if self.unbiased else 0.0}
+        columns = {}
+        for name in _COLUMNS:
+            columns[name] = np.full(places.size, absent.get(name, np.nan), dtype=np.float32)
+            columns[name][places] = getattr(self, name)
+        return _unchecked(
+            offsets=offsets_of(lengths), ids=self.ids, weights=self.weights, unbiased=self.unbiased, **columns
+        )
+
     def with_columns(self, label_logprob: ArrayLike, entropy: ArrayLike) -> SparseTargets:
         """The same rows with these label_logprob and entropy columns, float32 [N], nats."""
         fields: dict[str, Any] = {name: getattr(self, name) for name in self.__dataclass_fields__}

@@ -314,7 +314,7 @@ def no_tokenising(patch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> Any:
         raise AssertionError("the corpus was tokenised again")
 
-    patch.setattr(dump_corpus, "pack_to_file", refuse)
+    patch.setattr(dump_corpus, "pack_encoded_to_file", refuse)
 
 
 def test_missing_shards_are_computed_again(place: Path, whole: Path, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ MAX_TAIL_MASS = 0.01
 # Uniform numbers held at once: 64 MiB.
 MOST_UNIFORMS = 1 << 23
 
-Operation = Literal["keep", "cut", "draw", "thin"]
+Operation = Literal["keep", "cut", "draw", "thin", "forget"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,7 @@ def derive_cache(
       the teacher's without its tail, renormalised; an id's expected weight is off by at most the row's tail mass. The
       mean of it is recorded in the new cache's ancestry, and refused where it is over `max_tail_mass`.
     - sample:N -> sample:n: n of the N draws, as if only n had been made; still unbiased for the teacher.
+    - any -> label: nothing but label_logprob, as stored.
 
     Draws depend on the source's fingerprint, the seed and the block: the same line gives the same bytes.
 
@@ -101,6 +102,8 @@ def derive_cache(
         arguments["codec"] = layout
     if operation in ("draw", "thin"):
         arguments["seed"] = derivation.seed
+    if operation == "forget":
+        _check_labels(cache, derivation.drop)
     notes = {}
     if operation == "draw":
         progress.stage("measuring the mass of the tails")
@@ -109,7 +112,7 @@ def derive_cache(
         update={
             "selection": StoredSelection(**new.to_dict()),
             "seed": derivation.seed if operation == "draw" else identity.seed,
-            "codec": RowCodec(layout, _values(cache.codec, operation, new)).to_dict(),
+            "codec": RowCodec(layout, _values(cache.codec, operation, new), cache.masked).to_dict(),
             "geometry": _geometry(identity.geometry, old, new),
             "ancestry": ancestry_of([cache], "derive", arguments),
         }
@@ -123,10 +126,12 @@ def derive_cache(
 def operation_for(old: Selection, new: Selection, where: str) -> Operation:
     """How rows of selection `new` are had from rows of `old`. Raises UsageError where they cannot be."""
     exact = ("top-k", "top-p")
-    counted = old == Selection("sample", old.size), new == Selection("sample", new.size)
+    counted = tuple(one.method == "sample" and one.exponent is None for one in (old, new))
     why = "what is stored does not determine it"
     if new == old:
         return "keep"
+    if not new.keeps_ids:
+        return "forget"
     if old.method in exact and new.method in exact:
         if new.size > old.size or (old.mass or 1) < (new.mass or 1):
             why = "it keeps more than is stored"
@@ -140,6 +145,8 @@ def operation_for(old: Selection, new: Selection, where: str) -> Operation:
         if new.size <= old.size:
             return "thin"
         why = "it needs more draws than are stored"
+    elif not old.keeps_ids:
+        why = "it stores no ids"
     elif new.method == "varopt":
         why = "varopt rows are only made by a dump"
     elif old.unbiased and new.method in exact:
@@ -150,7 +157,7 @@ def operation_for(old: Selection, new: Selection, where: str) -> Operation:
 def _geometry(geometry: Geometry, old: Selection, new: Selection) -> Geometry:
     """The same blocks; as many more of them in a chunk as rows became shorter, so that chunks do not become tiny."""
     chunk, unit = geometry.chunk_blocks, geometry.unit_blocks
-    most = min(old.size // new.size, CHUNK_TOKENS // (chunk * geometry.block_length), unit // chunk)
+    most = min(old.size // max(1, new.size), CHUNK_TOKENS // (chunk * geometry.block_length), unit // chunk)
     chunk *= max(1, most)
     return geometry.model_copy(update={"chunk_blocks": chunk, "unit_blocks": unit - unit % chunk})
 
@@ -168,16 +175,18 @@ def _change(
     """The change of rows that makes the new cache; None where they stay."""
     geometry, key = cache.manifest.identity.geometry, _stream_key(cache.fingerprint, derivation.seed)
 
-    def change(targets: SparseTargets, first: int, stop: int) -> SparseTargets:
+    def change(targets: SparseTargets, first: int, stop: int, counted: NDArray[np.bool_] | None) -> SparseTargets:
+        if operation == "forget":
+            return rows.forget(targets)
         if operation == "cut":
             return rows.keep_largest(targets, new.size, new.mass)
         if operation == "draw":
-            return _by_blocks(targets, geometry, (first, stop), new.draws, key, rows.draw)
+            return _by_blocks(targets, geometry, (first, stop), counted, new.draws, key, rows.draw)
 
         def thin(part: SparseTargets, uniforms: NDArray[np.float64]) -> SparseTargets:
             return rows.thin(part, old.draws, uniforms, new.draws)
 
-        return _by_blocks(targets, geometry, (first, stop), old.draws, key, thin)
+        return _by_blocks(targets, geometry, (first, stop), counted, old.draws, key, thin)
 
     return None if operation == "keep" else change
 
@@ -186,20 +195,27 @@ def _by_blocks(
     targets: SparseTargets,
     geometry: Geometry,
     blocks: tuple[int, int],
+    counted: NDArray[np.bool_] | None,
     draws: int,
     key: int,
     draw: Callable[[SparseTargets, NDArray[np.float64]], SparseTargets],
 ) -> SparseTargets:
-    """Apply a sampling step to the real rows of `blocks`, a few blocks at a time to bound the random numbers held."""
+    """Apply a sampling step to the rows of `blocks`, a few blocks at a time to bound the random numbers held.
+
+    `counted` says which of the blocks' real positions have a row among `targets`; None: all.
+    """
     first, stop = blocks
     length = geometry.block_length
     step = max(1, MOST_UNIFORMS // (length * draws))
-    parts, done = [], 0
+    parts, done, seen = [], 0, 0
     for begin in range(first, stop, step):
         end = min(begin + step, stop)
         valid = np.arange(length) < np.array(geometry.block_tokens(begin, end))[:, None]
         # Every position has its numbers, also where a block has ended: they depend on nothing but the place.
         uniforms = block_uniforms(key, range(begin, end), length, draws)[valid.ravel()]
+        seen += len(uniforms)
+        if counted is not None:
+            uniforms = uniforms[counted[seen - len(uniforms) : seen]]
         parts.append(draw(targets.slice(done, done + len(uniforms)), uniforms))
         done += len(uniforms)
     return SparseTargets.concatenate(parts)
@@ -215,12 +231,13 @@ def _checked_tail_mass(cache: Cache, limit: float) -> float:
     total = 0.0
     for ref in cache.chunks:
         blocks = cache.read_chunk(ref)
-        if (blocks.targets.row_lengths[blocks.valid.ravel()] == 0).any():
+        counted = (blocks.valid if blocks.counted is None else blocks.counted).ravel()
+        if (blocks.targets.row_lengths[counted] == 0).any():
             raise CacheError(
                 f"{cache.location} has rows without any id from block {ref.first_block} on; nothing can be drawn"
             )
-        total += float(blocks.targets.tail_mass[blocks.valid.ravel()].sum(dtype=np.float64))
-    mean = round(total / cache.num_tokens, 6)
+        total += float(blocks.targets.tail_mass[counted].sum(dtype=np.float64))
+    mean = round(total / max(1, cache.num_counted), 6)
     if mean > limit:
         raise CacheError(
             f"{cache.location} leaves on average {mean:.4f} of the teacher's probability in the tails, over {limit:g}, "
@@ -228,3 +245,16 @@ def _checked_tail_mass(cache: Cache, limit: float) -> float:
             "with a larger --max-tail-mass"
         )
     return mean
+
+
+def _check_labels(cache: Cache, drop: tuple[str, ...]) -> None:
+    """Raise unless label_logprob, all that `label` keeps, is there."""
+    if "label_logprob" in drop:
+        raise UsageError("label keeps nothing but label_logprob, which --drop would forget; leave one of the two out")
+    blocks = cache.read_chunk(cache.chunks[0])
+    known = np.isfinite(blocks.targets.label_logprob[blocks.labels().ravel() >= 0])
+    if known.size and not known.any():
+        raise CacheError(
+            f"{cache.location} does not know the teacher's log-probability of its tokens (label_logprob), all that "
+            "label keeps; derive from a cache that does, or dump with --select label"
+        )

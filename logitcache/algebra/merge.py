@@ -79,7 +79,10 @@ def _merged_corpus(corpora: Sequence[dict[str, Any]]) -> dict[str, Any]:
     sums = {
         name: sum(corpus[name] for corpus in corpora) for name in SUMMED if all(name in corpus for corpus in corpora)
     }
-    return {**shared, **sums, "sha256": digest([corpus.get("sha256") for corpus in corpora]), "merged": list(corpora)}
+    hashes = {"sha256": digest([corpus.get("sha256") for corpus in corpora])}
+    if "mask_sha256" in first:
+        hashes["mask_sha256"] = digest([corpus.get("mask_sha256") for corpus in corpora])
+    return {**shared, **sums, **hashes, "merged": list(corpora)}
 
 
 def _refuse_differences(caches: Sequence[Cache]) -> None:

@@ -20,8 +20,8 @@ from logitcache.progress import Progress, Silent
 from logitcache.store import Ancestor, Cache, CacheWriter, ChunkRef, Identity, Manifest, Origin, Wording
 from logitcache.targets import SparseTargets, offsets_of
 
-# Changes the R rows of blocks [first, stop) of the new cache.
-Change = Callable[[SparseTargets, int, int], SparseTargets]
+# Changes the rows of blocks [first, stop) of the new cache: those that count, by a mask bool [R] (None: all R).
+Change = Callable[[SparseTargets, int, int, NDArray[np.bool_] | None], SparseTargets]
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,11 +184,11 @@ class _Maker:
 
     def _made(self, first: int, stop: int) -> Rows:
         rows = self._picked.read(first, stop)
-        coded = rows.coded
+        coded, counted = rows.coded, rows.coded.counted
         if self._change is not None:
             try:
-                targets = self._change(self._source.codec.targets(coded), first, stop)
-                coded = self._writer.code(first, targets)
+                targets = self._change(self._source.codec.targets(coded.stored()), first, stop, counted)
+                coded = self._writer.code(first, targets if counted is None else targets.spread(counted), counted)
             except TargetsError as error:
                 where = f"blocks [{first}, {stop}) of {self._writer.layout.root}"
                 raise CacheError(f"{where} cannot be made: {error}") from error

@@ -40,6 +40,11 @@ def keep_largest(targets: SparseTargets, size: int, mass: float | None = None) -
     )
 
 
+def forget(targets: SparseTargets) -> SparseTargets:
+    """Rows without ids or entropy, of which only label_logprob stays: what `label` keeps."""
+    return SparseTargets(np.zeros(len(targets) + 1, dtype=np.int64), [], [], label_logprob=targets.label_logprob)
+
+
 def draw(targets: SparseTargets, uniforms_ND: NDArray[np.float64]) -> SparseTargets:
     """D draws with replacement from the stored entries of each row, in proportion to their weights.
 

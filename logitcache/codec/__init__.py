@@ -5,7 +5,7 @@ from logitcache.codec.contexts import ContextTable
 from logitcache.codec.frequency import FrequencyRanks
 from logitcache.codec.memory import FRESH, Arena, Memory, ReusedMemory
 from logitcache.codec.rows import CodedRows, LayoutName, RowCodec
-from logitcache.codec.values import CountValues, Dither, ProbabilityValues, WeightValues, counts_of
+from logitcache.codec.values import CountValues, Dither, NoValues, ProbabilityValues, WeightValues, counts_of
 from logitcache.codec.varopt import HeadTailValues
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "HeadTailValues",
     "LayoutName",
     "Memory",
+    "NoValues",
     "Planes",
     "ProbabilityValues",
     "ReusedMemory",

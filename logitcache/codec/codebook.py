@@ -33,13 +33,13 @@ class Codebook:
     def from_pilot(
         cls, tokens: NDArray[np.int64], targets: SparseTargets, vocab_size: int, with_contexts: bool
     ) -> Codebook:
-        """Count a pilot's rows; `tokens` int64 [N] are those at the rows' positions.
+        """Count a pilot's rows, or where they hold no ids its tokens; `tokens` int64 [N] are those at their positions.
 
         Raises:
             TargetsError: an id or token is outside the vocabulary.
         """
         targets.check_vocabulary(vocab_size)
-        ranks = FrequencyRanks.from_ids(targets.ids, vocab_size)
+        ranks = FrequencyRanks.from_ids(targets.ids if targets.ids.size else tokens, vocab_size)
         ranks.encode(tokens)
         rows = targets.row_index() if with_contexts else np.zeros(0, dtype=np.int64)
         ids = targets.ids if with_contexts else rows

@@ -47,16 +47,36 @@ class Rows:
     places: Ints | None
 
 
+@dataclass(frozen=True, eq=False)
+class Context:
+    """The text around N rows.
+
+    Args:
+        tokens: int64 [N], the token at each row's position.
+        following: int64 [N], the one at the chunk's next position, -1 where there is none. It only predicts, so block
+            borders do not matter.
+    """
+
+    tokens: Ints
+    following: Ints
+
+    @classmethod
+    def of(cls, tokens: Ints, kept: NDArray[np.bool_] | None = None) -> Context:
+        """Of a chunk's positions, or those of them that are `kept` (bool [positions])."""
+        following = np.append(tokens[1:], -1)
+        return cls(tokens, following) if kept is None else cls(tokens[kept], following[kept])
+
+
 class Layout(Protocol):
     """How ids and the order of entries are stored."""
 
     needs_contexts: bool
 
-    def encode(self, tokens: Ints, offsets: Ints, ids: Ints, codebook: Codebook) -> tuple[Ints, Ints | None]:
+    def encode(self, context: Context, offsets: Ints, ids: Ints, codebook: Codebook) -> tuple[Ints, Ints | None]:
         """The `ids` plane of rows in CSR form, and the entries in their stored order (None: unchanged)."""
 
     def decode(
-        self, tokens: Ints, plane: NDArray[Any], lengths: Ints, codebook: Codebook, memory: Memory = FRESH
+        self, context: Context, plane: NDArray[Any], lengths: Ints, codebook: Codebook, memory: Memory = FRESH
     ) -> Rows:
         """Rows of a plane whose numbers and lengths are consistent. Raises DamagedCacheError."""
 
@@ -70,7 +90,7 @@ class FastLayout:
 
     needs_contexts = False
 
-    def encode(self, tokens: Ints, offsets: Ints, ids: Ints, codebook: Codebook) -> tuple[Ints, Ints | None]:
+    def encode(self, context: Context, offsets: Ints, ids: Ints, codebook: Codebook) -> tuple[Ints, Ints | None]:
         steps = np.diff(ids, prepend=0) - 1
         starts = _row_starts(offsets)
         first = steps[starts] + 1
@@ -78,7 +98,7 @@ class FastLayout:
         return steps, None
 
     def decode(
-        self, tokens: Ints, plane: NDArray[Any], lengths: Ints, codebook: Codebook, memory: Memory = FRESH
+        self, context: Context, plane: NDArray[Any], lengths: Ints, codebook: Codebook, memory: Memory = FRESH
     ) -> Rows:
         offsets = offsets_of(lengths)
         vocab_size = codebook.ranks.vocab_size
@@ -105,10 +125,10 @@ class SmallLayout:
 
     needs_contexts = True
 
-    def encode(self, tokens: Ints, offsets: Ints, ids: Ints, codebook: Codebook) -> tuple[Ints, Ints | None]:
+    def encode(self, context: Context, offsets: Ints, ids: Ints, codebook: Codebook) -> tuple[Ints, Ints | None]:
         slots = Slots(np.diff(offsets))
         rows = np.repeat(np.arange(slots.num_rows), np.diff(offsets))
-        keys = codebook.contexts.encode(tokens, _following(tokens), rows, ids)
+        keys = codebook.contexts.encode(context.tokens, context.following, rows, ids)
         packed_NK = np.full((slots.num_rows, slots.longest), LAST)
         packed_NK[slots.filled_NK] = keys.astype(np.uint64) << PLACE_BITS | np.arange(keys.size, dtype=np.uint64)
         packed = np.sort(packed_NK, axis=1).ravel()[slots.cells]
@@ -116,7 +136,7 @@ class SmallLayout:
         return slots.differences(sorted_keys) - 1, (packed & PLACE_MASK).astype(np.int64)
 
     def decode(
-        self, tokens: Ints, plane: NDArray[Any], lengths: Ints, codebook: Codebook, memory: Memory = FRESH
+        self, context: Context, plane: NDArray[Any], lengths: Ints, codebook: Codebook, memory: Memory = FRESH
     ) -> Rows:
         most = codebook.ranks.vocab_size + codebook.contexts.candidates.size
         if plane.size and int(plane.max()) > most:
@@ -125,7 +145,7 @@ class SmallLayout:
         keys_KN = _running_sums(plane, filled_KN, memory)
         if keys_KN.size and int(keys_KN.max()) > most:
             raise DamagedCacheError("a stored id is outside the vocabulary")
-        ids_KN = codebook.contexts.decode(tokens, _following(tokens), keys_KN, memory)
+        ids_KN = codebook.contexts.decode(context.tokens, context.following, keys_KN, memory)
         ordered = _sorted_entries(ids_KN, filled_KN, plane.size, memory)
         offsets = offsets_of(lengths)
         narrow = memory.narrow and codebook.ranks.vocab_size <= NARROW_VOCABULARY
@@ -221,11 +241,6 @@ def check_rows(lengths: Ints) -> None:
         raise TargetsError(f"row {row} has {lengths[row]} entries; a cache stores at most {MAX_LENGTH} a row")
     if lengths.sum() >= 1 << int(PLACE_BITS):
         raise TargetsError(f"a chunk has {lengths.sum()} entries; store fewer than 2^31 at once")
-
-
-def _following(tokens: Ints) -> Ints:
-    """int64 [N]: the token at the next row, -1 after the last. It only predicts, so block borders do not matter."""
-    return np.append(tokens[1:], -1)
 
 
 def _row_starts(offsets: Ints) -> Ints:

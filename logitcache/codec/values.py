@@ -40,7 +40,7 @@ class Weights:
 
 
 class ValueCodec(Protocol):
-    """Codes the weights of one kind of targets."""
+    """Codes the weights of one kind of targets; one whose `plane` is "" stores no entries at all."""
 
     name: ClassVar[str]
     plane: ClassVar[str]
@@ -171,6 +171,24 @@ class WeightValues:
     @property
     def _grid(self) -> ProbabilityGrid:
         return ProbabilityGrid(self.root_steps)
+
+
+@dataclass(frozen=True)
+class NoValues:
+    """Nothing: rows without ids, of which only the columns are kept."""
+
+    name: ClassVar[str] = "none"
+    plane: ClassVar[str] = ""
+    of_rows: ClassVar[tuple[str, ...]] = ()
+    unbiased: ClassVar[bool] = False
+
+    def encode(self, targets: SparseTargets, dither: Dither) -> tuple[Ints, Planes]:
+        if targets.ids.size:
+            raise TargetsError(f"row {int(np.argmax(targets.row_lengths > 0))} has ids, but only columns are stored")
+        return np.zeros(0, dtype=np.int64), {}
+
+    def decode(self, codes: NDArray[Any], rows: Planes, offsets: Ints, memory: Memory = FRESH) -> Weights:
+        return Weights(np.zeros(0, dtype=np.float32), np.ones(offsets.size - 1, dtype=np.float32))
 
 
 def counts_of(targets: SparseTargets, draws: int) -> Ints:

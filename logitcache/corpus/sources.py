@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,10 @@ from logitcache.errors import CorpusError
 PLAIN_SUFFIXES = (".txt", ".text", ".md", ".rst")
 JSONL_SUFFIXES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
 PARQUET_SUFFIXES = (".parquet",)
-KNOWN_SUFFIXES = PLAIN_SUFFIXES + JSONL_SUFFIXES + PARQUET_SUFFIXES
+ARROW_SUFFIXES = (".arrow",)
+KNOWN_SUFFIXES = PLAIN_SUFFIXES + JSONL_SUFFIXES + PARQUET_SUFFIXES + ARROW_SUFFIXES
+# What `datasets` writes beside a saved dataset's files, and beside the folders of several splits.
+STATE, SPLITS = "state.json", "dataset_dict.json"
 
 
 @dataclass(frozen=True, order=True)
@@ -35,11 +39,13 @@ class CorpusFile:
 
     @property
     def kind(self) -> str:
-        """ "jsonl", "parquet", or "plain" for everything else."""
+        """ "jsonl", "parquet", "arrow", or "plain" for everything else."""
         lowered = self.path.name.lower()
         if lowered.endswith(JSONL_SUFFIXES):
             return "jsonl"
-        return "parquet" if lowered.endswith(PARQUET_SUFFIXES) else "plain"
+        if lowered.endswith(PARQUET_SUFFIXES):
+            return "parquet"
+        return "arrow" if lowered.endswith(ARROW_SUFFIXES) else "plain"
 
 
 def expand_paths(paths: Iterable[str | os.PathLike[str]]) -> list[CorpusFile]:
@@ -48,6 +54,7 @@ def expand_paths(paths: Iterable[str | os.PathLike[str]]) -> list[CorpusFile]:
     Args:
         paths: files (an unknown suffix is read as plain text), folders (searched recursively for known suffixes;
             hidden files and folders are left out, links to folders are not followed), or glob patterns (`**` recurses).
+            A folder that `datasets` saved a dataset in gives the files that its state.json lists.
 
     Raises:
         CorpusError: a path does not exist or cannot be read, a pattern matches nothing, a folder holds no corpus file.
@@ -111,7 +118,10 @@ def _walk(folder: Path) -> Iterator[CorpusFile]:
     count = 0
     for parent, subfolders, names in os.walk(folder, onerror=refuse):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        for name in names:
+        if SPLITS in names:
+            splits = ", ".join(sorted(subfolders))
+            raise CorpusError(f"{parent} holds several splits of a dataset ({splits}); give the folder of one of them")
+        for name in _saved_files(Path(parent)) if STATE in names else names:
             if not name.startswith(".") and name.lower().endswith(KNOWN_SUFFIXES):
                 count += 1
                 path = Path(parent, name)
@@ -121,6 +131,21 @@ def _walk(folder: Path) -> Iterator[CorpusFile]:
         raise CorpusError(
             f"the folder {folder} holds no corpus file ({known}); name files of another kind one by one or by a pattern"
         )
+
+
+def _saved_files(folder: Path) -> list[str]:
+    """The files of a dataset that `datasets` saved: beside them its own caches may lie, which are no part of it."""
+    try:
+        listed = [entry["filename"] for entry in json.loads((folder / STATE).read_text())["_data_files"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorpusError(
+            f"{folder / STATE} does not list the files of a dataset, as `datasets` writes it; restore it, or name the "
+            "files one by one"
+        ) from error
+    for name in listed:
+        if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
+            raise CorpusError(f"{folder} lacks {name!r}, which its {STATE} lists; fetch or save the dataset again")
+    return listed
 
 
 def _match(pattern: str) -> Iterator[CorpusFile]:

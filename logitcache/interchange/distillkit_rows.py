@@ -47,6 +47,11 @@ class DistillKitRows:
                 f"{cache.location} keeps rows of different lengths ({selection.method}), but DistillKit stores the "
                 "same k ids at every position; export --to parquet or --to trl, or dump with --select top-k:K"
             )
+        if cache.masked:
+            raise InterchangeError(
+                f"{cache.location} keeps rows of completions only, but DistillKit stores the same k ids at every "
+                "position; export --to parquet or --to trl, which carry the mask"
+            )
         layout = layout or default_layout(cache.vocab_size, selection.size)
         if layout.k > selection.size:
             raise UsageError(f"the layout keeps {layout.k} ids, {cache.location} only {selection.size}; lower k")

@@ -93,7 +93,7 @@ def _writer(cache: Cache, target: str, layout: DistillKitLayout | None) -> Write
     if target == "trl":
         return trl_rows.TrlRows.for_cache(cache)
     if target == "parquet":
-        return positions.Positions()
+        return positions.Positions(cache.masked)
     raise UsageError(f"{target!r} is no export target; choose one of {', '.join(TARGETS)}")
 
 

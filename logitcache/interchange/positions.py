@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,18 +15,23 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
+@dataclass(frozen=True)
 class Positions:
-    """One row a position."""
+    """One row a position; of a cache with a mask, with a column that says whether it counts."""
+
+    masked: bool = False
 
     def schema(self) -> pa.Schema:
         import pyarrow as pa
 
+        mask = [pa.field("counted", pa.bool_(), nullable=False)] if self.masked else []
         return pa.schema(
             [
                 pa.field("block", pa.int64(), nullable=False),
                 pa.field("position", pa.int32(), nullable=False),
                 pa.field("token", pa.int64(), nullable=False),
                 pa.field("next_token", pa.int64()),
+                *mask,
                 pa.field("ids", pa.list_(pa.int64()), nullable=False),
                 pa.field("weights", pa.list_(pa.float32()), nullable=False),
                 pa.field("tail_mass", pa.float32(), nullable=False),
@@ -44,6 +50,7 @@ class Positions:
             "position": rows.position.astype(np.int32),
             "token": rows.tokens,
             "next_token": pa.array(rows.labels, mask=rows.labels < 0),
+            **({"counted": rows.counted} if self.masked else {}),
             "ids": list_array(targets.ids, targets.offsets),
             "weights": list_array(targets.weights, targets.offsets),
             "tail_mass": targets.tail_mass,
@@ -58,7 +65,12 @@ class Positions:
             "block": "number of the block",
             "position": "place in the block, from 0",
             "token": "the token at this place",
-            "next_token": "the token after it; null where the block or the corpus ends",
+            "next_token": "the token after it; null where the block or the corpus ends, or it is not one to learn",
+            **(
+                {"counted": "whether the token after it is one to learn; nothing is stored elsewhere"}
+                if self.masked
+                else {}
+            ),
             "ids": "token ids kept of the teacher's distribution of the next token, ascending",
             "weights": "their probabilities; of a sampled selection: unbiased weights",
             "tail_mass": "probability of all other ids; 0 for sampled selections",

@@ -17,6 +17,11 @@ def refuse_unbiased(cache: Cache, tool: str) -> None:
             f"{cache.location} holds unbiased samples ({cache.manifest.identity.selection.method}), but {tool} wants "
             "the teacher's own log-probabilities; export --to parquet, or dump with --select top-k:K"
         )
+    if not cache.keeps_ids:
+        raise InterchangeError(
+            f"{cache.location} holds no ids (label), but {tool} wants the most probable ones; export --to parquet, or "
+            "dump with --select top-k:K"
+        )
 
 
 def ranked_entries(targets: SparseTargets, k: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:

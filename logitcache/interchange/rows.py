@@ -25,6 +25,7 @@ class RealRows:
         tokens: int64 [R].
         labels: int64 [R], the next token; -100 where there is none.
         targets: SparseTargets of R rows.
+        counted: bool [R], whether the next token is one to learn; None in a cache without a mask.
     """
 
     starts: NDArray[np.int64]
@@ -33,6 +34,7 @@ class RealRows:
     tokens: NDArray[np.int64]
     labels: NDArray[np.int64]
     targets: SparseTargets
+    counted: NDArray[np.bool_] | None = None
 
     @classmethod
     def of(cls, blocks: Blocks) -> RealRows:
@@ -46,6 +48,7 @@ class RealRows:
             tokens=blocks.tokens[valid],
             labels=blocks.labels()[valid],
             targets=blocks.targets.take(np.flatnonzero(valid)),
+            counted=None if blocks.counted is None else blocks.counted[valid],
         )
 
     def __len__(self) -> int:

@@ -60,7 +60,9 @@ class TrlRows:
             data = values[kept]
             return list_array(list_array(data.reshape(-1), np.arange(len(data) + 1) * data.shape[1]), row_starts)
 
-        mask = np.ones(len(rows), dtype=np.int8)
+        # A token is to be learnt if the position before it counts.
+        counted = np.ones(len(rows), dtype=np.int8) if rows.counted is None else rows.counted.astype(np.int8)
+        mask = np.append(0, counted[:-1])
         mask[rows.starts[:-1]] = 0
         return pa.table(
             {
@@ -75,9 +77,9 @@ class TrlRows:
     def columns(self) -> dict[str, str]:
         return {
             "input_ids": "tokens of the block",
-            "completion_mask": "0 for the first token, which nothing predicts, 1 for the others",
+            "completion_mask": "1 for tokens to learn; 0 for the first, which nothing predicts, and those of prompts",
             "logprob_token_ids": f"for each token but the first: {self.k} ids by falling probability",
-            "logprobs": "their log-probabilities, nats; unused places are -inf with id 0",
+            "logprobs": "their log-probabilities, nats; unused places, all of a prompt's, are -inf with id 0",
             "actual_logprobs": "for each token but the first: its own log-probability; NaN where unknown",
         }
 

@@ -243,6 +243,7 @@ class Objective:
         alpha: float | torch.Tensor = 1.0,
         has_exact_head: bool = False,
         has_label_logprob: bool = True,
+        has_ids: bool = True,
     ) -> None:
         """Refuse combinations without a correct meaning.
 
@@ -253,6 +254,7 @@ class Objective:
                 can be wrong.
             has_exact_head: whether unbiased targets say which of their weights are exact (varopt:K does).
             has_label_logprob: whether the targets hold the teacher's log-probability of the labels.
+            has_ids: whether the targets' rows have entries; those of a `label` cache have none.
 
         Raises:
             ObjectiveError: says what to use or to store instead.
@@ -267,6 +269,11 @@ class Objective:
                     "policy_gradient needs the teacher's log-probability of every label, which these targets do not "
                     "hold; use a cache that `dump` wrote and whose label_logprob was not dropped"
                 )
+        elif not has_ids:
+            raise ObjectiveError(
+                f"{self._name} needs the teacher's probabilities of ids, but these targets hold none (--select label "
+                "keeps the labels' log-probabilities only); use policy_gradient, or dump with another --select"
+            )
         elif unbiased:
             self._check_samples(has_exact_head)
         elif self.tail in ("unbiased", "blend"):

@@ -27,12 +27,14 @@ class BlockRows:
         tokens: int64 [R], its real tokens.
         targets: rows of the whole chunk; None where only tokens are read.
         first_row, stop_row: the block's rows among them.
+        counted: bool [R], whether the next token is one to learn; None where all are.
     """
 
     tokens: NDArray[np.int64]
     targets: SparseTargets | None
     first_row: int
     stop_row: int
+    counted: NDArray[np.bool_] | None = None
 
     @property
     def num_entries(self) -> int:
@@ -43,11 +45,12 @@ class BlockRows:
 
 @dataclass(frozen=True, eq=False)
 class DecodedChunk:
-    """A chunk's real tokens int64 [R], their rows, and where each of its blocks begins among them."""
+    """A chunk's real tokens int64 [R], their rows, which of them count, and where each block begins among them."""
 
     ref: ChunkRef
     tokens: NDArray[np.int64]
     targets: SparseTargets | None
+    counted: NDArray[np.bool_] | None
     starts: NDArray[np.int64]
     arena: Arena
 
@@ -55,7 +58,8 @@ class DecodedChunk:
         """One block, by its number in the cache."""
         index = number - self.ref.first_block
         first, stop = int(self.starts[index]), int(self.starts[index + 1])
-        return BlockRows(self.tokens[first:stop], self.targets, first, stop)
+        counted = None if self.counted is None else self.counted[first:stop]
+        return BlockRows(self.tokens[first:stop], self.targets, first, stop, counted)
 
 
 @dataclass
@@ -133,10 +137,10 @@ class ChunkStream:
 
     def _decode(self, ref: ChunkRef) -> DecodedChunk:
         results, scratch = _taken(self._results), _taken(self._scratch)
-        tokens, targets = self.source.read(ref, ReusedMemory(results, scratch), self.with_targets)
+        tokens, targets, counted = self.source.read(ref, ReusedMemory(results, scratch), self.with_targets)
         self._scratch.append(scratch)
         sizes = self.source.block_tokens(ref.first_block, ref.first_block + ref.num_blocks)
-        return DecodedChunk(ref, tokens, targets, offsets_of(sizes), results)
+        return DecodedChunk(ref, tokens, targets, counted, offsets_of(sizes), results)
 
     def _release(self, task: Future[DecodedChunk]) -> None:
         """Give a chunk's memory to those to come, as soon as no thread writes to it."""

@@ -35,6 +35,7 @@ class PackedLayout:
         weights: type of the weights in the buffer.
         whole: whether every block has L tokens.
         equal: whether every row has K entries.
+        masked: whether a mask says which rows count.
     """
 
     blocks: int
@@ -44,6 +45,7 @@ class PackedLayout:
     weights: WeightType = "float32"
     whole: bool = True
     equal: bool = False
+    masked: bool = False
 
     @property
     def rows(self) -> int:
@@ -53,6 +55,8 @@ class PackedLayout:
     def fields(self) -> dict[str, tuple[int, int, str]]:
         """Of each field: its first byte, number of values and type."""
         sizes = {"tokens": (self.rows, "int32"), "sizes": (self.blocks, "int32")}
+        if self.masked:
+            sizes["counted"] = (self.rows, "bool")
         if self.entries is not None:
             sizes["offsets"] = (self.rows + 1, "int32")
             sizes |= dict.fromkeys(COLUMNS, (self.rows, "float32"))
@@ -129,13 +133,15 @@ class PackedBatch:
 
     @property
     def labels(self) -> torch.Tensor:
-        """int64 [B, L]: the next token; -100 where there is none in the block."""
+        """int64 [B, L]: the next token; -100 where there is none in the block, or it does not count."""
         tokens_BL = self._tokens()
         labels_BL = tokens_BL.new_full(tokens_BL.shape, IGNORED, dtype=torch.int64)
         labels_BL[:, :-1] = tokens_BL[:, 1:]
         if not self.layout.whole:
             place_L = torch.arange(1, self.layout.length + 1, device=self.buffer.device)
             labels_BL.masked_fill_(place_L >= self._field("sizes").unsqueeze(1), IGNORED)
+        if self.layout.masked:
+            labels_BL.masked_fill_(~self._field("counted").view_as(labels_BL), IGNORED)
         return labels_BL
 
     @property
@@ -190,6 +196,7 @@ def pack(
         entries=sum(block.num_entries for block in blocks) if with_targets else None,
         weights=weights,
         whole=all(block.tokens.size == length for block in blocks),
+        masked=any(block.counted is not None for block in blocks),
     )
     buffer = torch.empty(layout.num_bytes, dtype=torch.uint8, pin_memory=pinned)
     views = _views(buffer, layout)
@@ -199,6 +206,9 @@ def pack(
         tokens = views["tokens"][rows]
         tokens[: block.tokens.size], tokens[block.tokens.size :] = block.tokens, 0
         views["sizes"][number] = block.tokens.size
+        if layout.masked:
+            views["counted"][rows] = False
+            views["counted"][rows][: block.tokens.size] = True if block.counted is None else block.counted
         if block.targets is not None:
             _copy_rows(block, views, rows, position)
             position += block.num_entries

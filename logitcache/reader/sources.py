@@ -19,7 +19,8 @@ from logitcache.reader.order import CHUNKS_PER_WINDOW
 from logitcache.store import Blocks, Cache, ChunkRef
 from logitcache.targets import SparseTargets
 
-Rows = tuple[NDArray[np.int64], SparseTargets | None]
+# Real tokens, their rows, and which of them count (None: all).
+Rows = tuple[NDArray[np.int64], SparseTargets | None, NDArray[np.bool_] | None]
 
 
 class BlockSource(ABC):
@@ -29,7 +30,8 @@ class BlockSource(ABC):
         fingerprints: of the caches behind it.
         shares: of these in an average.
         chunks: all of them, in the order of their blocks.
-        num_blocks, num_tokens, block_length, vocab_size, unbiased, has_exact_head: as in `Cache`.
+        num_blocks, num_tokens, block_length, vocab_size, unbiased, has_exact_head, keeps_ids: as in
+            `Cache`.
         tokenizer: its sha256.
         location: for messages.
     """
@@ -43,12 +45,16 @@ class BlockSource(ABC):
     vocab_size: int
     unbiased: bool
     has_exact_head: bool
+    keeps_ids: bool
     tokenizer: str
     location: str
 
     @abstractmethod
     def read(self, ref: ChunkRef, memory: Memory = FRESH, with_targets: bool = True) -> Rows:
-        """A chunk's real tokens int64 [R] and their rows, None without targets. Raises DamagedCacheError."""
+        """A chunk's real tokens int64 [R], their rows, None without targets, and bool [R], which count, None for all.
+
+        Raises DamagedCacheError.
+        """
 
     @abstractmethod
     def read_blocks(self, start: int, stop: int) -> Blocks:
@@ -71,12 +77,14 @@ class CacheSource(BlockSource):
         self.fingerprints, self.shares, self.chunks = [cache.fingerprint], [1.0], cache.chunks
         self.num_blocks, self.num_tokens, self.block_length = cache.num_blocks, cache.num_tokens, cache.block_length
         self.vocab_size = cache.vocab_size
-        self.unbiased, self.has_exact_head = cache.unbiased, cache.has_exact_head
+        self.unbiased, self.has_exact_head, self.keeps_ids = cache.unbiased, cache.has_exact_head, cache.keeps_ids
         self.tokenizer = cache.tokenizer
         self.location = cache.location
 
     def read(self, ref: ChunkRef, memory: Memory = FRESH, with_targets: bool = True) -> Rows:
-        return self.cache.read_rows(ref, memory) if with_targets else (self.cache.read_tokens(ref), None)
+        if with_targets:
+            return self.cache.read_rows(ref, memory)
+        return self.cache.read_tokens(ref), None, self.cache.read_counted(ref)
 
     def read_blocks(self, start: int, stop: int) -> Blocks:
         return self.cache.read_blocks(start, stop)
@@ -114,7 +122,7 @@ class AveragedCaches(BlockSource):
         self.fingerprints = [cache.fingerprint for cache in caches]
         self.num_blocks, self.num_tokens, self.block_length = grid.num_blocks, grid.num_tokens, grid.block_length
         self.vocab_size = max(cache.vocab_size for cache in caches)
-        self.unbiased = grid.unbiased
+        self.unbiased, self.keeps_ids = grid.unbiased, grid.keeps_ids
         self.has_exact_head = not grid.unbiased or (len(caches) == 1 and grid.has_exact_head)
         self.tokenizer = grid.tokenizer
         self.location = "the average of " + " and ".join(cache.location for cache in caches)
@@ -124,14 +132,14 @@ class AveragedCaches(BlockSource):
     def read(self, ref: ChunkRef, memory: Memory = FRESH, with_targets: bool = True) -> Rows:
         if not with_targets or len(self.caches) == 1:
             return CacheSource(self._grid).read(ref, memory, with_targets)
-        tokens, rows = self._grid.read_rows(ref)
-        parts = [rows if cache is self._grid else self._rows_of(cache, ref, tokens) for cache in self.caches]
-        return tokens, average_rows(parts, self.shares)
+        tokens, rows, counted = self._grid.read_rows(ref)
+        parts = [rows if cache is self._grid else self._rows_of(cache, ref, tokens, counted) for cache in self.caches]
+        return tokens, average_rows(parts, self.shares), counted
 
     def read_blocks(self, start: int, stop: int) -> Blocks:
         first, *others = [cache.read_blocks(start, stop) for cache in self.caches]
         for cache, other in zip(self.caches[1:], others, strict=True):
-            if not np.array_equal(first.tokens, other.tokens):
+            if not (np.array_equal(first.tokens, other.tokens) and _same_mask(first.counted, other.counted)):
                 raise _other_tokens(self.caches[0], cache, start, stop)
         if not others:
             return first
@@ -151,11 +159,14 @@ class AveragedCaches(BlockSource):
             ]
             cache.prefetch(dict.fromkeys(there))
 
-    def _rows_of(self, cache: Cache, ref: ChunkRef, tokens: NDArray[np.int64]) -> SparseTargets:
+    def _rows_of(
+        self, cache: Cache, ref: ChunkRef, tokens: NDArray[np.int64], counted: NDArray[np.bool_] | None
+    ) -> SparseTargets:
         """The rows of the same blocks in another cache."""
         stop = ref.first_block + ref.num_blocks
         blocks = cache.read_blocks(ref.first_block, stop)
-        if not np.array_equal(blocks.tokens[blocks.valid], tokens):
+        mask = None if blocks.counted is None else blocks.counted[blocks.valid]
+        if not (np.array_equal(blocks.tokens[blocks.valid], tokens) and _same_mask(mask, counted)):
             raise _other_tokens(cache, self._grid, ref.first_block, stop)
         return blocks.targets.take(np.flatnonzero(blocks.valid))
 
@@ -238,10 +249,14 @@ def _mean(columns: Sequence[NDArray[Any]], shares: Sequence[float]) -> NDArray[n
     return total
 
 
+def _same_mask(one: NDArray[np.bool_] | None, other: NDArray[np.bool_] | None) -> bool:
+    return one is other is None or (one is not None and other is not None and np.array_equal(one, other))
+
+
 def _other_tokens(one: Cache, other: Cache, start: int, stop: int) -> DamagedCacheError:
     return DamagedCacheError(
-        f"{one.location} and {other.location} name the same corpus, but hold other tokens in blocks {start} to "
-        f"{stop - 1}; average whole caches, or the same subset of each"
+        f"{one.location} and {other.location} name the same corpus, but hold other tokens or masks in blocks {start} "
+        f"to {stop - 1}; average whole caches, or the same subset of each"
     )
 
 
@@ -251,6 +266,8 @@ def _refuse_other_blocks(one: Cache, other: Cache) -> None:
         {
             "tokenizer": cache.manifest.identity.tokenizer.get("sha256"),
             "corpus": cache.manifest.identity.corpus.get("sha256"),
+            "mask": cache.manifest.identity.corpus.get("mask_sha256"),
+            "keeping ids": cache.keeps_ids,
             "block length": cache.block_length,
             "number of tokens": cache.manifest.identity.geometry.num_tokens,
             "short blocks": cache.manifest.identity.geometry.short_blocks,

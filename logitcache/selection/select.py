@@ -27,6 +27,9 @@ def select(selection: Selection, dist: Distribution, uniforms: NDArray[np.float6
     Returns:
         SparseTargets of n rows on the CPU, without label_logprob and entropy. Entries of probability 0 are left out.
     """
+    if not selection.keeps_ids:
+        rows = dist.probs.shape[0]
+        return SparseTargets(np.zeros(rows + 1, dtype=np.int64), [], [])
     if not selection.draws:
         return _most_probable(selection, dist)
     assert uniforms is not None

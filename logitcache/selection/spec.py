@@ -8,8 +8,8 @@ from typing import Any
 
 from logitcache.errors import UsageError
 
-METHODS = ("top-k", "top-p", "sample", "varopt")
-SPELLINGS = "top-k:64, top-p:0.95:100, sample:50, sample:50:0.8 or varopt:12"
+METHODS = ("top-k", "top-p", "sample", "varopt", "label")
+SPELLINGS = "top-k:64, top-p:0.95:100, sample:50, sample:50:0.8, varopt:12 or label"
 MAX_ENTRIES = 65_535
 # Beyond it float32 cannot hold p ** exponent of ids that matter, so they would never be drawn.
 MAX_EXPONENT = 4.0
@@ -33,11 +33,13 @@ class Selection:
     head, the least sum of variances of all unbiased estimates that keep K ids (Cohen, Duffield, Kaplan, Lund, Thorup
     2011, "Efficient stream sampling for variance-optimal estimation of subset sums", SIAM J. Comput. 40).
 
+    `label` keeps no ids: only log p(next token), for offline on-policy distillation.
+
     docs/selections.md compares them.
 
     Args:
-        method: "top-k", "top-p", "sample" or "varopt".
-        size: K, the most entries a row may keep, or N, the number of draws; 1 to 65,535.
+        method: "top-k", "top-p", "sample", "varopt" or "label".
+        size: K, the most entries a row may keep, or N, the number of draws; 1 to 65,535, and 0 for "label".
         mass: P, in (0, 1]; only for "top-p".
         exponent: T, in (0, 4]; only for "sample", and None for 1.
 
@@ -53,7 +55,9 @@ class Selection:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise UsageError(f"selection method {self.method!r} is unknown; write {SPELLINGS}")
-        if not 1 <= self.size <= MAX_ENTRIES:
+        if self.method == "label" and self.size:
+            raise UsageError(f"selection label keeps no ids, not {self.size}; write {SPELLINGS}")
+        if self.keeps_ids and not 1 <= self.size <= MAX_ENTRIES:
             raise UsageError(f"selection {self} keeps {self.size} entries a row; choose 1 to {MAX_ENTRIES}")
         if (self.method == "top-p") != (self.mass is not None):
             raise UsageError(f"selection {self.method} is spelled otherwise; write {SPELLINGS}")
@@ -74,9 +78,11 @@ class Selection:
 
     @classmethod
     def parse(cls, text: str) -> Selection:
-        """Read `top-k:K`, `top-p:P:K`, `sample:N`, `sample:N:T` or `varopt:K`. Raises UsageError."""
+        """Read `top-k:K`, `top-p:P:K`, `sample:N`, `sample:N:T`, `varopt:K` or `label`. Raises UsageError."""
         method, *numbers = text.strip().lower().split(":")
         try:
+            if method == "label" and not numbers:
+                return cls(method, 0)
             if method in ("top-k", "sample", "varopt") and len(numbers) == 1:
                 return cls(method, int(numbers[0]))
             if method == "top-p" and len(numbers) == 2:
@@ -90,6 +96,8 @@ class Selection:
         raise UsageError(f"selection {text!r} is not understood; write {SPELLINGS}")
 
     def __str__(self) -> str:
+        if not self.keeps_ids:
+            return self.method
         parts = [self.method] + ([repr(self.mass)] if self.mass is not None else []) + [str(self.size)]
         return ":".join(parts + ([repr(self.exponent)] if self.exponent is not None else []))
 
@@ -97,6 +105,11 @@ class Selection:
     def unbiased(self) -> bool:
         """Whether E[weights] equals the teacher's distribution."""
         return self.method in ("sample", "varopt")
+
+    @property
+    def keeps_ids(self) -> bool:
+        """Whether rows have entries; `label` rows have columns only."""
+        return self.method != "label"
 
     @property
     def draws(self) -> int:

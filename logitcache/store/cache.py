@@ -101,6 +101,21 @@ class Cache:
         return self.manifest.identity.selection.has_exact_head
 
     @property
+    def keeps_ids(self) -> bool:
+        """Whether rows have entries; those of `label` caches are columns only."""
+        return self.codec.keeps_ids
+
+    @property
+    def masked(self) -> bool:
+        """Whether only some positions count, as of a corpus of prompts and completions."""
+        return self.codec.masked
+
+    @property
+    def num_counted(self) -> int:
+        """Tokens whose next token is one to learn; of a cache without a mask all of them."""
+        return self.manifest.counters.get("counted", 0) if self.masked else self.num_tokens
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of all files that belong to the cache and are there; of remote shards the manifest's sizes."""
         return self.files.num_bytes(self.manifest.shards)
@@ -196,15 +211,28 @@ class Cache:
     def _decode(self, ref: ChunkRef) -> Blocks:
         return to_blocks(ref, self.manifest.identity.geometry, *self.read_rows(ref))
 
-    def read_rows(self, ref: ChunkRef, memory: Memory = FRESH) -> tuple[NDArray[np.int64], SparseTargets]:
-        """A chunk's real tokens int64 [R] and their rows; ids are int32 in narrow memory. Raises DamagedCacheError."""
+    def read_rows(
+        self, ref: ChunkRef, memory: Memory = FRESH
+    ) -> tuple[NDArray[np.int64], SparseTargets, NDArray[np.bool_] | None]:
+        """A chunk's real tokens int64 [R], their rows, and bool [R], which of them count, or None for all.
+
+        Ids are int32 in narrow memory. Raises DamagedCacheError.
+        """
         tokens, coded = self.read_coded(ref, memory)
         with self._damage_in(ref):
-            return tokens, self.codec.targets(coded, memory)
+            return tokens, self.codec.targets(coded, memory), coded.counted
 
     def read_tokens(self, ref: ChunkRef) -> NDArray[np.int64]:
         """A chunk's real tokens int64 [R], without their rows. Raises DamagedCacheError."""
         return self._tokens_of(ref, self._container(ref.shard).read("tokens", ref.chunk).astype(np.int64))
+
+    def read_counted(self, ref: ChunkRef) -> NDArray[np.bool_] | None:
+        """bool [R], which of a chunk's rows count; None for all. Raises DamagedCacheError."""
+        if not self.masked:
+            return None
+        plane = self._container(ref.shard).read("counted", ref.chunk)
+        with self._damage_in(ref):
+            return self.codec.counted(plane, self._num_rows(ref))
 
     def read_coded(self, ref: ChunkRef, memory: Memory = FRESH) -> tuple[NDArray[np.int64], CodedRows]:
         """A chunk's real tokens int64 [R] and their rows as integers, for moving rows without rounding them again.
@@ -224,12 +252,15 @@ class Cache:
 
     def _tokens_of(self, ref: ChunkRef, plane: Plane) -> NDArray[np.int64]:
         codebook = self.codebook()
-        rows = self.manifest.identity.geometry.tokens_in(ref.first_block, ref.first_block + ref.num_blocks)
+        rows = self._num_rows(ref)
         with self._damage_in(ref):
             tokens = codebook.ranks.decode(plane)
             if tokens.size != rows:
                 raise DamagedCacheError(f"it holds {tokens.size} tokens, not {rows}")
             return tokens
+
+    def _num_rows(self, ref: ChunkRef) -> int:
+        return self.manifest.identity.geometry.tokens_in(ref.first_block, ref.first_block + ref.num_blocks)
 
     @contextmanager
     def _damage_in(self, ref: ChunkRef) -> Iterator[None]:

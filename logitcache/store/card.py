@@ -75,6 +75,7 @@ def dataset_card(manifest: Manifest, num_bytes: int, location: str) -> str:
         "vocabulary": f"{identity.vocab_size:,} ids",
         "corpus": f"{len(corpus.get('files', [])):,} files ({_known(corpus, 'documents', 'sha256')})",
         "selection": f"`{spec}`" + (", unbiased" if selection.unbiased else ""),
+        **({"counted": f"{manifest.counters['counted']:,} tokens"} if "counted" in manifest.counters else {}),
         "tokens": f"{tokens:,} in {geometry.num_blocks:,} blocks of {geometry.block_length}",
         "ids a token": f"{entries / tokens:.1f}",
         "size": f"{num_bytes:,} bytes, {num_bytes / tokens:.1f} bytes a token, {len(manifest.shards)} shards",
@@ -93,7 +94,7 @@ def dataset_card(manifest: Manifest, num_bytes: int, location: str) -> str:
 
 
 def _spelled(selection: Any) -> list[Any]:
-    parts = (selection.method, selection.mass, selection.size, selection.exponent)
+    parts = (selection.method, selection.mass, selection.size or None, selection.exponent)
     return [part for part in parts if part is not None]
 
 

@@ -85,7 +85,7 @@ class Geometry(Document):
         unit_blocks = max(1, wanted // block_length)
         if unit_blocks >= longest:
             unit_blocks -= unit_blocks % longest
-        chunk_blocks = min(longest, _power_of_two(CHUNK_ENTRIES // row_size // block_length))
+        chunk_blocks = min(longest, _power_of_two(CHUNK_ENTRIES // max(1, row_size) // block_length))
         return cls(
             num_tokens=num_tokens,
             block_length=block_length,
@@ -158,10 +158,16 @@ def _power_of_two(number: int) -> int:
 class StoredSelection(Document):
     """What was kept; see `logitcache.selection.Selection`."""
 
-    method: Literal["top-k", "top-p", "sample", "varopt"]
-    size: Positive
+    method: Literal["top-k", "top-p", "sample", "varopt", "label"]
+    size: Count
     mass: float | None = None
     exponent: Annotated[float, Field(gt=0, le=4)] | None = None
+
+    @model_validator(mode="after")
+    def _check_size(self) -> Self:
+        if (self.size == 0) != (self.method == "label"):
+            raise ValueError("only rows of 'label' keep no ids")
+        return self
 
     @property
     def unbiased(self) -> bool:

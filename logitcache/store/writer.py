@@ -159,24 +159,31 @@ class CacheWriter:
         assert stored is not None
         return stored
 
-    def encode(self, first_block: int, tokens: NDArray[np.int64], targets: SparseTargets) -> Planes:
+    def encode(
+        self,
+        first_block: int,
+        tokens: NDArray[np.int64],
+        targets: SparseTargets,
+        counted: NDArray[np.bool_] | None = None,
+    ) -> Planes:
         """Planes of one chunk. The cache's first chunk is the pilot that its tables are counted from.
 
         Args:
             first_block: number of the chunk's first block; with the seed it settles how values are rounded.
             tokens: int64 [N], the chunk's real tokens.
             targets: their N rows.
+            counted: of a masked cache, bool [N], which rows count; nothing of the others is stored.
 
         Raises:
             TargetsError: a value cannot be stored; the message names the row.
         """
         if self.codebook() is None:
             self.publish_pilot(tokens, targets)
-        return self.pack(tokens, self.code(first_block, targets))
+        return self.pack(tokens, self.code(first_block, targets, counted))
 
-    def code(self, first_block: int, targets: SparseTargets) -> CodedRows:
+    def code(self, first_block: int, targets: SparseTargets, counted: NDArray[np.bool_] | None = None) -> CodedRows:
         """The rows from `first_block` on as integers, rounded as `encode` rounds them. Raises TargetsError."""
-        return self.codec.code(targets, chunk_uniforms(self.identity.seed, first_block))
+        return self.codec.code(targets, chunk_uniforms(self.identity.seed, first_block), counted)
 
     def pack(self, tokens: NDArray[np.int64], coded: CodedRows) -> Planes:
         """Planes of one chunk whose rows are coded already, perhaps in another cache: nothing is rounded again."""
@@ -197,7 +204,7 @@ class CacheWriter:
         Args:
             unit: its number.
             chunks: the planes of its chunks.
-            counters: what was met on the way.
+            counters: what was met on the way; of a masked cache the number of rows that count is added.
             num_entries: stored entries of all rows; counted from `ids` by default.
         """
         try:
@@ -218,7 +225,9 @@ class CacheWriter:
         first, stop = self.geometry.unit_range(unit)
         num_tokens = self.geometry.tokens_in(first, stop)
         name = unit_name(unit)
-        entries = sum(int(chunk["ids"].size) for chunk in chunks) if num_entries is None else num_entries
+        entries = sum(len(chunk.get("ids", ())) for chunk in chunks) if num_entries is None else num_entries
+        if self.codec.masked:
+            counters = {**(counters or {}), "counted": sum(int(chunk["counted"].sum()) for chunk in chunks)}
         _check_integers("shard", chunks, most_integers(num_tokens, entries))
         attributes = self._attributes("shard", unit=name, first_block=first, num_tokens=num_tokens)
         with writing(self.layout.root, needed_bytes=sum(plane.size for chunk in chunks for plane in chunk.values())):

@@ -46,6 +46,7 @@ def capture_blocks(
     num_rows: int,
     selections: Sequence[Selection],
     seed: int,
+    counted_BL: NDArray[np.bool_] | None = None,
 ) -> list[SparseTargets]:
     """The teacher's distributions at the first `num_rows` positions of consecutive blocks, once for each selection.
 
@@ -56,26 +57,33 @@ def capture_blocks(
         num_rows: R.
         selections: what to keep; each gives one SparseTargets of R rows.
         seed: of the sampled selections.
+        counted_BL: bool [B, L], positions that rows are wanted of; the others' rows are empty. None: all.
 
     Raises:
         ModelError: a logit is NaN or +inf; the message names block and position.
     """
     blocks, length = tokens_BL.shape
-    labels_R = torch.from_numpy(_labels(tokens_BL, num_rows))
+    counted_R = np.ones(num_rows, dtype=bool) if counted_BL is None else counted_BL.reshape(-1)[:num_rows]
+    wanted = np.flatnonzero(counted_R)
+    if not wanted.size:
+        return [_nothing(selection).spread(counted_R) for selection in selections]
+    labels_R = torch.from_numpy(_labels(tokens_BL, num_rows)[wanted])
     uniforms = [
-        block_uniforms(seed, range(first_block, first_block + blocks), length, selection.draws)
+        block_uniforms(seed, range(first_block, first_block + blocks), length, selection.draws)[wanted]
         if selection.draws
         else None
         for selection in selections
     ]
     hidden_RD = teacher.hidden(tokens_BL)[:num_rows]
+    if counted_BL is not None:
+        hidden_RD = hidden_RD[torch.from_numpy(wanted).to(hidden_RD.device)]
     parts: list[list[SparseTargets]] = [[] for _ in selections]
     label_logprobs, entropies = [], []
-    for outer in teacher.row_slices(num_rows):
+    for outer in teacher.row_slices(wanted.size):
         pieces = _pieces(outer, teacher)
         # The logits live only as long as this call: two slices at once would double the memory.
         for rows, dist in _distributions(teacher.logits(hidden_RD[outer]), pieces):
-            _check_finite(dist, first_block * length + rows.start, length)
+            _check_finite(dist, first_block * length + wanted[rows], length)
             label_logprobs.append(dist.label_logprob(labels_R[rows].to(teacher.device)).cpu())
             entropies.append(dist.entropy().cpu())
             for selection, uniform, part in zip(selections, uniforms, parts, strict=True):
@@ -83,8 +91,17 @@ def capture_blocks(
             del dist
     label_logprob, entropy = torch.cat(label_logprobs).numpy(), torch.cat(entropies).numpy()
     return [
-        SparseTargets.concatenate(part).with_columns(label_logprob=label_logprob, entropy=entropy) for part in parts
+        SparseTargets.concatenate(part)
+        # Beside a label's log-probability the entropy would take as many bytes again.
+        .with_columns(label_logprob, entropy if selection.keeps_ids else np.full_like(entropy, np.nan))
+        .spread(counted_R)
+        for part, selection in zip(parts, selections, strict=True)
     ]
+
+
+def _nothing(selection: Selection) -> SparseTargets:
+    """No rows."""
+    return SparseTargets([0], [], [], unbiased=selection.unbiased)
 
 
 def _pieces(outer: slice, teacher: Teacher) -> list[slice]:
@@ -109,10 +126,10 @@ def _labels(tokens_BL: NDArray[np.int64], num_rows: int) -> NDArray[np.int64]:
     return flat
 
 
-def _check_finite(dist: Distribution, first_row: int, length: int) -> None:
+def _check_finite(dist: Distribution, positions: NDArray[np.int64], length: int) -> None:
     bad = ~torch.isfinite(dist.lse)
     if bool(bad.any()):
-        block, position = divmod(first_row + int(bad.nonzero()[0]), length)
+        block, position = divmod(int(positions[int(bad.nonzero()[0])]), length)
         raise ModelError(
             f"the teacher's logits hold NaN or infinity at block {block}, position {position}; try --dtype float32, "
             "or check the model's weights"

@@ -50,7 +50,9 @@ class EvaluationSet:
     def batches(self, blocks: int) -> Iterator[Batch]:
         """Batches of at most `blocks` blocks."""
         for start in range(self.first, self.stop, blocks):
-            yield make_batch([self.source.read_blocks(start, min(self.stop, start + blocks))])
+            read = [self.source.read_blocks(start, min(self.stop, start + blocks))]
+            # Rows without ids have a distribution to compare with as little as labels have.
+            yield make_batch(read, with_targets=self.source.keeps_ids)
 
 
 class RunData:

@@ -28,7 +28,7 @@ def settings_for(options: TrainOptions, cache: Cache | BlockSource) -> Distillat
     unbiased, head = cache.unbiased, cache.has_exact_head
     objective = choose_objective(options, unbiased)
     known = objective.kind != "policy_gradient" or _is_known(cache, "label_logprob")
-    objective.check(unbiased, options.temperature, options.alpha, head, known)
+    objective.check(unbiased, options.temperature, options.alpha, head, known, cache.keeps_ids)
     alpha = AlphaSchedule(options.alpha_schedule, options.alpha, options.alpha_warmup, options.alpha_decay)
     blend, mask = _blend(options, objective), _mask(options, objective, cache)
     return DistillationSettings(

@@ -152,7 +152,7 @@ def test_draws_depend_on_the_place_alone(tmp_path: Path) -> None:
 
     def drawn(first: int, stop: int) -> SparseTargets:
         rows = targets.slice(first * 10, first * 10 + geometry.tokens_in(first, stop))
-        return _by_blocks(rows, geometry, (first, stop), 12, 77, draw)
+        return _by_blocks(rows, geometry, (first, stop), None, 12, 77, draw)
 
     assert_equal(drawn(0, 21), SparseTargets.concatenate([drawn(0, 1), drawn(1, 13), drawn(13, 21)]))
     with pytest.MonkeyPatch.context() as patch:

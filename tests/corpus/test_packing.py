@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from logitcache.corpus import Document, PackingPolicy, TokenBlocks, pack, pack_to_file, packing, resolve_policy
+from logitcache.corpus import Document, PackingPolicy, TokenBlocks, encoding, pack, pack_to_file, resolve_policy
 from logitcache.corpus.documents import cut_pieces
 from logitcache.errors import CorpusError, UsageError
 from tests.tiny import tiny_tokenizer
@@ -73,7 +73,7 @@ def test_equals_the_naive_implementation(
     policy = PackingPolicy(length, bos, BOS, eos, EOS)
     stream = naive_stream(texts, policy, max_tokens)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packing, "_BATCH_CHARACTERS", batch)
+        patch.setattr(encoding, "_BATCH_CHARACTERS", batch)
         if not stream:
             with pytest.raises(CorpusError, match="the corpus is empty"):
                 pack(TOKENIZER, documents(texts), policy, max_tokens)

@@ -85,7 +85,7 @@ def test_nothing_found(tree: Path, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(
-        CorpusError, match=rf"^the folder {empty} holds no corpus file \(\.txt, .*\.parquet\); name files"
+        CorpusError, match=rf"^the folder {empty} holds no corpus file \(\.txt, .*\.arrow\); name files"
     ):
         expand_paths([empty])
     with pytest.raises(CorpusError, match="no corpus was given"):

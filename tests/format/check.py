@@ -22,6 +22,7 @@ def check_contents(found: Contents, expected: Mapping[str, Any]) -> None:
     """
     for name in ("blocks", "tokens", "ids"):
         assert getattr(found, name) == expected[name], name
+    assert found.counted == expected.get("counted", [])
     for name in FLOATS:
         mine, theirs = _float32(getattr(found, name)), _float32(expected[name])
         assert mine.shape == theirs.shape, name

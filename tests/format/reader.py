@@ -16,10 +16,21 @@ PARAMETERS = {
     "probabilities": ("root_steps", 16),
     "weights": ("root_steps", 16),
     "head-tail": ("root_steps", 16),
+    "none": (None, 0),
 }
-CODINGS = {"top-k": "probabilities", "top-p": "probabilities", "varopt": "head-tail"}
-OF_ROWS = {"counts": [], "probabilities": ["least", "tail"], "weights": [], "head-tail": ["rest", "precision"]}
+CODINGS = {"top-k": "probabilities", "top-p": "probabilities", "varopt": "head-tail", "label": "none"}
+OF_ROWS = {
+    "counts": [],
+    "probabilities": ["least", "tail"],
+    "weights": [],
+    "head-tail": ["rest", "precision"],
+    "none": [],
+}
+UNBIASED = ("counts", "weights", "head-tail")
+ROW = ("ids", "weights", "tail_mass", "threshold", "label_logprob", "entropy")
 Rows = list[list[int]]
+# A row's token and the one at the next position.
+Around = tuple[int, int | None]
 
 
 @dataclass
@@ -29,6 +40,7 @@ class Contents:
     Args:
         blocks: the block each token is in.
         ids, weights: of each row, ids ascending.
+        counted: 0 or 1 of a masked cache; empty otherwise.
     """
 
     blocks: list[int] = field(default_factory=list)
@@ -39,6 +51,7 @@ class Contents:
     threshold: list[float] = field(default_factory=list)
     label_logprob: list[float] = field(default_factory=list)
     entropy: list[float] = field(default_factory=list)
+    counted: list[int] = field(default_factory=list)
 
 
 class Tables:
@@ -103,46 +116,69 @@ def _check_codec(codec: dict[str, Any], selection: dict[str, Any]) -> None:
     sampled = "counts" if selection["exponent"] is None else "weights"
     require(codec["values"] == CODINGS.get(selection["method"], sampled), "the codec is not that of the selection")
     name, least = PARAMETERS[codec["values"]]
-    require(set(codec) == {"layout", "values", name} and codec["layout"] in ("small", "fast"), "an unknown codec")
-    require(least <= codec[name] <= 65_535, "a parameter of the codec is out of range")
+    known = {"layout", "values", name} - {None} | (set(codec) & {"masked"})
+    require(set(codec) == known and codec["layout"] in ("small", "fast"), "an unknown codec")
+    require(codec.get("masked", True) is True, "a codec that says it has no mask")
+    require((selection["size"] == 0) == (selection["method"] == "label"), "only `label` has the size 0")
+    require(name is None or least <= codec[name] <= 65_535, "a parameter of the codec is out of range")
     require(name != "draws" or codec["draws"] == selection["size"], "the codec has another number of draws")
 
 
 def _read_chunk(planes: Planes, count: int, codec: dict[str, Any], tables: Tables, contents: Contents) -> None:
-    coding, layout = codec["values"], codec["layout"]
-    plane = "counts" if coding == "counts" else "levels"
-    of_rows = ["tokens", *OF_ROWS[coding], "label_logprob", "entropy"]
-    if (layout, coding) != ("small", "counts"):
+    coding = codec["values"]
+    masked = ["counted"] if "masked" in codec else []
+    require(all(name in planes and planes[name].size == count for name in ["tokens", *masked]), "a plane of positions")
+    counted = planes["counted"].tolist() if masked else [1] * count
+    require(set(counted) <= {0, 1}, "a position counts neither 0 nor 1 times")
+    places = [place for place in range(count) if counted[place]]
+    tokens = [tables.id(rank) for rank in planes["tokens"].tolist()]
+    around = [(tokens[place], tokens[place + 1] if place + 1 < count else None) for place in places]
+    rows = {name: plane for name, plane in planes.items() if name not in ("tokens", *masked)}
+    found = _read_rows(rows, around, codec, tables)
+    absent = (
+        ([], [], 0.0, math.inf, math.nan, math.nan) if coding in UNBIASED else ([], [], 1.0, 0.0, math.nan, math.nan)
+    )
+    whole: list[Any] = [absent] * count
+    for place, row in zip(places, found, strict=True):
+        whole[place] = row
+    contents.tokens += tokens
+    contents.counted += counted if masked else []
+    for name, column in zip(ROW, zip(*whole, strict=True), strict=True):
+        getattr(contents, name).extend(column)
+
+
+def _read_rows(planes: Planes, around: list[Around], codec: dict[str, Any], tables: Tables) -> list[Any]:
+    """Each row's ids, weights, tail mass, threshold, label_logprob and entropy, as `ROW` lists them."""
+    coding, layout, count = codec["values"], codec["layout"], len(around)
+    plane = {"counts": "counts", "none": ""}.get(coding, "levels")
+    of_rows = [*OF_ROWS[coding], "label_logprob", "entropy"]
+    if (layout, coding) != ("small", "counts") and plane:
         of_rows.append("lengths")
-    require(set(planes) == {"ids", plane, *of_rows}, "a chunk has other planes")
+    require(set(planes) == {*(["ids", plane] if plane else []), *of_rows}, "a chunk has other planes")
     require(all(planes[name].size == count for name in of_rows), "a plane of rows has another size")
     numbers = {name: integers.tolist() for name, integers in planes.items()}
-    tokens = [tables.id(rank) for rank in numbers["tokens"]]
-    codes = numbers[plane]
+    codes, stored = (numbers[plane], numbers["ids"]) if plane else ([], [])
     lengths = numbers.get("lengths")
     if lengths is None:
-        lengths = _lengths_of_counts(codes, count, codec["draws"])
-    require(max(lengths) <= 65_535, "a row is too long")
-    require(sum(lengths) == len(codes) == len(numbers["ids"]), "the lengths do not fit the entries")
+        lengths = _lengths_of_counts(codes, count, codec["draws"]) if plane else [0] * count
+    require(max(lengths, default=0) <= 65_535, "a row is too long")
+    require(sum(lengths) == len(codes) == len(stored), "the lengths do not fit the entries")
     read = _fast if layout == "fast" else _small
-    ids, codes_of_rows = read(numbers["ids"], codes, lengths, tokens, tables)
-    contents.tokens += tokens
-    contents.ids += ids
+    ids, codes_of_rows = read(stored, codes, lengths, around, tables)
+    special = {0: math.nan, 1: -math.inf}
+    rows = []
     for row, row_codes in enumerate(codes_of_rows):
         extra = [numbers[name][row] for name in OF_ROWS[coding]]
-        weights, tail, threshold = VALUES[coding](row_codes, *extra, codec)
-        contents.weights.append(weights)
-        contents.tail_mass.append(tail)
-        contents.threshold.append(threshold)
-    special = {0: math.nan, 1: -math.inf}
-    contents.label_logprob += [special.get(code, -(code - 2) / 64) for code in numbers["label_logprob"]]
-    contents.entropy += [math.nan if code == 0 else (code - 1) / 64 for code in numbers["entropy"]]
+        label, entropy = numbers["label_logprob"][row], numbers["entropy"][row]
+        columns = special.get(label, -(label - 2) / 64), math.nan if entropy == 0 else (entropy - 1) / 64
+        rows.append((ids[row], *VALUES[coding](row_codes, *extra, codec), *columns))
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------- layouts
 
 
-def _fast(plane: list[int], codes: list[int], lengths: list[int], _: list[int], tables: Tables) -> tuple[Rows, Rows]:
+def _fast(plane: list[int], codes: list[int], lengths: list[int], _: list[Around], tables: Tables) -> tuple[Rows, Rows]:
     require(max(plane, default=0) <= 2 * tables.vocab_size, "an integer is too large")
     ids: Rows = []
     values: Rows = []
@@ -161,17 +197,16 @@ def _fast(plane: list[int], codes: list[int], lengths: list[int], _: list[int], 
 
 
 def _small(
-    plane: list[int], codes: list[int], lengths: list[int], tokens: list[int], tables: Tables
+    plane: list[int], codes: list[int], lengths: list[int], around: list[Around], tables: Tables
 ) -> tuple[Rows, Rows]:
     require(max(plane, default=0) <= tables.vocab_size + tables.num_candidates, "an integer is too large")
     entries: list[list[tuple[int, int]]] = [[] for _ in lengths]
     keys = [-1] * len(lengths)
-    following: list[int | None] = [*tokens[1:], None]
     at = 0
-    for slot in range(max(lengths)):
+    for slot in range(max(lengths, default=0)):
         for row in (row for row, length in enumerate(lengths) if length > slot):
             keys[row] += plane[at] + 1
-            entries[row].append((tables.id_of_key(keys[row], tokens[row], following[row]), codes[at]))
+            entries[row].append((tables.id_of_key(keys[row], *around[row]), codes[at]))
             at += 1
     for row_entries in entries:
         row_entries.sort()
@@ -242,7 +277,12 @@ def _head_tail(codes: list[int], rest: int, precision: int, codec: dict[str, Any
     return weights, 0, threshold
 
 
+def _none(codes: list[int], codec: dict[str, Any]) -> tuple[list[float], float, float]:
+    return [], 1, 0
+
+
 VALUES: dict[str, Any] = {
+    "none": _none,
     "counts": _counts,
     "probabilities": _probabilities,
     "weights": _weights,

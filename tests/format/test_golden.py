@@ -14,7 +14,7 @@ from logitcache.store import open_cache, verify
 from logitcache.store.schema import FORMAT_VERSION
 from tests.format.check import check_contents
 from tests.format.reader import Contents, read_cache
-from tests.golden.make import FINISHED, SELECTIONS, content, make
+from tests.golden.make import FINISHED, MASKED, SELECTIONS, content, make
 from tests.store.caches import files_of
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -42,7 +42,7 @@ def test_golden_caches_are_read(cache: Path) -> None:
 
 
 def test_what_the_golden_caches_cover() -> None:
-    """Every selection, coding and layout, both containers, a short block, a missing unit."""
+    """Every selection, coding and layout, both containers, masks, a short block, a missing unit."""
     caches = [open_cache(cache, partial=True) for cache in CACHES]
     identities = [cache.manifest.identity for cache in caches]
     assert {(one.selection.method, one.selection.exponent) for one in identities} == {
@@ -50,11 +50,12 @@ def test_what_the_golden_caches_cover() -> None:
     }
     for kind in ("zarr", "arrow"):
         chosen = [one.codec for one in identities if one.container == kind]
-        assert {one["values"] for one in chosen} == {"counts", "probabilities", "weights", "head-tail"}
+        assert {one["values"] for one in chosen} == {"counts", "probabilities", "weights", "head-tail", "none"}
+        assert any("masked" in one for one in chosen)
         assert {one["layout"] for one in chosen} == {"small", "fast"}
     assert any(one.geometry.short_blocks and one.ancestry for one in identities)
     assert any(not cache.manifest.complete for cache in caches)
-    assert len(caches) >= len(FINISHED) + 2
+    assert len(caches) >= len(FINISHED) + len(MASKED) + 2
     assert (GOLDEN / f"v{FORMAT_VERSION}").is_dir()
 
 

@@ -19,6 +19,7 @@ from tests.format.check import check_cache
 from tests.format.files import crc32c
 from tests.format.reader import Contents, FormatError, read_cache
 from tests.golden.make import SELECTIONS, write
+from tests.golden.rows import mask_of
 from tests.store.caches import make_cache
 from tests.store.caches import rewrite as rewrite_document
 
@@ -28,7 +29,10 @@ LAYOUTS: list[LayoutName] = ["small", "fast"]
 CONTAINERS: list[ContainerKind] = ["zarr", "arrow"]
 FORMS = {
     "-".join(form): form
-    for form in itertools.product(["sample", "top-k", "sample-exponent", "varopt"], LAYOUTS, CONTAINERS)
+    for form in itertools.product(["sample", "top-k", "sample-exponent", "varopt", "label"], LAYOUTS, CONTAINERS)
+}
+MASKED_FORMS = {
+    "-".join(form): form for form in itertools.product(["sample", "top-k", "varopt", "label"], LAYOUTS, CONTAINERS)
 }
 
 
@@ -53,6 +57,35 @@ def test_both_readers_read_the_same(made: tuple[str, Path]) -> None:
         assert {int(number) for ref in cache.chunks for number in cache.read_planes(ref)["precision"]} > {0}
 
 
+@pytest.mark.parametrize("form", MASKED_FORMS)
+def test_masked_caches(form: str, tmp_path: Path) -> None:
+    """Both readers read the same, rows only where they count, and labels only there; one chunk has no such row."""
+    name, layout, container = MASKED_FORMS[form]
+    plain, masked = tmp_path / "plain", tmp_path / "masked"
+    write(plain, name, layout, container, SHORT_BLOCKS, seed=5, unit_blocks=5)
+    write(masked, name, layout, container, SHORT_BLOCKS, seed=5, unit_blocks=5, masked=True)
+    found = check_cache(masked)
+    everything = check_cache(plain)
+    counted = mask_of(SHORT_BLOCKS, 5)
+    assert found.counted == counted.astype(int).tolist()
+    assert 0 < sum(found.counted) < len(found.counted)
+    assert found.ids == [ids if kept else [] for ids, kept in zip(everything.ids, counted, strict=True)]
+    np.testing.assert_array_equal(np.array(found.label_logprob)[counted], np.array(everything.label_logprob)[counted])
+    assert np.isnan(np.array(found.label_logprob)[~counted]).all()
+    # Others are rounded at random, or scaled to a sum that is taken over all rows.
+    if name == "sample":
+        assert [row for row, kept in zip(found.weights, counted, strict=True) if kept] == [
+            row for row, kept in zip(everything.weights, counted, strict=True) if kept
+        ]
+    cache = open_cache(masked)
+    blocks = cache.read_blocks(0, len(SHORT_BLOCKS))
+    assert blocks.counted is not None
+    np.testing.assert_array_equal(blocks.counted[blocks.valid], counted)
+    labels = open_cache(plain).read_blocks(0, len(SHORT_BLOCKS)).labels()
+    np.testing.assert_array_equal(blocks.labels(), np.where(blocks.counted, labels, -100))
+    assert cache.num_counted == counted.sum() == (blocks.labels() >= 0).sum()
+
+
 def _rows(values: np.ndarray, offsets: np.ndarray, valid: np.ndarray) -> list[np.ndarray]:
     rows = np.split(values, offsets[1:-1])
     return [rows[number] for number in np.flatnonzero(valid)]
@@ -61,6 +94,7 @@ def _rows(values: np.ndarray, offsets: np.ndarray, valid: np.ndarray) -> list[np
 def _check_that_special_rows_occur(found: Contents, method: str, counts: bool) -> None:
     """Otherwise the comparison would say nothing of them."""
     assert counts or [] in found.ids
+    assert not found.counted
     assert np.isnan(found.label_logprob).any() and np.isneginf(found.label_logprob).any()  # noqa: PT018
     assert np.isnan(found.entropy).any()
     if method == "top-k":

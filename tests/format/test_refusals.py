@@ -21,19 +21,23 @@ from tests.golden.rows import VOCABULARY, rows_of, tokens_of
 ROWS = 14
 NUMBERS = (0, 1, 2, 3, 6, 63, 119, 120, 240, 241, 1020, 1264, 1265, 2050, 4098, 4099, 65_535, 65_536, 129_008, 129_009,
            1 << 40, (1 << 63) - 1)  # fmt: skip
-SELECTED = ["sample", "top-k", "sample-exponent", "varopt"]
+SELECTED = ["sample", "top-k", "sample-exponent", "varopt", "label"]
 
 
-@pytest.mark.parametrize(("name", "layout"), list(itertools.product(SELECTED, ["small", "fast"])))
-def test_both_readers_refuse_the_same(name: str, layout: LayoutName) -> None:
+@pytest.mark.parametrize(
+    ("name", "layout", "masked"),
+    [*itertools.product(SELECTED, ["small", "fast"], [False]), *itertools.product(SELECTED, ["small"], [True])],
+)
+def test_both_readers_refuse_the_same(name: str, layout: LayoutName, masked: bool) -> None:
     fields = SELECTIONS[name]
-    codec = RowCodec.for_selection(fields["method"], fields["size"], fields.get("exponent"), layout)
+    codec = RowCodec.for_selection(fields["method"], fields["size"], fields.get("exponent"), layout, masked)
     tokens = tokens_of(ROWS, 3)
     targets = rows_of(codec.values.name, tokens, 3)
     tables = Codebook.from_pilot(tokens, targets, VOCABULARY, codec.needs_contexts)
     theirs = Tables(dict(tables.to_planes()), VOCABULARY)
     uniforms = np.random.default_rng(0).random
-    planes = {"tokens": tables.ranks.encode(tokens), **codec.encode(tokens, targets, tables, uniforms)}
+    counted = np.arange(ROWS) % 5 > 1 if masked else None
+    planes = {"tokens": tables.ranks.encode(tokens), **codec.encode(tokens, targets, tables, uniforms, counted)}
     assert _both(planes, codec, tables, theirs)
     seen = [0, 0]
     for plane, index, number in _changes(planes):
@@ -61,6 +65,7 @@ def _both(planes: Planes, codec: RowCodec, tables: Codebook, theirs: Tables) -> 
         tokens = tables.ranks.decode(planes["tokens"])
         rest = {name: plane for name, plane in planes.items() if name != "tokens"}
         ours = {"blocks": [0] * ROWS, "tokens": tokens.tolist(), **columns_of(codec.decode(tokens, rest, tables))}
+        ours |= {"counted": planes["counted"].tolist()} if codec.masked else {}
     except DamagedCacheError:
         ours = None
     try:

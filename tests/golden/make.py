@@ -19,7 +19,7 @@ from logitcache.codec import LayoutName, RowCodec
 from logitcache.store import Cache, CacheWriter, Geometry, Identity, StoredSelection, open_cache
 from logitcache.store.layout import ContainerKind
 from logitcache.targets import SparseTargets
-from tests.golden.rows import DRAWS, HEADS_AND_TAILS, LONGEST, VOCABULARY, rows_of, tokens_of
+from tests.golden.rows import DRAWS, HEADS_AND_TAILS, LONGEST, VOCABULARY, mask_of, rows_of, tokens_of
 
 VERSION = 1
 BLOCK_LENGTH = 7
@@ -31,6 +31,7 @@ SELECTIONS: dict[str, dict[str, Any]] = {
     "sample": {"method": "sample", "size": DRAWS},
     "sample-exponent": {"method": "sample", "size": DRAWS, "exponent": 0.75},
     "varopt": {"method": "varopt", "size": HEADS_AND_TAILS},
+    "label": {"method": "label", "size": 0},
 }
 # Selection, layout, container.
 FINISHED: list[tuple[str, LayoutName, ContainerKind]] = [
@@ -42,6 +43,12 @@ FINISHED: list[tuple[str, LayoutName, ContainerKind]] = [
     ("sample-exponent", "fast", "arrow"),
     ("varopt", "small", "arrow"),
     ("varopt", "fast", "zarr"),
+    ("label", "small", "zarr"),
+]
+MASKED: list[tuple[str, LayoutName, ContainerKind]] = [
+    ("sample", "small", "zarr"),
+    ("top-k", "fast", "arrow"),
+    ("label", "fast", "arrow"),
 ]
 
 
@@ -54,11 +61,12 @@ def write(
     seed: int = 0,
     unit_blocks: int = 6,
     units: set[int] | None = None,
+    masked: bool = False,
 ) -> tuple[NDArray[np.int64], SparseTargets]:
     """A cache of made-up rows, up to `units` or finished; returns its tokens int64 [N] and rows."""
     blocks = BLOCKS if blocks is None else blocks
     selection = StoredSelection(**SELECTIONS[name])
-    codec = RowCodec.for_selection(selection.method, selection.size, selection.exponent, layout)
+    codec = RowCodec.for_selection(selection.method, selection.size, selection.exponent, layout, masked)
     identity = Identity(
         teacher={"name": "none: the rows are made up"},
         tokenizer={"sha256": "0" * 64, "size": VOCABULARY},
@@ -72,24 +80,32 @@ def write(
     )
     tokens = tokens_of(sum(blocks), seed)
     targets = rows_of(codec.values.name, tokens, seed)
+    counted = mask_of(blocks, seed) if masked else None
     writer = CacheWriter.open(root, identity)
     half = len(targets) // 2
     writer.publish_pilot(tokens[:half], targets.slice(0, half))
     for unit in writer.pending_units():
         if units is None or unit in units:
-            _commit(writer, unit, tokens, targets)
+            _commit(writer, unit, tokens, targets, counted)
     if not writer.pending_units():
         writer.finalize()
     return tokens, targets
 
 
-def _commit(writer: CacheWriter, unit: int, tokens: NDArray[np.int64], targets: SparseTargets) -> None:
+def _commit(
+    writer: CacheWriter,
+    unit: int,
+    tokens: NDArray[np.int64],
+    targets: SparseTargets,
+    counted: NDArray[np.bool_] | None,
+) -> None:
     geometry = writer.geometry
     first, stop = geometry.unit_range(unit)
     chunks = []
     for begin in range(first, stop, geometry.chunk_blocks):
         low, high = (geometry.tokens_in(0, block) for block in (begin, min(begin + geometry.chunk_blocks, stop)))
-        chunks.append(writer.encode(begin, tokens[low:high], targets.slice(low, high)))
+        mask = None if counted is None else counted[low:high]
+        chunks.append(writer.encode(begin, tokens[low:high], targets.slice(low, high), mask))
     writer.commit_unit(unit, chunks, {"nan_rows": unit})
 
 
@@ -104,6 +120,8 @@ def content(cache: Cache) -> dict[str, list[Any]]:
         stored["tokens"] += blocks.tokens.ravel()[rows].tolist()
         for name, values in columns_of(targets).items():
             stored.setdefault(name, []).extend(values)
+        if blocks.counted is not None:
+            stored.setdefault("counted", []).extend(blocks.counted.ravel()[rows].astype(int).tolist())
     return stored
 
 
@@ -127,6 +145,8 @@ def make(folder: Path) -> None:
     folder.mkdir(parents=True)
     for seed, (name, layout, container) in enumerate(FINISHED, start=1):
         write(folder / f"{name}-{layout}-{container}", name, layout, container, seed=seed)
+    for seed, (name, layout, container) in enumerate(MASKED, start=40):
+        write(folder / f"masked-{name}-{layout}-{container}", name, layout, container, seed=seed, masked=True)
     unfinished = folder / "unfinished-top-k-fast-arrow"
     write(unfinished, "top-k", "fast", "arrow", [*BLOCKS[:-1], 7, 7, 2], 20, unit_blocks=3, units={0, 2})
     with tempfile.TemporaryDirectory() as work:

@@ -43,6 +43,15 @@ def tokens_of(count: int, seed: int) -> NDArray[np.int64]:
     return np.array(Stream(1000 + seed).below(TOKENS, count), dtype=np.int64) * 11
 
 
+def mask_of(blocks: list[int], seed: int) -> NDArray[np.bool_]:
+    """bool [N]: runs that count and others; no block's last position does, and of one block none."""
+    counted = []
+    for block, tokens in enumerate(blocks):
+        draws = Stream(3000 + 100 * seed + block).below(3, tokens)
+        counted += [block != 3 and place < tokens - 1 and draws[place // 2] > 0 for place in range(tokens)]
+    return np.array(counted, dtype=bool)
+
+
 def rows_of(coding: str, tokens: NDArray[np.int64], seed: int) -> SparseTargets:
     """A row for each token, of a value coding's kind."""
     stream = Stream(2000 + seed)
@@ -55,7 +64,7 @@ def rows_of(coding: str, tokens: NDArray[np.int64], seed: int) -> SparseTargets:
         np.array([weight for _, weights, *_ in rows for weight in weights], dtype=np.float32),
         tail_mass=[tail for _, _, tail, _ in rows],
         threshold=[threshold for *_, threshold in rows],
-        unbiased=coding != "probabilities",
+        unbiased=coding not in ("probabilities", "none"),
         label_logprob=_columns(stream, len(rows), {3: np.nan, 5: -np.inf, 8: 0.0}, -1),
         entropy=_columns(stream, len(rows), {4: np.nan, 5: 0.0}, 1),
     )
@@ -82,6 +91,10 @@ def _probabilities(stream: Stream, number: int, token: int) -> Row:
     tail = 0 if number % 11 == 7 else 1 + stream.below(1000, 1)[0]
     total = sum(parts) + tail
     return ids, [part / total for part in parts], tail / total, 0
+
+
+def _none(stream: Stream, number: int, token: int) -> Row:
+    return [], [], 1, 0
 
 
 def _weights(stream: Stream, number: int, token: int) -> Row:
@@ -111,6 +124,7 @@ def _head_tail(stream: Stream, number: int, token: int) -> Row:
 
 
 MAKERS: dict[str, Callable[[Stream, int, int], Row]] = {
+    "none": _none,
     "counts": _counts,
     "probabilities": _probabilities,
     "weights": _weights,

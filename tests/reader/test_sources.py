@@ -117,7 +117,7 @@ def test_other_tokens_under_the_same_name_are_noticed(tmp_path: Path) -> None:
     """The facts agree, but not the blocks, as of two subsets of one corpus."""
     one, _ = two_teachers(tmp_path / "one", "counts")
     _, other = two_teachers(tmp_path / "other", "counts", tokens_of=1)
-    with pytest.raises(DamagedCacheError, match="name the same corpus, but hold other tokens in blocks"):
+    with pytest.raises(DamagedCacheError, match="name the same corpus, but hold other tokens or masks in "):
         next(iter(reader(AveragedCaches([one, other]))))
 
 

@@ -17,6 +17,7 @@ specs = st.one_of(
         Selection, st.just("sample"), st.integers(1, 65_535), exponent=st.floats(0, 4, exclude_min=True, width=32)
     ),
     st.builds(Selection, st.just("top-p"), st.integers(1, 65_535), st.floats(0, 1, exclude_min=True)),
+    st.just(Selection("label", 0)),
 )
 
 
@@ -27,7 +28,8 @@ def test_spellings() -> None:
     assert Selection.parse("sample:1") == Selection("sample", 1)
     assert Selection.parse("sample:50:.8") == Selection("sample", 50, exponent=0.8)
     assert Selection.parse("varopt:12") == Selection("varopt", 12)
-    for text in ("top-k:64", "top-p:0.95:100", "sample:50", "sample:50:0.8", "varopt:12"):
+    assert Selection.parse("label") == Selection("label", 0)
+    for text in ("top-k:64", "top-p:0.95:100", "sample:50", "sample:50:0.8", "varopt:12", "label"):
         assert str(Selection.parse(text)) == text
 
 
@@ -48,7 +50,7 @@ def test_text_and_json_round_trip(selection: Selection) -> None:
 
 
 def test_what_follows_from_the_method() -> None:
-    texts = ("top-k:9", "top-p:0.5:9", "sample:9", "sample:9:0.5", "varopt:9")
+    texts = ("top-k:9", "top-p:0.5:9", "sample:9", "sample:9:0.5", "varopt:9", "label")
     facts = {text: Selection.parse(text) for text in texts}
     assert {text: (one.unbiased, one.draws) for text, one in facts.items()} == {
         "top-k:9": (False, 0),
@@ -56,18 +58,20 @@ def test_what_follows_from_the_method() -> None:
         "sample:9": (True, 9),
         "sample:9:0.5": (True, 9),
         "varopt:9": (True, 1),
+        "label": (False, 0),
     }
 
 
 UNKNOWN = """
 top-k top-k: top-k:x top-k:1.5 top-k:1:2 top-p:0.9 top-p:9 top-p:0.9: top-p:x:3 top-p:0.9:3:4
 sample: sample:0.5:9 sample:9: sample:9:x sample:9:1:2 best:3 :3 64 varopt: varopt:x varopt:12:0.5
+label: label:0 label:1 labels
 """
 
 
 @pytest.mark.parametrize("text", ["", *UNKNOWN.split()])
 def test_what_is_not_understood(text: str) -> None:
-    forms = "top-k:64, top-p:0.95:100, sample:50, sample:50:0.8 or varopt:12"
+    forms = "top-k:64, top-p:0.95:100, sample:50, sample:50:0.8, varopt:12 or label"
     with pytest.raises(UsageError, match=f"is not understood; write {forms}$") as caught:
         Selection.parse(text)
     assert repr(text) in str(caught.value)
