@@ -26,10 +26,13 @@ class TokenMask:
     the earlier position does. So a block's mask does not depend on what else is in its batch, and how many positions
     keep the term follows from the labels alone.
 
+    `patch_forward(mask=)` and `DistillationSettings(mask=)` take one; for `distillation_loss` itself,
+    `alpha=0.9 * mask.kept(entropy_BL, counted_BL).flatten()` leaves the rest to the labels.
+
     Args:
         by: "teacher-entropy", of the cache (arXiv:2509.01649 drops the 15 % of lowest entropy, where what comes next
-            is hardly in doubt), or "student-entropy", of the student as it is (arXiv:2604.14084 keeps 50 %), both of
-            the full softmax at temperature 1. The latter costs one more product with the head.
+            is hardly in doubt), or "student-entropy", of the student as it is (arXiv:2604.14084 picks half of the
+            tokens by it), both of the full softmax at temperature 1. The latter costs one more product with the head.
         keep: the share, in (0, 1].
         rest: what the other positions learn from: "labels", so that their loss is the cross entropy, or "nothing", as
             if they had no label: they count for no term, z-loss included, and not in the mean.
