@@ -23,12 +23,11 @@ sample:N:T (N draws from p^T, weighted to be unbiased), varopt:K (K ids: exact h
 Run the same line again to resume after an interruption.
 
 \b
-Several workers share one dump through the cache's folder; the result is the same:
-  logitcache dump ... --workers 8                                 processes of this machine, a GPU each
-  torchrun --nproc-per-node 8 -m logitcache.cli.main dump ... --engine torchrun
-  srun logitcache dump ... --engine torchrun                      or a SLURM array: docs/dumping.md
-  logitcache dump ... --engine ray                                workers on a Ray cluster
-  logitcache dump --watch cache                                   all of them in one view
+Several workers share one dump through the cache's folder (docs/dumping.md); the result is the same:
+  logitcache dump ... --workers 8            # processes of this machine, on GPUs of their own
+  srun logitcache dump ... --engine torchrun # under SLURM or torchrun; ranks may die or join late
+  logitcache dump ... --engine ray           # on a Ray cluster
+  logitcache dump --watch cache              # all workers in one view
 
 Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 """
