@@ -24,10 +24,10 @@ Run the same line again to resume after an interruption.
 
 \b
 Several workers share one dump through the cache's folder (docs/dumping.md); the result is the same:
-  logitcache dump ... --workers 8            # processes of this machine, on GPUs of their own
-  srun logitcache dump ... --engine torchrun # under SLURM or torchrun; ranks may die or join late
-  logitcache dump ... --engine ray           # on a Ray cluster
-  logitcache dump --watch cache              # all workers in one view
+  --workers 8          processes of this machine, each on a GPU of its own
+  --engine torchrun    this process is one of those that torchrun or srun started
+  --engine ray         workers on a Ray cluster
+  logitcache dump --watch cache      # all of them in one view
 
 Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 """
