@@ -34,6 +34,7 @@ from logitcache.store import Layout, open_cache, verify
 BLOCK_LENGTH, UNIT_BLOCKS = 32, 4
 VOCABULARY = 300
 MOST_PROCESSES = 3
+_STORE = ("zarr.storage", "zarr.codecs.numcodecs")
 
 
 @dataclass
@@ -181,12 +182,12 @@ def main() -> None:
     arguments.add_argument("--rounds", type=int, default=200)
     arguments.add_argument("--seed", type=int, default=0)
     given = arguments.parse_args()
-    # Children start from a process that has imported all this and run nothing.
+    # Children start from a process that has imported what a dump needs and run nothing.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.kill_loop", "transformers.models.llama.modeling_llama", "zarr.storage"])
+    context.set_forkserver_preload(["logitcache.dump", "transformers.models.llama.modeling_llama", *_STORE])
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        tally = kill_loop(Path(folder), given.rounds, given.seed, context, print)
+        tally = kill_loop(Path(folder), given.rounds, given.seed, context, lambda line: print(line, flush=True))
     rows = [[f"{value:,}" for value in vars(tally).values()] + [f"{time.perf_counter() - began:,.0f} s"]]
     body = (
         "Each round: one to three processes of one dump, each killed at a random moment. Every check passed: what is "
