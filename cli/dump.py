@@ -31,12 +31,11 @@ Prompts with completions, conversations and token ids are read where their field
 Run the same line again to resume after an interruption.
 
 \b
-Several workers share one dump through the cache's folder; the result is the same:
-  logitcache dump ... --workers 8                                 processes of this machine, a GPU each
-  torchrun --nproc-per-node 8 -m logitcache.cli.main dump ... --engine torchrun
-  srun logitcache dump ... --engine torchrun                      or a SLURM array: docs/dumping.md
-  logitcache dump ... --engine ray                                workers on a Ray cluster
-  logitcache dump --watch cache                                   all of them in one view
+Several workers share one dump through the cache's folder (docs/dumping.md); the result is the same:
+  --workers 8          processes of this machine, each on a GPU of its own
+  --engine torchrun    this process is one of those that torchrun or srun started
+  --engine ray         workers on a Ray cluster
+  logitcache dump --watch cache      # all of them in one view
 
 Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 """

@@ -19,6 +19,7 @@ from .inspect import inspect
 from .merge import merge
 from .pull import pull
 from .push import push
+from .repair import repair
 from .subset import subset
 from .train import train
 from .verify import verify
@@ -37,7 +38,7 @@ def cli() -> None:
 COMMANDS = (
     *(dump, train, inspect, verify),
     *(derive, merge, subset, convert, export, import_, push, pull),
-    *(gc, bench, demo),
+    *(gc, repair, bench, demo),
 )
 for command in COMMANDS:
     cli.add_command(command)

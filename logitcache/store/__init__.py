@@ -7,6 +7,7 @@ from logitcache.store.differences import Wording
 from logitcache.store.garbage import Leftover, collect_garbage
 from logitcache.store.layout import ContainerKind, Layout
 from logitcache.store.location import cache_home
+from logitcache.store.repair import Repair, repair
 from logitcache.store.schema import Ancestor, Geometry, Identity, Manifest, Origin, Plan, StoredSelection, load_document
 from logitcache.store.tokenfile import TokenFile
 from logitcache.store.transfer import Transfer, pull, push
@@ -28,6 +29,7 @@ __all__ = [
     "Origin",
     "Plan",
     "Problem",
+    "Repair",
     "Report",
     "StoredSelection",
     "TokenFile",
@@ -41,5 +43,6 @@ __all__ = [
     "open_cache",
     "pull",
     "push",
+    "repair",
     "verify",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 
 from logitcache.errors import DamagedCacheError
 from logitcache.store.files import sha256_of_file
@@ -22,21 +23,26 @@ def committed_units(layout: Layout) -> set[int]:
     return {int(name.partition(".")[0]) for name in names if COMMIT_NAME.fullmatch(name)}
 
 
+def commit_paths(layout: Layout) -> list[Path]:
+    """The commit records there are, in unit order. They are listed: a plan may claim any number of units."""
+    found = [path for path in layout.commits.glob("*.json") if COMMIT_NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.stem))
+
+
+def read_commit(path: Path, plan: Plan) -> Commit:
+    """One commit record. Raises DamagedCacheError when it does not belong to this plan."""
+    unit, geometry = int(path.stem), plan.identity.geometry
+    commit = load_document(path, Commit)
+    first, stop = geometry.unit_range(unit)
+    expected = (plan.fingerprint, unit_name(unit), first, stop - first, geometry.tokens_in(first, stop))
+    if (commit.plan, commit.unit, commit.first_block, commit.num_blocks, commit.num_tokens) != expected:
+        raise DamagedCacheError(f"{path} belongs to another cache or unit; restore the right file")
+    return commit
+
+
 def read_commits(layout: Layout, plan: Plan) -> list[Commit]:
     """Commit records in unit order. Raises DamagedCacheError when one does not belong to this plan."""
-    commits = []
-    geometry = plan.identity.geometry
-    # What is there is listed, because a plan may claim any number of units.
-    found = [path for path in layout.commits.glob("*.json") if COMMIT_NAME.fullmatch(path.name)]
-    for path in sorted(found, key=lambda path: int(path.stem)):
-        unit = int(path.stem)
-        commit = load_document(path, Commit)
-        first, stop = geometry.unit_range(unit)
-        expected = (plan.fingerprint, unit_name(unit), first, stop - first, geometry.tokens_in(first, stop))
-        if (commit.plan, commit.unit, commit.first_block, commit.num_blocks, commit.num_tokens) != expected:
-            raise DamagedCacheError(f"{path} belongs to another cache or unit; restore the right file")
-        commits.append(commit)
-    return commits
+    return [read_commit(path, plan) for path in commit_paths(layout)]
 
 
 def assemble_manifest(layout: Layout, plan: Plan) -> Manifest:

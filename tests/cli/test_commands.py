@@ -325,5 +325,6 @@ def modules_of(*arguments: Any) -> set[str]:
 
 
 def test_quick_commands_load_no_torch(dumped: Dumped) -> None:
-    for arguments in (["--help"], *([name, dumped.top_k] for name in ("inspect", "verify", "gc"))):
+    names = ("inspect", "verify", "gc", "repair")
+    for arguments in (["--help"], ["dump", "--watch", dumped.top_k], *([name, dumped.top_k] for name in names)):
         assert not modules_of(*arguments) & {"torch", "transformers", "matplotlib", "pyarrow", "botocore"}, arguments
