@@ -74,14 +74,6 @@ def has_exact_head(targets: DeviceTargets) -> bool:
     return not bool((targets.threshold.isinf() & (targets.ids >= 0).any(1)).any())
 
 
-def holds_ids(targets: DeviceTargets, counted_N: torch.Tensor) -> bool:
-    """Whether rows have entries, as those of `label` caches do not. On a GPU, where looking stalls, it is believed."""
-    if targets.unbiased or targets.ids.shape[1] > 1 or not values_are_free(targets.ids):
-        return True
-    known_N = counted_N & torch.isfinite(targets.label_logprob)
-    return bool((targets.ids >= 0).any()) or not bool(known_N.any())
-
-
 def check_label_logprob(targets: DeviceTargets, counted_N: torch.Tensor) -> None:
     """Raise TargetsError, naming the row, if the teacher's log-probability of a counted label is not known."""
     if not values_are_free(counted_N):

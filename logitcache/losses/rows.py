@@ -17,7 +17,6 @@ from logitcache.losses.checks import (
     check_share,
     device_targets,
     has_exact_head,
-    holds_ids,
 )
 from logitcache.losses.divergence import divergence, gather_terms, read_by
 from logitcache.losses.objective import Objective
@@ -109,7 +108,7 @@ def prepare_rows(
     objective = options.effective_objective or Objective.default_for(bool(getattr(targets, "unbiased", False)))
     columns = head.columns(weight_VD)
     counted_N = labels_N != options.ignore_index
-    stored = _what_is_read(targets, objective, options.temperature, hidden_ND, columns, counted_N)
+    stored = _what_is_read(targets, objective, options.temperature, hidden_ND, columns)
     label_N = None
     if with_ce or objective.reads_labels:
         check_label_values(labels_N, counted_N, columns)
@@ -126,13 +125,11 @@ def _what_is_read(
     temperature: float,
     hidden_ND: torch.Tensor,
     columns: int,
-    counted_N: torch.Tensor,
 ) -> DeviceTargets | None:
     """The part of the targets that the objective reads, on hidden's device; None for cross entropy."""
     if not objective.reads_targets:
         objective.check(False, temperature)
         return None
     stored = device_targets(targets, hidden_ND, columns)
-    head, ids = has_exact_head(stored), objective.kind == "policy_gradient" or holds_ids(stored, counted_N)
-    objective.check(stored.unbiased, temperature, has_exact_head=head, has_ids=ids)
+    objective.check(stored.unbiased, temperature, has_exact_head=has_exact_head(stored))
     return read_by(objective, stored)
