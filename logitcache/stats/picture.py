@@ -47,7 +47,7 @@ def draw_stats(stats: CacheStats, path: Path) -> list[Path]:
         figure = Figure(figsize=(14, 7.8), layout="constrained")
         figure.suptitle(title, fontsize=13)
         for axes, panel in zip(figure.subplots(2, 3).flat, PANELS.values(), strict=True):
-            panel(axes, stats)
+            _draw(axes, panel, stats)
         figure.savefig(path, dpi=120)
         return [path]
     path.mkdir(parents=True, exist_ok=True)
@@ -55,10 +55,15 @@ def draw_stats(stats: CacheStats, path: Path) -> list[Path]:
     for name, panel in PANELS.items():
         figure = Figure(figsize=(7, 4.4), layout="constrained")
         figure.suptitle(title, fontsize=10, color=GREY)
-        panel(figure.add_subplot(), stats)
+        _draw(figure.add_subplot(), panel, stats)
         written.append(path / f"{name}.png")
         figure.savefig(written[-1], dpi=130)
     return written
+
+
+def _draw(axes: Axes, panel: Panel, stats: CacheStats) -> None:
+    axes.set_axisbelow(True)
+    panel(axes, stats)
 
 
 def _kept_mass(axes: Axes, stats: CacheStats) -> None:
@@ -133,7 +138,7 @@ def _positions(axes: Axes, stats: CacheStats) -> None:
     if stats.kept_mass is not None:
         other = axes.twinx()
         _line(other, middles, [place.kept_mass for place in stats.places], "mass kept", GREEN)
-        other.set(ylabel="mean mass kept", ylim=(0, 1.25))
+        other.set(ylabel="mean mass kept", ylim=(0, 1.25), yticks=[0, 0.25, 0.5, 0.75, 1])
         axes.plot([], [], color=GREEN, label="mass kept (right)", marker="o", markersize=3)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, loc="upper center", ncols=3, fontsize=8.5, columnspacing=1.2, handlelength=1.5)
