@@ -14,7 +14,8 @@ from logitcache.errors import CacheError
 from logitcache.store import Cache
 from logitcache.targets import SparseTargets
 
-# A forward pass costs a whole block, so that many rows of each are looked at; but a fault may sit in few blocks.
+# A forward pass costs a whole block, so that many rows of each are looked at, but half of them at most: a fault may
+# sit in few blocks.
 ROWS_PER_BLOCK, LEAST_BLOCKS = 128, 8
 # A BOS that is missing, or that nobody asked for, shows where a block begins and fades after that.
 START_POSITIONS, START_SHARE = 16, 8
@@ -73,9 +74,12 @@ class PickedRows:
         if not stored.size:
             raise CacheError(f"{cache.location} holds no rows yet; run the same dump again to finish it")
         rng = np.random.default_rng(seed)
-        wanted = max(LEAST_BLOCKS, -(-rows // ROWS_PER_BLOCK))
-        blocks = np.sort(rng.choice(stored, min(wanted, stored.size), replace=False))
-        lengths = np.array([cache.manifest.identity.geometry.block_tokens(int(b), int(b) + 1)[0] for b in blocks])
+        order = rng.permutation(stored)
+        count = max(LEAST_BLOCKS, -(-rows // min(ROWS_PER_BLOCK, -(-cache.block_length // 2))))
+        while _lengths(cache, order[:count]).sum() < rows and count < stored.size:
+            count *= 2  # blocks were short
+        blocks = np.sort(order[:count])
+        lengths = _lengths(cache, blocks)
         block, place = _choose(lengths, rows, rng)
         parts, tokens = [], []
         for number, first in enumerate(blocks.tolist()):
@@ -83,6 +87,11 @@ class PickedRows:
             tokens.append(read.tokens[0])
             parts.append(read.targets.take(place[block == number]))
         return cls(blocks, np.stack(tokens), lengths, block, place, SparseTargets.concatenate(parts))
+
+
+def _lengths(cache: Cache, blocks: NDArray[np.int64]) -> NDArray[np.int64]:
+    geometry = cache.manifest.identity.geometry
+    return np.array([geometry.tokens_in(block, block + 1) for block in blocks.tolist()])
 
 
 def _choose(

@@ -18,6 +18,7 @@ FACTOR = 4.0
 # What rounding to 1/64 nat makes of `label` and `entropy`, (1/64)^2 / 24; few rows may measure less by chance.
 ROUNDING = 1e-5
 FLOORS = {"label": ROUNDING, "entropy": ROUNDING, "rows": ROUNDING, "draws": 5e-3}
+SCALARS = ("label", "entropy")
 # A mean of independent rows is beyond four of its standard errors once in 16,000 times.
 SCORE_ERRORS = 4.0
 
@@ -58,8 +59,14 @@ class Figure:
 
 
 def worst(figures: Sequence[Figure]) -> Verdict:
-    """The verdict that all figures allow."""
-    return VERDICTS[max((VERDICTS.index(figure.verdict) for figure in figures), default=0)]
+    """The verdict that all figures allow.
+
+    Another precision moves every figure: where the scalars of the rows are the teacher's to the last digit, it excuses
+    nothing else.
+    """
+    found = VERDICTS[max((VERDICTS.index(figure.verdict) for figure in figures), default=0)]
+    scalars = [figure.verdict for figure in figures if figure.measure in SCALARS]
+    return "different" if found == "other precision" and scalars and set(scalars) == {"same teacher"} else found
 
 
 def figures_of(
