@@ -85,7 +85,7 @@ class Columns:
         self.ids.add(lengths_R)
         columns: dict[str, NDArray[Any]] = {"ids": lengths_R, "entropy": targets.entropy, "cross_entropy": surprise_R}
         if self.exact_head:
-            kept_R = 1 - targets.exact_head().tail_mass.astype(np.float64)
+            kept_R = np.minimum(targets.exact_head().row_sums(), 1)
             self.kept.add(kept_R)
             columns["kept_mass"] = kept_R
         for name, values_R in columns.items():
