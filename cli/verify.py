@@ -51,7 +51,7 @@ STYLES = {"same teacher": "green", "other precision": "yellow", "different": "re
 @debug_option
 def verify(cache: str, teacher: str | None, as_json: bool, **rest: Any) -> None:
     """Check every byte of a cache and list what is damaged; or compare its rows with a teacher."""
-    given = {name: value for name, value in rest.items() if value not in (None, False)}
+    given = {name: value for name, value in rest.items() if value is not None and value is not False}
     if teacher is None:
         if given:
             option = "--" + next(iter(given)).replace("_", "-")

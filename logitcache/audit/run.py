@@ -121,7 +121,7 @@ class _Runs:
         """Stored rows [n] against a teacher, and its own rows as this cache would store them."""
         picked, uniforms = self.picked, self._uniforms()
         measured: Measured = {}
-        parts, done = [], 0
+        parts, length = [], self.cache.block_length
         for rows, dist, labels in recompute(teacher, picked, batch_blocks or self._batch_blocks):
             again = select(self.selection, dist, None if uniforms is None else uniforms[rows])
             found = measure(stored.take(rows), dist, labels, again if self.redraws else None, self.scores)
@@ -129,8 +129,8 @@ class _Runs:
                 measured.setdefault(name, np.full(len(picked), np.nan))[rows] = values
             columns = (dist.label_logprob(labels).cpu().numpy(), dist.entropy().cpu().numpy())
             parts.append(again.with_columns(*columns))
-            done += rows.size
-            self.progress.advance(done, len(picked), done, 0)
+            done = (int(picked.block[rows[-1]]) + 1) * length
+            self.progress.advance(done, picked.tokens.size, done, 0)
         codec = self.cache.codec
         coded = codec.code(SparseTargets.concatenate(parts), np.random.default_rng(self._seed).random)
         return measured, codec.targets(coded)
