@@ -53,9 +53,9 @@ def inspect(
     if position is not None and block is not None:
         raise UsageError("--position and --block exclude each other; give one of them")
     if position is not None:
-        show_position(opened, position, _Decoder(opened, tokenizer), rows, as_json)
+        show_position(opened, position, Decoder(opened, tokenizer), rows, as_json)
     elif block is not None:
-        show_block(opened, block, _Decoder(opened, tokenizer), as_json)
+        show_block(opened, block, Decoder(opened, tokenizer), as_json)
     else:
         show_facts(opened, as_json)
 
@@ -119,7 +119,7 @@ def _nats(value: float) -> str:
     return "not stored" if math.isnan(value) else f"{value:.3f} nats"
 
 
-def show_position(cache: Cache, position: int, decoder: _Decoder, rows: int, as_json: bool) -> None:
+def show_position(cache: Cache, position: int, decoder: Decoder, rows: int, as_json: bool) -> None:
     """The text before a position and the teacher's tokens after it, most probable first."""
     if not 0 <= position < cache.manifest.identity.geometry.num_tokens:
         last = cache.manifest.identity.geometry.num_tokens - 1
@@ -195,7 +195,7 @@ def _print_row_facts(facts: dict[str, Any], listed: int) -> None:
     out.print(f"entropy {_nats(facts['entropy'])}, tail mass {facts['tail_mass']:.4f}")
 
 
-def show_block(cache: Cache, block: int, decoder: _Decoder, as_json: bool) -> None:
+def show_block(cache: Cache, block: int, decoder: Decoder, as_json: bool) -> None:
     """A block's text and averages over its positions."""
 
     if not 0 <= block < cache.num_blocks:
@@ -226,7 +226,7 @@ def show_block(cache: Cache, block: int, decoder: _Decoder, as_json: bool) -> No
     )
 
 
-class _Decoder:
+class Decoder:
     """Ids to text with the cache's own tokenizer, or plain ids when it cannot be found."""
 
     def __init__(self, cache: Cache, folder: str | None) -> None:
@@ -248,6 +248,11 @@ class _Decoder:
                 "give the right one with --tokenizer"
             )
         self._tokenizer = found
+
+    @property
+    def found(self) -> bool:
+        """Whether there is a tokenizer."""
+        return self._tokenizer is not None
 
     def text(self, ids: list[int]) -> str:
         """Running text."""

@@ -17,9 +17,11 @@ from .gc import gc
 from .import_ import import_
 from .inspect import inspect
 from .merge import merge
+from .plot import plot
 from .pull import pull
 from .push import push
 from .repair import repair
+from .stats import stats
 from .subset import subset
 from .train import train
 from .verify import verify
@@ -36,7 +38,7 @@ def cli() -> None:
 
 
 COMMANDS = (
-    *(dump, train, inspect, verify),
+    *(dump, train, inspect, verify, stats, plot),
     *(derive, merge, subset, convert, export, import_, push, pull),
     *(gc, repair, bench, demo),
 )

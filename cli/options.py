@@ -70,3 +70,15 @@ def cache_options(command: Command) -> Command:
         type=click.Choice(["small", "fast"]),
         help="small: fewest bytes; fast: fastest to read.",
     )(command)
+
+
+def rows_options(command: Command) -> Command:
+    """Add `--blocks`, `--sample`, `--seed` and `--tokenizer`: which rows of a cache to count, and how to show ids."""
+    command = click.option(
+        "--tokenizer", metavar="DIR", help="The teacher's tokenizer, if it is no longer where the dump found it."
+    )(command)
+    command = click.option("--seed", default=0, show_default=True, help="Of the choice that --sample makes.")(command)
+    command = click.option("--sample", type=int, metavar="N", help="Read only N chunks, chosen at random.")(command)
+    return click.option("--blocks", metavar="RANGES", help="Only these blocks, for example 0:100,250; or @FILE.")(
+        command
+    )

@@ -3,27 +3,66 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.table import Table
+from rich.text import Text
 
-from .console import counted, debug_option, json_option, out, print_json
+from logitcache.errors import UsageError
+
+from .console import counted, debug_option, json_option, out, print_json, print_wide
+from .progress import StageView
+
+if TYPE_CHECKING:
+    from logitcache.audit import AuditReport, Figure
 
 EXAMPLE = """
 \b
 Example:
   logitcache verify cache
+  logitcache verify cache --against-teacher ./SmolLM2-135M --rows 1000
 
-Exit status: 0 whole, 1 damaged or no cache, 2 wrong usage.
+With --against-teacher random rows are computed again and compared, instead of checking every byte: the verdict is
+`same teacher`, `other precision` or `different`. docs/audit.md explains the figures.
+
+Exit status: 0 whole, or this teacher's in whatever precision; 1 damaged, no cache, or different; 2 wrong usage.
 """
+WIDTH = 100
+STYLES = {"same teacher": "green", "other precision": "yellow", "different": "red"}
 
 
 @click.command(epilog=EXAMPLE)
 @click.argument("cache", type=click.Path())
+@click.option("--against-teacher", "teacher", metavar="DIR_OR_ID", help="Compare random rows with this teacher.")
+@click.option("--gguf-file", metavar="FILE", help="GGUF file inside the teacher's folder.")
+@click.option("--tokenizer", metavar="DIR_OR_ID", help="The teacher's tokenizer, if it is not beside it.")
+@click.option("--rows", type=int, metavar="N", help="Rows to compare.  [default: 1000]")
+@click.option("--seed", type=int, help="Of the choice of rows.  [default: 0]")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    help="Of the teacher.  [default: auto, that of the dump]",
+)
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Where the teacher runs.  [default: auto]")
+@click.option("--batch-tokens", type=int, help="Tokens in one forward pass.  [default: 4096]")
+@click.option("--trust-remote-code", is_flag=True, help="Let the teacher's folder run Python code of its own.")
 @json_option
 @debug_option
-def verify(cache: str, as_json: bool) -> None:
-    """Check every byte of a cache and list what is damaged."""
+def verify(cache: str, teacher: str | None, as_json: bool, **rest: Any) -> None:
+    """Check every byte of a cache and list what is damaged; or compare its rows with a teacher."""
+    given = {name: value for name, value in rest.items() if value is not None and value is not False}
+    if teacher is None:
+        if given:
+            option = "--" + next(iter(given)).replace("_", "-")
+            raise UsageError(f"{option} says how to compare with a teacher; name it with --against-teacher")
+        check(cache, as_json)
+    else:
+        audit(cache, teacher, given, as_json)
+
+
+def check(cache: str, as_json: bool) -> None:
+    """Every byte."""
     from logitcache.store import verify as verify_cache
 
     report = verify_cache(cache)
@@ -44,3 +83,51 @@ def verify(cache: str, as_json: bool) -> None:
         out.print(f"{cache}: {state}; {checked}{finished}")
     if not report.ok:
         raise click.exceptions.Exit(1)
+
+
+def audit(cache: str, teacher: str, given: dict[str, Any], as_json: bool) -> None:
+    """Random rows against a teacher."""
+    from logitcache.audit import AuditOptions, audit_cache
+
+    options = AuditOptions(teacher, **given)
+    with StageView("verify") as view:
+        report = audit_cache(cache, options, view)
+    if as_json:
+        print_json({"ok": report.ok, "verdict": report.verdict, "sentence": report.sentence, **asdict(report)})
+    else:
+        show_audit(report)
+    if not report.ok:
+        raise click.exceptions.Exit(1)
+
+
+def show_audit(report: AuditReport) -> None:
+    """A table of figures and the verdict."""
+    table = Table(box=None, pad_edge=False)
+    names = ("figure", "of blocks", "rows", "mean", "median", "99 %", "band", "limit", report.other_dtype or "")
+    for number, name in enumerate(names if report.other_dtype else names[:-1]):
+        table.add_column(name, justify="right" if number > 1 else "left", no_wrap=True)
+    for figure in report.figures:
+        table.add_row(*_cells(figure), style="" if figure.verdict == "same teacher" else STYLES[figure.verdict])
+    print_wide(table, WIDTH)
+    known = {
+        "same": "the files of the dump",
+        "other": "files other than those of the dump",
+        "unknown": "files the cache knows nothing of",
+    }
+    dumped = f", dumped in {report.cache_dtype}" if report.cache_dtype else ""
+    tokenizer = "the same tokenizer" if report.tokenizer == "same" else "a tokenizer that was not found"
+    out.print(
+        f"{report.rows:,} rows of {counted(report.blocks, 'block')}; {report.teacher} in {report.dtype}{dumped}, "
+        f"{known[report.files]}, {tokenizer}",
+        soft_wrap=True,
+        style="dim",
+    )
+    out.print(
+        Text(report.verdict, style=f"bold {STYLES[report.verdict]}") + Text(f": {report.sentence}"), soft_wrap=True
+    )
+
+
+def _cells(figure: Figure) -> list[str]:
+    numbers = [figure.mean, figure.median, figure.p99, figure.band, figure.limit, figure.precision]
+    shown = [f"{number:.1e}" for number in numbers if number is not None]
+    return [figure.measure, figure.part, f"{figure.rows:,}", *shown]

@@ -15,8 +15,8 @@ RANKS = [
     {"targets"},
     {"corpus", "models", "selection", "codec", "kernels"},
     {"teachers", "store", "losses"},
-    {"reader", "algebra", "interchange"},
-    {"training"},
+    {"reader", "algebra", "interchange", "audit"},
+    {"training", "stats"},
     {"dump_options"},
     {"dump_corpus"},
     {"dump_job"},
@@ -72,6 +72,7 @@ def modules_after(statement: str) -> set[str]:
         "import logitcache.targets, logitcache.codec, logitcache.store, logitcache.selection, logitcache.algebra",
         "import logitcache; logitcache.open_cache, logitcache.verify, logitcache.SparseTargets",
         "import logitcache.interchange",
+        "import logitcache.stats",
         "import logitcache.cli.main",
     ],
 )

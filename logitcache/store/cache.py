@@ -130,10 +130,13 @@ class Cache:
         """Bytes of the file of the codec's tables."""
         return self.files.codebook_bytes()
 
-    def stored_bytes(self) -> dict[str, int]:
-        """Bytes that the compressed chunks of each plane take in all shards. Raises DamagedCacheError."""
+    def stored_bytes(self, shards: Iterable[int] | None = None) -> dict[str, int]:
+        """Bytes that the compressed chunks of each plane take in these shards (numbers), by default in all.
+
+        Raises DamagedCacheError.
+        """
         total: dict[str, int] = {}
-        for number in range(len(self.manifest.shards)):
+        for number in range(len(self.manifest.shards)) if shards is None else shards:
             container = self._container(number)
             for name in container.sizes:
                 total[name] = total.get(name, 0) + container.stored_bytes(name)

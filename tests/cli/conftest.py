@@ -30,7 +30,8 @@ class Ran:
         assert "error: unexpected" not in self.err
         *before, said = self.err.strip().splitlines()
         # Only stages of the work may stand before it.
-        stages = ("dump: ", "train: ", "derive: ", "merge: ", "subset: ", "export: ", "import: ", "push: ", "pull: ")
+        commands = ("dump", "train", "derive", "merge", "subset", "export", "import", "push", "pull")
+        stages = tuple(f"{name}: " for name in (*commands, "verify", "stats", "plot"))
         assert all(line.startswith((*stages, "Usage:", "Try ")) or not line for line in before), before
         assert said.lower().startswith("error: ")
         return said

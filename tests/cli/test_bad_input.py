@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from logitcache.cli import main as cli_main
-from logitcache.store import open_cache
+from logitcache.store import CacheWriter, open_cache
 from tests.caches import Dumped, student_yaml
 from tests.cli.conftest import Main
 from tests.faults import flip_bit
@@ -77,6 +77,22 @@ def damaged(root: Path, made: Dumped) -> Path:
     return root / "damaged"
 
 
+def audit(cache: Path, teacher: Path) -> list[Any]:
+    return ["verify", cache, "--against-teacher", teacher, "--device", "cpu"]
+
+
+def begun(root: Path, made: Dumped) -> Path:
+    """A cache of which nothing is committed yet."""
+    manifest = open_cache(made.top_k).manifest
+    CacheWriter.open(root / "begun", manifest.identity, manifest.origin)
+    return root / "begun"
+
+
+def png_folder(root: Path) -> Path:
+    (root / "a.png").mkdir()
+    return root / "a.png"
+
+
 CASES: dict[str, tuple[int, str, Line]] = {
     # dump: corpus
     "no corpus": (1, "does not exist", lambda r, d: dump(r, d, corpus=r / "nothing.txt")),
@@ -133,6 +149,40 @@ CASES: dict[str, tuple[int, str, Line]] = {
     "verify a folder": (1, "is not a logitcache cache", lambda r, d: ["verify", folder(r, "a.txt")]),
     "verify a file": (1, "not a folder", lambda r, d: ["verify", d.corpus]),
     "verify a web page": (1, "https:// is not supported", lambda r, d: ["verify", "https://host/cache"]),
+    "audit nothing": (1, "does not exist", lambda r, d: audit(r / "nothing", d.teacher)),
+    "audit a folder": (1, "is not a logitcache cache", lambda r, d: audit(folder(r, "a.txt"), d.teacher)),
+    "audit an empty cache": (1, "holds no rows yet", lambda r, d: audit(begun(r, d), d.teacher)),
+    "audit damage": (1, "its SHA-256 differs", lambda r, d: audit(damaged(r, d), d.teacher)),
+    "audit without a teacher": (1, "does not exist", lambda r, d: audit(d.top_k, r / "teacher")),
+    "audit with a folder": (1, "has no config.json", lambda r, d: audit(d.top_k, folder(r))),
+    "audit with a file": (1, "is a file", lambda r, d: audit(d.top_k, d.corpus)),
+    "audit with GGUF": (1, "has no file x.gguf", lambda r, d: [*audit(d.top_k, d.teacher), "--gguf-file", "x.gguf"]),
+    "audit with a wider head": (
+        1,
+        "has 320 ids, .* was made with 300",
+        lambda r, d: audit(d.top_k, save_tiny(r / "teacher", vocab_size=320)),
+    ),
+    "audit's tokenizer": (1, "has no tokenizer", lambda r, d: [*audit(d.top_k, d.teacher), "--tokenizer", r]),
+    "audit of no rows": (2, "rows is 0; it must be at least 1", lambda r, d: [*audit(d.top_k, d.teacher), "--rows", 0]),
+    "audit's dtype": (2, "'int3'", lambda r, d: [*audit(d.top_k, d.teacher), "--dtype", "int3"]),
+    "audit of no teacher": (2, "name it with --against-teacher", lambda r, d: ["verify", d.top_k, "--rows", 10]),
+    # stats and plot
+    "stats of nothing": (1, "does not exist", lambda r, d: ["stats", r / "nothing"]),
+    "stats of a folder": (1, "is not a logitcache cache", lambda r, d: ["stats", folder(r, "a.txt")]),
+    "stats of an empty cache": (1, "holds no rows yet", lambda r, d: ["stats", begun(r, d)]),
+    "stats of damage": (1, "its SHA-256 differs", lambda r, d: ["stats", damaged(r, d)]),
+    "stats of no chunks": (2, "sample is 0", lambda r, d: ["stats", d.top_k, "--sample", 0]),
+    "stats of no blocks": (2, "outside the cache", lambda r, d: ["stats", d.top_k, "--blocks", "500:"]),
+    "stats' tokenizer": (1, "has no tokenizer", lambda r, d: ["stats", d.top_k, "--tokenizer", r]),
+    "plot nothing": (1, "does not exist", lambda r, d: ["plot", r / "nothing", "--out", r / "a.png"]),
+    "plot into a cache": (2, "lies inside the cache", lambda r, d: ["plot", d.top_k, "--out", d.top_k / "a.png"]),
+    "plot over a file": (2, "is a file; give a name.png", lambda r, d: ["plot", d.top_k, "--out", d.corpus]),
+    "plot over a folder": (2, "is a folder", lambda r, d: ["plot", d.top_k, "--out", png_folder(r)]),
+    "plot into a file": (
+        1,
+        "cannot be written|cannot be used",
+        lambda r, d: ["plot", d.top_k, "--out", d.corpus / "a"],
+    ),
     "inspect nothing": (1, "does not exist", lambda r, d: ["inspect", r / "nothing"]),
     "inspect a folder": (1, "is not a logitcache cache", lambda r, d: ["inspect", folder(r, "a.txt")]),
     "inspect damage": (1, "its SHA-256 differs", lambda r, d: ["inspect", damaged(r, d), "--position", 5]),

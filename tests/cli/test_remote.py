@@ -55,6 +55,9 @@ def test_commands_that_read(logitcache: Main, url: str, dumped: Dumped, tmp_path
         ["inspect", "--json"],
         ["inspect", "--position", 40, "--json"],
         ["inspect", "--block", 2],
+        ["verify", "--against-teacher", dumped.teacher, "--rows", 60, "--device", "cpu", "--json"],
+        ["stats", "--json"],
+        ["stats", "--blocks", "3:40"],
     ]
     for command, *options in lines:
         far = logitcache(command, url, *options)
@@ -94,7 +97,7 @@ def test_commands_that_need_a_folder(command: str, logitcache: Main, tmp_path: P
     assert ran.sentence.startswith(says)
 
 
-@pytest.mark.parametrize("command", ["dump", "derive", "merge", "subset", "convert", "export", "train"])
+@pytest.mark.parametrize("command", ["dump", "derive", "merge", "subset", "convert", "export", "plot", "train"])
 def test_nothing_is_written_to_a_url(
     command: str, logitcache: Main, dumped: Dumped, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -106,6 +109,7 @@ def test_nothing_is_written_to_a_url(
         "subset": [dumped.top_k, "--blocks", "0:2"],
         "convert": [dumped.top_k, "--container", "arrow"],
         "export": [dumped.top_k, "--to", "parquet"],
+        "plot": [dumped.top_k],
         "train": ["--cache", dumped.top_k, "--student", student_yaml(tmp_path / "s.yaml"), "--device", "cpu"],
     }
     before = sorted(tmp_path.iterdir())
