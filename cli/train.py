@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -83,18 +85,30 @@ def train(
     **given: Any,
 ) -> None:
     """Train a student from a cache; no teacher is needed."""
-    values = _read_config(config) | {key: value for key, value in given.items() if value is not None}
-    weights = tuple(cache_weights.split(",")) if cache_weights else ()
-    lists = {"cache": cache, "cache_weights": weights, "eval_text": eval_text}
-    values |= {key: value for key, value in lists.items() if value}
-    values |= dict(_assignment(text) for text in assignments)
     from logitcache.distill import run_training
     from logitcache.training.options import TrainOptions
+    from logitcache.training.ranks import Ranks
 
-    options = TrainOptions.build(values)
-    with TrainView() as view:
-        view.stage("loading")
-        metrics = run_training(options, resume, view.step)
+    def read_options() -> TrainOptions:
+        values = _read_config(config) | {key: value for key, value in given.items() if value is not None}
+        weights = tuple(cache_weights.split(",")) if cache_weights else ()
+        lists = {"cache": cache, "cache_weights": weights, "eval_text": eval_text}
+        values |= {key: value for key, value in lists.items() if value}
+        values |= dict(_assignment(text) for text in assignments)
+        return TrainOptions.build(values)
+
+    ranks = Ranks.of_environment()
+    options = ranks.agree(read_options)
+    with TrainView() if ranks.is_main else nullcontext() as view:
+        if view is not None:
+            view.stage("loading")
+        metrics = run_training(options, resume, view.step if view else None, sys.argv)
+    ranks.leave()
+    if ranks.is_main:
+        _report(metrics, options.out, as_json)
+
+
+def _report(metrics: dict[str, Any], folder: str, as_json: bool) -> None:
     if as_json:
         print_json(metrics)
         return
@@ -102,7 +116,7 @@ def train(
     for name, value in metrics.items():
         table.add_row(name.replace("_", " "), f"{value:,.4f}" if isinstance(value, float) else f"{value:,}")
     out.print(table)
-    out.print(f"The student is in {options.out}, its loss curve in {Path(options.out) / 'loss.png'}")
+    out.print(f"The student is in {folder}, its loss curve in {Path(folder) / 'loss.png'}")
 
 
 def _read_config(path: Path | None) -> dict[str, Any]:

@@ -7,6 +7,8 @@ class LogitcacheError(Exception):
     """Base of every error a user can cause or meet; the command line prints it without a traceback."""
 
     exit_code = 1
+    # True on the ranks of a distributed run whose main rank raises the same.
+    said_elsewhere = False
 
 
 class UsageError(LogitcacheError, ValueError):

@@ -13,7 +13,7 @@ from logitcache.models.loading import (
     resolve_source,
     weight_files,
 )
-from logitcache.models.operands import causal_lm, with_head
+from logitcache.models.operands import causal_lm, inside_forward, with_head
 from logitcache.models.saving import convert_gguf, save_model
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "choose_device",
     "convert_gguf",
     "head_logits",
+    "inside_forward",
     "load_model",
     "load_tokenizer",
     "model_identity",

@@ -66,6 +66,24 @@ def with_head(model: Any, hidden: torch.Tensor, function: Callable[[torch.Tensor
         del linear.forward
 
 
+def inside_forward(model: Any, function: Callable[[], Result]) -> Result:
+    """`function()` in the place of the model's forward pass, inside the hooks with which FSDP2 gathers its weights.
+
+    What it returns goes through these hooks: tensors, or a tuple of tensors. A model without hooks is not called.
+    """
+    model = causal_lm(model)
+    if not (model._forward_pre_hooks or model._forward_hooks):
+        return function()
+    own = vars(model).get("forward")  # accelerate's, under mixed precision
+    model.forward = function
+    try:
+        return model()
+    finally:
+        del model.forward
+        if own is not None:
+            model.forward = own
+
+
 def _operands(model: Any, linear: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """(hidden, weight, bias) of the linear map that the module is."""
     linear = _trained_copy(linear)

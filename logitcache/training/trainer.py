@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainingArguments
 
@@ -194,3 +195,9 @@ class DistillationTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def whole_weights(self) -> dict[str, torch.Tensor] | None:
+        """The weights of a model that FSDP has sharded, gathered on the main rank; every rank calls. None of others."""
+        if not isinstance(self.model, FSDPModule):
+            return None
+        return dict(self.accelerator.get_state_dict(self.model))
