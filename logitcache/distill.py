@@ -110,7 +110,8 @@ class _Run:
         finished = self._load_finished() if done == self.steps or self._was_stopped else None
         trainer = self._trainer(dataset, progress)
         if finished is None:
-            trainer.train(resume_from_checkpoint=str(self.checkpoint[0]) if self.checkpoint else None)
+            with models.errors_only():
+                trainer.train(resume_from_checkpoint=str(self.checkpoint[0]) if self.checkpoint else None)
         else:
             # Trainer would take one step more.
             for name in ("global_step", "max_steps", "best_global_step"):
