@@ -21,7 +21,11 @@ Example:
 The student is a model folder or a YAML/JSON transformers config (`model_type: llama`, ...; the vocabulary comes from
 the cache). Every option may stand in a `--config` file (with underscores); --set and the options above win. More keys
 for both: accumulate, alpha_decay, alpha_warmup, combine, eval_every, eval_tokens, impl, log_every, lr_schedule,
-max_grad_norm, report_to, save_every, warmup, weight_decay.
+max_grad_norm, report_to, save_every, warmup, weight_decay. docs/training.md tells what each does.
+
+\b
+On several GPUs, or processes on a CPU, the same run with the same batches:
+  torchrun --nproc-per-node 4 -m logitcache.cli.main train --cache cache ...
 
 Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 """
@@ -60,18 +64,24 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 @click.option("--epochs", type=float, help="Passes over the training blocks.  [default: 1]")
 @click.option("--max-tokens", type=int, help="Length of the run in tokens, instead of --epochs.")
 @click.option("--max-steps", type=int, help="Length of the run in optimiser steps, instead of --epochs.")
-@click.option("--batch-tokens", type=int, help="Tokens in a batch.  [default: 4096]")
+@click.option("--batch-tokens", type=int, help="Tokens in a batch, of all processes together.  [default: 4096]")
 @click.option("--learning-rate", type=float, help="Peak learning rate of AdamW.  [default: 1e-3]")
 @click.option("--held-out", type=float, help="Share of the cache's blocks kept for evaluation.  [default: 0.05]")
 @click.option("--held-out-cache", metavar="CACHE", help="Evaluate on this cache instead.")
+@click.option(
+    "--early-stop", type=int, metavar="N", help="End when N evaluations found no lower cross entropy; keep the best."
+)
 @click.option("--eval-text", multiple=True, metavar="PATH", help="Plain text of another domain to evaluate on.")
 @click.option("--tokenizer", metavar="DIR", help="The teacher's tokenizer, if it is no longer where the dump found it.")
 @click.option("--seed", type=int, help="Of weights, order and dropout.  [default: 0]")
 @click.option("--dtype", help="float32, or bfloat16 for mixed precision.")
 @click.option("--device", help="auto, cpu or cuda.")
+@click.option("--fsdp", help="off, full-shard or shard-grad-op: shard the student over torchrun's GPUs.")
 @click.option("--config", type=click.Path(path_type=Path), metavar="YAML", help="File with any of the options.")
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any other option, e.g. warmup=0.1.")
-@click.option("--resume", is_flag=True, help="Go on from the last checkpoint of the same run.")
+@click.option(
+    "--resume", is_flag=True, help="Go on from the last checkpoint of the same run, by any number of processes."
+)
 @json_option
 @debug_option
 def train(

@@ -90,9 +90,7 @@ def _check_early_stop(options: TrainOptions) -> None:
     if options.held_out == 0 and options.held_out_cache is None:
         raise UsageError("early_stop watches the cross entropy of held-out blocks; give --held-out or --held-out-cache")
     if options.save_every is not None:
-        raise UsageError(
-            "save_every: with early_stop there is a checkpoint for each evaluation; set eval_every instead"
-        )
+        raise UsageError("save_every: early_stop makes a checkpoint at each evaluation; set eval_every instead")
 
 
 def _sharding(options: TrainOptions) -> dict[str, Any]:
