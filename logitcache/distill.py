@@ -64,7 +64,9 @@ def run_training(
     ranks.join()
     with ranks.watching():
         run = ranks.agree(lambda: _Run(options, resume, ranks, command))
-        if resume and (result := run.folder.result()) is not None:
+        result = run.folder.result() if resume else None
+        run.check_same(result)
+        if result is not None:
             return result
         with run.folder.writing():
             return run.train(progress or (lambda step, total, metrics: None))
@@ -97,6 +99,12 @@ class _Run:
             check_fits(self.student, options.student, held_out.source)
         # DDP waits for every parameter's gradient; an expert that no token chose has none.
         self.arguments.ddp_find_unused_parameters = any("expert" in name for name, _ in self.student.named_parameters())
+
+    def check_same(self, result: dict[str, Any] | None) -> None:
+        """Raise TrainingError unless all ranks see the same caches and the same state of the run."""
+        self.ranks.check_same("cache", self.data.fingerprints)
+        self.ranks.check_same("checkpoint", self.checkpoint and self.checkpoint[0].name)
+        self.ranks.check_same("result", result)
 
     def train(self, progress: StepProgress) -> dict[str, Any]:
         dataset = self.data.dataset(self.reading)

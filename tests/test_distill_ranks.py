@@ -167,6 +167,8 @@ def test_what_one_rank_refuses_ends_all(nursery: Nursery, options: dict[str, Any
     assert nursery(Job(values, on_rank=other, folder=tmp_path)) == [1, 1]
     assert "TrainingError: on rank 1: " in (tmp_path / "err0").read_text()
     assert "nothing does not exist" in (tmp_path / "err1").read_text()
+    assert nursery(Job(values, on_rank={1: {"cache": options["held_out_cache"]}}, folder=tmp_path)) == [1, 1]
+    assert "TrainingError: rank 1 has another cache than rank 0" in (tmp_path / "err0").read_text()
     assert not (tmp_path / "out").exists()
 
 

@@ -66,18 +66,20 @@ def with_head(model: Any, hidden: torch.Tensor, function: Callable[[torch.Tensor
         del linear.forward
 
 
-def inside_forward(model: Any, function: Callable[[], Result]) -> Result:
-    """`function()` in the place of the model's forward pass, inside the hooks with which FSDP2 gathers its weights.
+def inside_forward(model: Any, function: Callable[[], None]) -> None:
+    """Call `function` in the place of the model's forward pass, inside the hooks with which FSDP2 gathers its weights.
 
-    What it returns goes through these hooks: tensors, or a tuple of tensors. A model without hooks is not called.
+    It is for passes without a graph: nothing is returned through the hooks, which would round it under mixed precision.
+    A model without hooks is not called.
     """
     model = causal_lm(model)
     if not (model._forward_pre_hooks or model._forward_hooks):
-        return function()
+        function()
+        return
     own = vars(model).get("forward")  # accelerate's, under mixed precision
     model.forward = function
     try:
-        return model()
+        model()
     finally:
         del model.forward
         if own is not None:

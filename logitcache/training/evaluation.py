@@ -98,25 +98,27 @@ def _targets(batch: dict[str, Any], unbiased: bool, device: torch.device | str) 
 
 def _measured(
     model: Any, input_ids: torch.Tensor, labels_N: torch.Tensor, targets: DeviceTargets | None
-) -> tuple[torch.Tensor, ...]:
+) -> list[torch.Tensor]:
     """Cross entropy, the largest probability and its id for each position [N]; with targets also the divergence [N]."""
+    measured: list[torch.Tensor] = []
 
-    def columns(hidden_ND: torch.Tensor, head: models.LMHead) -> tuple[torch.Tensor, ...]:
+    def measure(hidden_ND: torch.Tensor, head: models.LMHead) -> None:
         options = HeadOptions(bias=head.bias, softcap=head.softcap, logit_scale=head.logit_scale)
         stats = head_statistics(hidden_ND, head.weight, labels_N.clamp(min=0).unsqueeze(1), head=options)
-        of_student = (stats.lse - stats.z[:, 0], torch.exp(stats.max_logit - stats.lse), stats.argmax)
+        measured.extend([stats.lse - stats.z[:, 0], torch.exp(stats.max_logit - stats.lse), stats.argmax])
         if targets is None:
-            return of_student
+            return
         objective = Objective.default_for(targets.unbiased)
         terms = distillation_terms(hidden_ND, head.weight, labels_N, targets, objective, head=options, with_ce=False)
         assert terms.divergence is not None
-        return (*of_student, terms.divergence)
+        measured.append(terms.divergence)
 
-    def forward() -> tuple[torch.Tensor, ...]:
+    def forward() -> None:
         hidden_ND = models.body_hidden(models.causal_lm(model), input_ids).flatten(0, 1)
-        return models.with_head(model, hidden_ND, columns)
+        models.with_head(model, hidden_ND, measure)
 
-    return models.inside_forward(model, forward)
+    models.inside_forward(model, forward)
+    return measured
 
 
 class Calibration:

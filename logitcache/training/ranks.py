@@ -104,6 +104,20 @@ class Ranks:
             own = (UsageError if exit_code == 2 else TrainingError)(f"on rank {rank}: {message}")
         return own and self.common(own)
 
+    def check_same(self, what: str, value: Any) -> None:
+        """Raise TrainingError on every rank unless all have the same; it must be what pickle takes."""
+        if self._group is None:
+            return
+        everyones: list[Any] = [None] * self.world_size
+        dist.all_gather_object(everyones, value, self._group)
+        for rank, other in enumerate(everyones):
+            if other != everyones[0]:
+                differ = TrainingError(
+                    f"rank {rank} has another {what} than rank 0 ({other!r}, not {everyones[0]!r}); let all machines "
+                    "see the same files"
+                )
+                raise self.common(differ)
+
     def common(self, error: Exception) -> Exception:
         """An error that every rank raises, marked so that the main one alone says it."""
         error.said_elsewhere = not self.is_main  # type: ignore[attr-defined]

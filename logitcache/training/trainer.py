@@ -163,7 +163,8 @@ class DistillationTrainer(Trainer):
         values = {"tokens": output.counted, "ce": output.ce, "divergence": output.divergence, "z_loss": output.z_loss}
         for name, column in values.items():
             if column is not None:
-                total = column.sum()
+                # In float64: FSDP rounds what a model returns to the type it computes in.
+                total = column.sum(dtype=torch.float64)
                 self._sums[name] = self._sums.get(name, torch.zeros_like(total)) + total
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
