@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ def training_arguments(
     if options.early_stop:
         # The best student is one that was evaluated and saved.
         eval_every = save_every = _whole(eval_every, log_every)
-    arguments = TrainingArguments(
+    build = _on_plain_cpu if on_cpu else TrainingArguments
+    arguments = build(
         output_dir=str(checkpoints),
         max_steps=steps,
         per_device_train_batch_size=rank_blocks,
@@ -64,6 +66,18 @@ def training_arguments(
         # Several GPUs are for several processes; DataParallel would cut the rows of a batch apart.
         arguments._n_gpu = 1
     return arguments
+
+
+def _on_plain_cpu(**values: Any) -> TrainingArguments:
+    """Arguments whose device is "cpu" on every rank: accelerate's "cpu:1" is none that torch.load restores to."""
+    before = os.environ.get("ACCELERATE_TORCH_DEVICE")
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    try:
+        return TrainingArguments(**values)
+    finally:
+        del os.environ["ACCELERATE_TORCH_DEVICE"]
+        if before is not None:
+            os.environ["ACCELERATE_TORCH_DEVICE"] = before
 
 
 def _whole(steps: int, interval: int) -> int:
