@@ -21,6 +21,16 @@ err = Console(stderr=True, highlight=False)
 GO_ON = "the same command goes on from there (train: add --resume; export: begins anew)"
 
 
+def is_main() -> bool:
+    """Whether this process is the only one, or the first of those that a launcher started."""
+    return not _launched() or os.environ.get("RANK", "0") == "0"
+
+
+def _launched() -> bool:
+    """Whether a launcher such as torchrun started this process."""
+    return os.environ.get("LOCAL_RANK", "") not in ("", "-1")
+
+
 class Terminated(BaseException):
     """SIGTERM arrived."""
 
@@ -71,9 +81,14 @@ def run(command: Callable[[], Any]) -> NoReturn:
         sys.stdout.flush()
         status = result if isinstance(result, int) else 0
     except (Exception, KeyboardInterrupt, Terminated) as error:
+        if _launched():
+            # The launcher ends all processes as soon as one has ended; what this one has to say comes first.
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_IGN)
         status = _explain(error)
-    if status in (130, 143):
-        # Threads of libraries must not keep a stopped process alive.
+    if status in (130, 143) or (status and _launched()):
+        # Threads of libraries, or processes that are gone, must not keep a stopped process alive.
+        sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
@@ -89,14 +104,19 @@ def _explain(error: BaseException) -> int:
     if isinstance(error, click.exceptions.Exit):
         return error.exit_code
     if isinstance(error, click.ClickException):
-        error.show()
+        if is_main():
+            error.show()
         return error.exit_code
     if isinstance(error, KeyboardInterrupt | click.Abort):
-        _say(f"interrupted; what is committed is kept, and {GO_ON}")
+        if is_main():
+            _say(f"interrupted; what is committed is kept, and {GO_ON}")
         return 130
     if isinstance(error, Terminated):
-        _say(f"stopped by SIGTERM; what is committed is kept; {GO_ON}")
+        if is_main():
+            _say(f"stopped by SIGTERM; what is committed is kept; {GO_ON}")
         return 143
+    if getattr(error, "said_elsewhere", False):
+        return getattr(error, "exit_code", 1)
     if isinstance(error, LogitcacheError):
         _say(f"error: {error}")
         return error.exit_code

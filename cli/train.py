@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,11 @@ Example:
 The student is a model folder or a YAML/JSON transformers config (`model_type: llama`, ...; the vocabulary comes from
 the cache). Every option may stand in a `--config` file (with underscores); --set and the options above win. More keys
 for both: accumulate, alpha_decay, alpha_warmup, combine, eval_every, eval_tokens, impl, log_every, lr_schedule,
-max_grad_norm, report_to, save_every, warmup, weight_decay.
+max_grad_norm, report_to, save_every, warmup, weight_decay. docs/training.md tells what each does.
+
+\b
+On several GPUs, or processes on a CPU, the same run with the same batches:
+  torchrun --nproc-per-node 4 -m logitcache.cli.main train --cache cache ...
 
 Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 """
@@ -64,18 +70,24 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 @click.option("--epochs", type=float, help="Passes over the training blocks.  [default: 1]")
 @click.option("--max-tokens", type=int, help="Length of the run in tokens, instead of --epochs.")
 @click.option("--max-steps", type=int, help="Length of the run in optimiser steps, instead of --epochs.")
-@click.option("--batch-tokens", type=int, help="Tokens in a batch.  [default: 4096]")
+@click.option("--batch-tokens", type=int, help="Tokens in a batch, of all processes together.  [default: 4096]")
 @click.option("--learning-rate", type=float, help="Peak learning rate of AdamW.  [default: 1e-3]")
 @click.option("--held-out", type=float, help="Share of the cache's blocks kept for evaluation.  [default: 0.05]")
 @click.option("--held-out-cache", metavar="CACHE", help="Evaluate on this cache instead.")
+@click.option(
+    "--early-stop", type=int, metavar="N", help="End when N evaluations found no lower cross entropy; keep the best."
+)
 @click.option("--eval-text", multiple=True, metavar="PATH", help="Plain text of another domain to evaluate on.")
 @click.option("--tokenizer", metavar="DIR", help="The teacher's tokenizer, if it is no longer where the dump found it.")
 @click.option("--seed", type=int, help="Of weights, order and dropout.  [default: 0]")
 @click.option("--dtype", help="float32, or bfloat16 for mixed precision.")
 @click.option("--device", help="auto, cpu or cuda.")
+@click.option("--fsdp", help="off, full-shard or shard-grad-op: shard the student over torchrun's GPUs.")
 @click.option("--config", type=click.Path(path_type=Path), metavar="YAML", help="File with any of the options.")
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any other option, e.g. warmup=0.1.")
-@click.option("--resume", is_flag=True, help="Go on from the last checkpoint of the same run.")
+@click.option(
+    "--resume", is_flag=True, help="Go on from the last checkpoint of the same run, by any number of processes."
+)
 @json_option
 @debug_option
 def train(
@@ -89,18 +101,30 @@ def train(
     **given: Any,
 ) -> None:
     """Train a student from a cache; no teacher is needed."""
-    values = _read_config(config) | {key: value for key, value in given.items() if value is not None}
-    weights = tuple(cache_weights.split(",")) if cache_weights else ()
-    lists = {"cache": cache, "cache_weights": weights, "eval_text": eval_text}
-    values |= {key: value for key, value in lists.items() if value}
-    values |= dict(_assignment(text) for text in assignments)
     from logitcache.distill import run_training
     from logitcache.training.options import TrainOptions
+    from logitcache.training.ranks import Ranks
 
-    options = TrainOptions.build(values)
-    with TrainView() as view:
-        view.stage("loading")
-        metrics = run_training(options, resume, view.step)
+    def read_options() -> TrainOptions:
+        values = _read_config(config) | {key: value for key, value in given.items() if value is not None}
+        weights = tuple(cache_weights.split(",")) if cache_weights else ()
+        lists = {"cache": cache, "cache_weights": weights, "eval_text": eval_text}
+        values |= {key: value for key, value in lists.items() if value}
+        values |= dict(_assignment(text) for text in assignments)
+        return TrainOptions.build(values)
+
+    ranks = Ranks.of_environment()
+    options = ranks.agree(read_options)
+    with TrainView() if ranks.is_main else nullcontext() as view:
+        if view is not None:
+            view.stage("loading")
+        metrics = run_training(options, resume, view.step if view else None, sys.argv)
+    ranks.leave()
+    if ranks.is_main:
+        _report(metrics, options.out, as_json)
+
+
+def _report(metrics: dict[str, Any], folder: str, as_json: bool) -> None:
     if as_json:
         print_json(metrics)
         return
@@ -108,7 +132,7 @@ def train(
     for name, value in metrics.items():
         table.add_row(name.replace("_", " "), f"{value:,.4f}" if isinstance(value, float) else f"{value:,}")
     out.print(table)
-    out.print(f"The student is in {options.out}, its loss curve in {Path(options.out) / 'loss.png'}")
+    out.print(f"The student is in {folder}, its loss curve in {Path(folder) / 'loss.png'}")
 
 
 def _read_config(path: Path | None) -> dict[str, Any]:

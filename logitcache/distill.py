@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import accelerate
+import numpy
 import torch
 import transformers
 
@@ -17,9 +19,10 @@ from logitcache.reader import CacheDataset, ReaderOptions
 from logitcache.store import Cache
 from logitcache.training import DistillationTrainer, evaluate_blocks
 from logitcache.training.arguments import training_arguments
-from logitcache.training.evaluation import overall
+from logitcache.training.evaluation import empty_batch, overall
 from logitcache.training.load import check_fits, load_student
 from logitcache.training.options import TrainOptions
+from logitcache.training.ranks import Ranks
 from logitcache.training.records import RecordCallback, plot_losses
 from logitcache.training.run_data import RunData, plain_text_batches
 from logitcache.training.run_folder import RunFolder
@@ -31,83 +34,105 @@ _PATHS = ("cache", "student", "out", "held_out_cache", "eval_text", "tokenizer")
 StepProgress = Callable[[int, int, dict[str, float]], None]
 
 
-def run_training(options: TrainOptions, resume: bool = False, progress: StepProgress | None = None) -> dict[str, Any]:
+def run_training(
+    options: TrainOptions,
+    resume: bool = False,
+    progress: StepProgress | None = None,
+    command: Sequence[str] | None = None,
+) -> dict[str, Any]:
     """Train a student and write it to `options.out`, a folder that `AutoModelForCausalLM.from_pretrained` loads.
 
-    The folder also gets metrics.jsonl, loss.png, run.json (options, cache fingerprints, versions) and checkpoints/.
+    The folder also gets metrics.jsonl, loss.png, run.json (options, cache fingerprints, versions), train.yaml and
+    checkpoints/. Under torchrun every process calls this; they train together, and the main one writes.
 
     Args:
         options: what to do.
-        resume: go on from the last checkpoint of an interrupted run with the same options; of a finished run, return
-            its result.
-        progress: called as progress(step, total_steps, latest metrics).
+        resume: go on from the last checkpoint of an interrupted run with the same options, by as many processes or
+            others; of a finished run, return its result.
+        progress: called as progress(step, total_steps, latest metrics), on the main rank.
+        command: the command line that asked for this, for run.json.
 
     Returns:
-        The final evaluation's metrics and `steps`, `tokens`, `tokens_per_second`.
+        The final evaluation's metrics and `steps`, `tokens`, `tokens_per_second`; with early_stop also `best_step`,
+        whose student and evaluation these are, and `stopped_at` where that was before the end.
 
     Raises:
         UsageError, CacheError, ModelError, ObjectiveError, TrainingError: before the first step, when the run makes
         no sense; or DamagedCacheError when stored data turns out damaged.
     """
-    run = _Run(options, resume)
-    if resume and (result := run.folder.result()) is not None:
-        return result
-    with run.folder.writing():
-        return run.train(progress or (lambda step, total, metrics: None))
+    ranks = Ranks.of_environment()
+    ranks.join()
+    with ranks.watching():
+        run = ranks.agree(lambda: _Run(options, resume, ranks, command))
+        result = run.folder.result() if resume else None
+        run.check_same(result)
+        if result is not None:
+            return result
+        with run.folder.writing():
+            return run.train(progress or (lambda step, total, metrics: None))
 
 
 class _Run:
     """One training run: checks everything first, then trains."""
 
-    def __init__(self, options: TrainOptions, resume: bool) -> None:
-        self.options = options
+    def __init__(self, options: TrainOptions, resume: bool, ranks: Ranks, command: Sequence[str] | None) -> None:
+        self.options, self.ranks = options, ranks
         self.folder = RunFolder(options.out)
         self.data = RunData(options)
         self.settings = settings_for_all(options, self.data.sources)
         self.batch_blocks = max(1, round(options.batch_tokens / self.data.block_length))
         self.steps = self._count_steps()
-        self.record = _record(options, self.data, self.steps)
+        self.device = ranks.device(options.device)
+        self.reading = self._reading()
+        self.record = _record(options, self.data, self.steps, ranks, command)
         self.checkpoint = self.folder.find_checkpoint(self.record, resume)
         self.tokenizer = _load_tokenizer(options, self.data.caches[0])
-        self.other_domain = plain_text_batches(options, self.tokenizer, self.data.block_length, self.batch_blocks)
-        self.device = models.choose_device(options.device)
+        self.other_domain = plain_text_batches(
+            options, self.tokenizer, self.data.block_length, self.reading.batch_blocks
+        )
         self.arguments = training_arguments(
-            options, self.folder.checkpoints, self.steps, self.batch_blocks, self.device.type == "cpu"
+            options, self.folder.checkpoints, self.steps, self.reading.batch_blocks, self.device.type == "cpu"
         )
         transformers.set_seed(options.seed)
         self.student = load_student(options.student, self.data.widest, self.tokenizer, options.seed)
         for held_out in self.data.evaluation:
             check_fits(self.student, options.student, held_out.source)
+        # DDP waits for every parameter's gradient; an expert that no token chose has none.
+        self.arguments.ddp_find_unused_parameters = any("expert" in name for name, _ in self.student.named_parameters())
+
+    def check_same(self, result: dict[str, Any] | None) -> None:
+        """Raise TrainingError unless all ranks see the same caches and the same state of the run."""
+        self.ranks.check_same("cache", self.data.fingerprints)
+        self.ranks.check_same("checkpoint", self.checkpoint and self.checkpoint[0].name)
+        self.ranks.check_same("result", result)
 
     def train(self, progress: StepProgress) -> dict[str, Any]:
-        self.folder.begin(self.record)
-        metrics, dataset = self.folder.metrics, self._dataset()
-        state = dataset.state_dict()
+        dataset = self.data.dataset(self.reading)
+        done = 0
         if self.checkpoint is not None:
-            state = self.checkpoint[1]
-            dataset.load_state_dict(state)
-            metrics.cut(state["samples_seen"] // self._step_blocks)
+            dataset.load_state_dict(self.checkpoint[1])
+            done = self.checkpoint[1]["samples_seen"] // self._step_blocks
+        if self.ranks.is_main:
+            self.folder.begin(self.record, done if self.checkpoint else -1)
+        self.ranks.wait()
+        finished = self._load_finished() if done == self.steps or self._was_stopped else None
+        trainer = self._trainer(dataset, progress)
+        if finished is None:
+            with models.errors_only():
+                trainer.train(resume_from_checkpoint=str(self.checkpoint[0]) if self.checkpoint else None)
         else:
-            metrics.cut(-1)
-        finished = state["samples_seen"] == self.steps * self._step_blocks
-        if finished and self.checkpoint is not None:
             # Trainer would take one step more.
-            self.student = models.load_model(self.checkpoint[0], dtype="float32", device=str(self.device))
-        callback = RecordCallback(metrics, lambda step: dataset.state_at(step * self._step_blocks), progress)
-        trainer = DistillationTrainer(
-            self.student, self.arguments, dataset, self.settings, self._evaluate, callbacks=[callback]
-        )
-        for noisy in (transformers.PrinterCallback, transformers.ProgressCallback):
-            trainer.remove_callback(noisy)
-        if finished:
-            trainer.state.global_step = trainer.state.max_steps = self.steps
-        else:
-            trainer.train(resume_from_checkpoint=str(self.checkpoint[0]) if self.checkpoint else None)
+            for name in ("global_step", "max_steps", "best_global_step"):
+                setattr(trainer.state, name, getattr(finished, name))
         return self._finish(trainer)
 
     @property
     def _step_blocks(self) -> int:
         return self.batch_blocks * self.options.accumulate
+
+    @property
+    def _was_stopped(self) -> bool:
+        return self.checkpoint is not None and self.checkpoint[1].get("stopped", False)
 
     def _count_steps(self) -> int:
         options = self.options
@@ -116,60 +141,102 @@ class _Run:
         tokens = options.max_tokens or options.epochs * self.data.num_blocks * self.data.block_length
         return max(1, round(tokens / (self._step_blocks * self.data.block_length)))
 
-    def _dataset(self) -> CacheDataset:
-        return self.data.dataset(
-            ReaderOptions(
-                self.batch_blocks,
-                seed=self.options.seed,
-                with_targets=not self.settings.labels_only,
-                pin_memory=self.device.type == "cuda",
-            )
+    def _reading(self) -> ReaderOptions:
+        return ReaderOptions.for_rank(
+            self.batch_blocks,
+            self.ranks.rank,
+            self.ranks.world_size,
+            seed=self.options.seed,
+            with_targets=not self.settings.labels_only,
+            pin_memory=self.device.type == "cuda",
         )
 
+    def _load_finished(self) -> transformers.TrainerState:
+        """The student and state of a run that was killed after its last step."""
+        assert self.checkpoint is not None
+        folder = self.checkpoint[0]
+        state = transformers.TrainerState.load_from_json(str(folder / "trainer_state.json"))
+        if self.options.early_stop and state.best_global_step:
+            folder = folder.with_name(f"checkpoint-{state.best_global_step}")
+        self.student = models.load_model(folder, dtype="float32", device=self.device.type)
+        return state
+
+    def _trainer(self, dataset: CacheDataset, progress: StepProgress) -> DistillationTrainer:
+        def reader_state(step: int) -> dict[str, Any]:
+            return dataset.state_at(step * self._step_blocks)
+
+        callbacks: list[Any] = [RecordCallback(self.folder.metrics, reader_state, progress, self.ranks)]
+        if self.options.early_stop:
+            callbacks.append(transformers.EarlyStoppingCallback(self.options.early_stop))
+        trainer = DistillationTrainer(
+            self.student, self.arguments, dataset, self.settings, self._evaluate, callbacks=callbacks
+        )
+        for noisy in (transformers.PrinterCallback, transformers.ProgressCallback):
+            trainer.remove_callback(noisy)
+        if self.ranks.rank:
+            # Weights are drawn alike on all ranks, dropout is not.
+            transformers.set_seed((self.options.seed + self.ranks.rank) % 2**32)
+        return trainer
+
     def _evaluate(self, model: Any) -> dict[str, float]:
-        device = next(model.parameters()).device
+        device, blocks = next(model.parameters()).device, self.reading.batch_blocks
         results = {
-            held_out.name: evaluate_blocks(model, held_out.batches(self.batch_blocks), held_out.source.unbiased, device)
-            for held_out in self.data.evaluation
+            one.name: evaluate_blocks(model, one.batches(blocks, self.ranks), one.source.unbiased, device, self.ranks)
+            for one in self.data.evaluation
         }
         metrics = overall(results)
         if self.other_domain:
-            other = evaluate_blocks(model, self.other_domain, False, device)
+            batches = [batch or empty_batch() for batch in self.ranks.share(self.other_domain)]
+            other = evaluate_blocks(model, batches, False, device, self.ranks)
             metrics |= {"other_ce": other["ce"], "other_ece": other["ece"]}
         return metrics
 
     def _finish(self, trainer: DistillationTrainer) -> dict[str, Any]:
+        steps, best = trainer.state.global_step, trainer.state.best_global_step if self.options.early_stop else None
         rows = self.folder.metrics.rows()
-        final: dict[str, Any] = next((row for row in reversed(rows) if "eval_ce" in row), {})
-        if final.get("step") != self.steps:
+        evaluated = (row for row in reversed(rows) if "eval_ce" in row and row["step"] == (best or steps))
+        final: dict[str, Any] | None = self.ranks.from_main(next(evaluated, None))
+        if final is None:
             final = trainer.evaluate()
-            rows = self.folder.metrics.rows()
-        rates = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]
-        out = self.folder.path
-        models.save_model(self.student, out, self.tokenizer)
-        plot_losses(rows, out / "loss.png", f"{out.name}: {self.settings.objective.kind}")
+        weights = trainer.whole_weights()
+        if not self.ranks.is_main:
+            return self.ranks.from_main({})
         result = {
             **{name: value for name, value in final.items() if name.startswith("eval_")},
-            "steps": self.steps,
-            "tokens": self.steps * self._step_blocks * self.data.block_length,
-            "tokens_per_second": sorted(rates)[len(rates) // 2] if rates else 0.0,
+            "steps": steps,
+            "tokens": steps * self._step_blocks * self.data.block_length,
+            **({"best_step": best} if best else {}),
+            **({"stopped_at": steps} if steps < self.steps else {}),
         }
+        if "stopped_at" in result and not any("stopped_at" in row for row in rows):
+            trainer.log({"stopped_at": steps})
+        self._write(result, weights)
+        return self.ranks.from_main(result)
+
+    def _write(self, result: dict[str, Any], weights: dict[str, Any] | None) -> None:
+        out, rows = self.folder.path, self.folder.metrics.rows()
+        rates = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]
+        models.save_model(self.student, out, self.tokenizer, weights)
+        plot_losses(rows, out / "loss.png", f"{out.name}: {self.settings.objective.kind}")
+        result["tokens_per_second"] = sorted(rates)[len(rates) // 2] if rates else 0.0
         self.folder.finish(result)
-        return result
 
 
-def _record(options: TrainOptions, data: RunData, steps: int) -> dict[str, Any]:
+def _record(
+    options: TrainOptions, data: RunData, steps: int, ranks: Ranks, command: Sequence[str] | None
+) -> dict[str, Any]:
     """What run.json says: enough to repeat the run, and to know another one."""
     return {
+        "command": None if command is None else list(command),
         "options": {
             key: _absolute(value) if key in _PATHS else value for key, value in options.model_dump(mode="json").items()
         },
         "fingerprints": data.fingerprints,
         "steps": steps,
+        "world_size": ranks.world_size,
         "versions": {
             "logitcache": logitcache.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
+            **{module.__name__: module.__version__ for module in (torch, transformers, accelerate, numpy)},
             "python": platform.python_version(),
         },
     }

@@ -9,6 +9,8 @@ class LogitcacheError(Exception):
     """Base of every error a user can cause or meet; the command line prints it without a traceback."""
 
     exit_code = 1
+    # True on the ranks of a distributed run whose main rank raises the same.
+    said_elsewhere = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Some take more than a message; a worker's error must reach the process that started it all the same.

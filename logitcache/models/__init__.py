@@ -7,13 +7,14 @@ from logitcache.models.loading import (
     DEVICES,
     DTYPES,
     choose_device,
+    errors_only,
     load_model,
     load_tokenizer,
     quiet,
     resolve_source,
     weight_files,
 )
-from logitcache.models.operands import causal_lm, with_head
+from logitcache.models.operands import causal_lm, inside_forward, with_head
 from logitcache.models.saving import convert_gguf, save_model
 
 __all__ = [
@@ -25,7 +26,9 @@ __all__ = [
     "check_split",
     "choose_device",
     "convert_gguf",
+    "errors_only",
     "head_logits",
+    "inside_forward",
     "load_model",
     "load_tokenizer",
     "model_identity",

@@ -268,19 +268,28 @@ def _damaged_file(folder: Path) -> Path | None:
 
 
 @contextlib.contextmanager
+def errors_only() -> Iterator[None]:
+    """Silence what transformers logs, errors excepted."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+@contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Silence progress bars and advice of transformers; what matters in it is checked by this module."""
-    verbosity, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    bar = transformers_logging.is_progress_bar_enabled()
     hub_bars_off = are_progress_bars_disabled()
-    transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
         # The GGUF reader draws its progress bar on stderr whatever the settings.
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        with errors_only(), warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        transformers_logging.set_verbosity(verbosity)
         if bar:
             transformers_logging.enable_progress_bar()
         (disable_progress_bars if hub_bars_off else enable_progress_bars)()

@@ -66,6 +66,26 @@ def with_head(model: Any, hidden: torch.Tensor, function: Callable[[torch.Tensor
         del linear.forward
 
 
+def inside_forward(model: Any, function: Callable[[], None]) -> None:
+    """Call `function` in the place of the model's forward pass, inside the hooks with which FSDP2 gathers its weights.
+
+    It is for passes without a graph: nothing is returned through the hooks, which would round it under mixed precision.
+    A model without hooks is not called.
+    """
+    model = causal_lm(model)
+    if not (model._forward_pre_hooks or model._forward_hooks):
+        function()
+        return
+    own = vars(model).get("forward")  # accelerate's, under mixed precision
+    model.forward = function
+    try:
+        model()
+    finally:
+        del model.forward
+        if own is not None:
+            model.forward = own
+
+
 def _operands(model: Any, linear: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """(hidden, weight, bias) of the linear map that the module is."""
     linear = _trained_copy(linear)

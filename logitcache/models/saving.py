@@ -7,14 +7,19 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 
 from logitcache.errors import ModelError
 from logitcache.models.loading import load_model, load_tokenizer, quiet
 
 
-def save_model(model: Any, folder: str | Path, tokenizer: Any | None = None) -> None:
+def save_model(
+    model: Any, folder: str | Path, tokenizer: Any | None = None, weights: dict[str, torch.Tensor] | None = None
+) -> None:
     """Write `model` (also one loaded from GGUF) as safetensors, and the tokenizer beside it.
+
+    `weights` are its whole state where it holds shards only.
 
     Raises:
         ModelError: the folder cannot be written.
@@ -25,7 +30,7 @@ def save_model(model: Any, folder: str | Path, tokenizer: Any | None = None) -> 
         del model.config.quantization_config
     try:
         with quiet():
-            model.save_pretrained(folder)
+            model.save_pretrained(folder, state_dict=weights)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
     except (OSError, SafetensorError) as error:

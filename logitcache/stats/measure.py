@@ -217,7 +217,7 @@ def _tokens(cache: Cache, ref: ChunkRef, blocks: NDArray[np.int64]) -> int:
 
 def _rows(cache: Cache, ref: ChunkRef, blocks: NDArray[np.int64]) -> Iterator[tuple[Any, Any, Any]]:
     """Tokens, rows and tokens a block of runs of blocks in one chunk."""
-    tokens, targets = cache.read_rows(ref)
+    tokens, targets, _ = cache.read_rows(ref)
     counts = cache.manifest.identity.geometry.block_tokens(ref.first_block, ref.first_block + ref.num_blocks)
     begins = np.concatenate([[0], np.cumsum(counts)])
     for run in np.split(blocks, np.flatnonzero(np.diff(blocks) != 1) + 1):

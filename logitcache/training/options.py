@@ -32,9 +32,12 @@ class TrainOptions(BaseModel):
     (several corpora); `combine` says which of it. `cache_weights` are shares, one of each cache: by default equal ones
     of teachers, and of corpora what they hold.
 
-    Sizes are in tokens, rounded to whole blocks of the cache. `epochs`, `max_tokens` and `max_steps` each bound the
-    run; the last one given in that order wins. `tail`, `beta`, `reverse` and `clip` belong to some objectives only,
-    `blend` and `blend_end` to tail='blend': see docs/objectives.md. `mask` is what `TokenMask.parse` reads, or "none".
+    Sizes are in tokens, rounded to whole blocks of the cache; `batch_tokens` is the batch of all processes together,
+    whatever their number. `early_stop` ends the run after so many evaluations in a row without a lower cross entropy,
+    and writes the student of the lowest. `fsdp` shards weights, gradients and optimiser state over GPUs. `epochs`,
+    `max_tokens` and `max_steps` each bound the run; the last one given in that order wins. `tail`, `beta`, `reverse`
+    and `clip` belong to some objectives only, `blend` and `blend_end` to tail='blend': see docs/objectives.md. `mask`
+    is what `TokenMask.parse` reads, or "none".
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -76,11 +79,13 @@ class TrainOptions(BaseModel):
     eval_every: int | None = Field(None, ge=1)
     save_every: int | None = Field(None, ge=1)
     log_every: int = Field(10, ge=1)
+    early_stop: int | None = Field(None, ge=1)
     tokenizer: str | None = None
     seed: int = Field(0, ge=0, lt=2**32)
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     impl: Literal["auto", "reference", "split", "chunk", "triton"] = "auto"
+    fsdp: Literal["off", "full-shard", "shard-grad-op"] = "off"
     report_to: tuple[str, ...] = ()
 
     @field_validator("cache", "cache_weights", "eval_text", "report_to", mode="before")

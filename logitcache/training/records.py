@@ -12,6 +12,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from logitcache.errors import TrainingError
+from logitcache.training.ranks import ALONE, Ranks
 
 COMPLETE = "logitcache_reader.json"
 
@@ -48,10 +49,13 @@ class MetricsLog:
 class RecordCallback(TrainerCallback):
     """Writes metrics, marks whole checkpoints with the reader's state, and tells `progress` about each step.
 
+    Of several ranks the main one writes and tells; all stop when training has diverged.
+
     Args:
         metrics: where logged values go.
         reader_state: global step -> state of the reader after it.
         progress: called as progress(step, total_steps, latest metrics).
+        ranks: that train together.
     """
 
     def __init__(
@@ -59,52 +63,62 @@ class RecordCallback(TrainerCallback):
         metrics: MetricsLog,
         reader_state: Callable[[int], dict[str, Any]],
         progress: Callable[[int, int, dict[str, float]], None],
+        ranks: Ranks = ALONE,
     ) -> None:
-        self._metrics, self._reader_state, self._progress = metrics, reader_state, progress
+        self._metrics, self._reader_state, self._progress, self._ranks = metrics, reader_state, progress, ranks
         self._latest: dict[str, float] = {}
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         values = {name: value for name, value in (logs or {}).items() if name not in ("total_flos", "epoch")}
-        if "train_runtime" in values or not state.is_world_process_zero:
+        if "train_runtime" in values:
             return
-        _check_finite(state.global_step, values)
-        self._metrics.append({"step": state.global_step, **values})
-        self._latest |= values
-        self._progress(state.global_step, state.max_steps, self._latest)
+        self._check_finite(state.global_step, values)
+        if self._ranks.is_main:
+            self._metrics.append({"step": state.global_step, **values})
+            self._latest |= values
+            self._progress(state.global_step, state.max_steps, self._latest)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._progress(state.global_step, state.max_steps, self._latest)
+        if self._ranks.is_main:
+            self._progress(state.global_step, state.max_steps, self._latest)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        # Trainer writes a checkpoint file by file; this one comes last, so a folder that has it is whole.
+        # Trainer writes a checkpoint file by file, some on each rank; this one comes last, so a folder that has it is
+        # whole.
+        self._ranks.wait()
+        if not self._ranks.is_main:
+            return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         temporary = folder / f"{COMPLETE}.tmp"
-        temporary.write_text(json.dumps(self._reader_state(state.global_step)))
+        stopped = {"stopped": True} if control.should_training_stop and state.global_step < state.max_steps else {}
+        temporary.write_text(json.dumps(self._reader_state(state.global_step) | stopped))
         temporary.replace(folder / COMPLETE)
 
-
-def _check_finite(step: int, values: dict[str, float]) -> None:
-    """Stop a run whose weights are lost, before they become a checkpoint or the trained student."""
-    for name in ("loss", "eval_ce"):
-        if not math.isfinite(values.get(name, 0.0)):
-            raise TrainingError(
-                f"{name} is {values[name]} at step {step}: training diverged; begin again in another --out with a "
-                "lower --learning-rate or more warmup"
-            )
+    def _check_finite(self, step: int, values: dict[str, float]) -> None:
+        """Stop a run whose weights are lost, before they become a checkpoint or the trained student."""
+        for name in ("loss", "eval_ce"):
+            if not math.isfinite(values.get(name, 0.0)):
+                diverged = TrainingError(
+                    f"{name} is {values[name]} at step {step}: training diverged; begin again in another --out with a "
+                    "lower --learning-rate or more warmup"
+                )
+                raise self._ranks.common(diverged)
 
 
 def last_whole_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that was written completely, with its reader state; half-written ones are removed."""
-    whole: list[tuple[int, Path]] = []
-    for path in folder.glob("checkpoint-*"):
-        if (path / COMPLETE).exists():
-            whole.append((int(path.name.rpartition("-")[2]), path))
-        else:
-            shutil.rmtree(path)
+    """The newest checkpoint that was written completely, with its reader state."""
+    whole = [path for path in folder.glob("checkpoint-*") if (path / COMPLETE).exists()]
     if not whole:
         return None
-    newest = max(whole)[1]
+    newest = max(whole, key=lambda path: int(path.name.rpartition("-")[2]))
     return newest, json.loads((newest / COMPLETE).read_text())
+
+
+def remove_half_checkpoints(folder: Path) -> None:
+    """Remove what a kill left half-written."""
+    for path in folder.glob("checkpoint-*"):
+        if not (path / COMPLETE).exists():
+            shutil.rmtree(path)
 
 
 def plot_losses(rows: list[dict[str, Any]], path: Path, title: str) -> None:

@@ -25,7 +25,9 @@ from logitcache.reader import (
     sources_of,
 )
 from logitcache.store import Cache, open_cache
+from logitcache.training.evaluation import empty_batch
 from logitcache.training.options import TrainOptions
+from logitcache.training.ranks import ALONE, Ranks
 
 Batch = dict[str, Any]
 # Caches that are averaged, with their weights.
@@ -47,12 +49,15 @@ class EvaluationSet:
     first: int
     stop: int
 
-    def batches(self, blocks: int) -> Iterator[Batch]:
-        """Batches of at most `blocks` blocks."""
-        for start in range(self.first, self.stop, blocks):
-            read = [self.source.read_blocks(start, min(self.stop, start + blocks))]
-            # Rows without ids have a distribution to compare with as little as labels have.
-            yield make_batch(read, with_targets=self.source.keeps_ids)
+    def batches(self, blocks: int, ranks: Ranks = ALONE) -> Iterator[Batch]:
+        """This rank's batches of at most `blocks` blocks."""
+        for start in ranks.share(range(self.first, self.stop, blocks)):
+            if start is None:
+                yield empty_batch()
+            else:
+                read = [self.source.read_blocks(start, min(self.stop, start + blocks))]
+                # Rows without ids have a distribution to compare with as little as labels have.
+                yield make_batch(read, with_targets=self.source.keeps_ids)
 
 
 class RunData:

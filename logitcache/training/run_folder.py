@@ -1,4 +1,4 @@
-"""The folder of a run: run.json, metrics.jsonl, checkpoints/, result.json and, at the end, the trained student."""
+"""The folder of a run: run.json, train.yaml, metrics.jsonl, checkpoints/, result.json and, at the end, the student."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
 from safetensors import SafetensorError
 
 from logitcache.errors import TrainingError
 from logitcache.store.location import refuse_url
-from logitcache.training.records import MetricsLog, last_whole_checkpoint
+from logitcache.training.records import MetricsLog, last_whole_checkpoint, remove_half_checkpoints
 
 # Where a run is done, which changes nothing about it.
 _MAY_CHANGE = ("cache", "out", "device")
+_CONFIG_HEAD = "# The same run again: logitcache train --config THIS_FILE --out ANOTHER_FOLDER\n"
 Checkpoint = tuple[Path, dict[str, Any]]
 
 
 class RunFolder:
-    """The folder of one run. Nothing is written before `begin`.
+    """The folder of one run. Nothing is written before `begin`; of several ranks only the main one writes.
 
     Raises UsageError for a URL.
     """
@@ -32,6 +34,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.metrics = MetricsLog(self.path / "metrics.jsonl")
         self._record, self._result = self.path / "run.json", self.path / "result.json"
+        self._config = self.path / "train.yaml"
 
     def result(self) -> dict[str, Any] | None:
         """What the finished run measured; None before its end."""
@@ -55,12 +58,19 @@ class RunFolder:
             raise TrainingError(f"{self.path} holds no run to resume; start it without --resume")
         return None
 
-    def begin(self, record: dict[str, Any]) -> None:
-        """Make the folder. Comes after every check, so that a refused start leaves nothing behind."""
+    def begin(self, record: dict[str, Any], last_step: int) -> None:
+        """Make the folder, or clear it of what a killed run left from after `last_step`, -1 at the start.
+
+        Comes after every check, so that a refused start leaves nothing behind.
+        """
         if not self._record.exists():
             self.path.mkdir(parents=True, exist_ok=True)
             self._unfinished_record.write_text(json.dumps(record, indent=1) + "\n")
             self._unfinished_record.replace(self._record)
+        if not self._config.exists():
+            self._config.write_text(_CONFIG_HEAD + yaml.safe_dump(record["options"], sort_keys=False))
+        remove_half_checkpoints(self.checkpoints)
+        self.metrics.cut(last_step)
 
     def finish(self, result: dict[str, Any]) -> None:
         """Write what the run measured: from here on it is finished."""

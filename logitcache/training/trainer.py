@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainingArguments
 
@@ -173,7 +174,8 @@ class DistillationTrainer(Trainer):
         columns = {name: getattr(output, name) for name in ("counted", "ce", "divergence", "z_loss", "kept")}
         for name, column in {"labelled": labels != -100, **columns}.items():
             if column is not None:
-                total = column.sum()
+                # In float64: FSDP rounds what a model returns to the type it computes in.
+                total = column.sum(dtype=torch.float64)
                 self._sums[name] = self._sums.get(name, torch.zeros_like(total)) + total
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -205,3 +207,9 @@ class DistillationTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def whole_weights(self) -> dict[str, torch.Tensor] | None:
+        """The weights of a model that FSDP has sharded, gathered on the main rank; every rank calls. None of others."""
+        if not isinstance(self.model, FSDPModule):
+            return None
+        return dict(self.accelerator.get_state_dict(self.model))

@@ -245,6 +245,21 @@ def test_options_in_a_config_file(logitcache: Main, dumped: Dumped, tmp_path: Pa
     assert chosen == {"alpha": 0.5, "batch_tokens": 128, "max_steps": 4, "warmup": 0.5, "log_every": 2, "seed": 6}
 
 
+def test_the_folder_of_a_run_repeats_it(logitcache: Main, dumped: Dumped, tmp_path: Path) -> None:
+    run, again = tmp_path / "run", tmp_path / "again"
+    assert logitcache(*train_line(dumped, tmp_path), "--tail", "renormalised", "--eval-text", dumped.corpus).status == 0
+    assert logitcache("train", "--config", run / "train.yaml", "--out", again).status == 0
+    results = [json.loads((folder / "result.json").read_text()) for folder in (run, again)]
+    for result in results:
+        del result["tokens_per_second"]
+    assert results[0] == results[1]
+    assert (run / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
+    record = json.loads((again / "run.json").read_text())
+    assert record["command"][1:] == ["train", "--config", str(run / "train.yaml"), "--out", str(again)]
+    assert record["world_size"] == 1
+    assert {"accelerate", "numpy", "torch", "transformers"} <= record["versions"].keys()
+
+
 def test_an_objective_on_the_command_line(logitcache: Main, dumped: Dumped, tmp_path: Path) -> None:
     line = train_line(dumped, tmp_path)
     chosen = ["--objective", "skew-kl", "--tail", "renormalised", "--beta", "0.2", "--reverse", "--z-loss", "1e-4"]

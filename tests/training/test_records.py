@@ -7,7 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from logitcache.training.records import COMPLETE, MetricsLog, last_whole_checkpoint, plot_losses
+from logitcache.training.records import (
+    COMPLETE,
+    MetricsLog,
+    last_whole_checkpoint,
+    plot_losses,
+    remove_half_checkpoints,
+)
 
 
 def test_metrics_come_back_in_order(tmp_path: Path) -> None:
@@ -54,6 +60,8 @@ def test_half_written_checkpoints_are_removed(tmp_path: Path) -> None:
     for step, whole in ((2, True), (10, True), (12, False), (3, False)):
         checkpoint(tmp_path, step, whole)
     assert last_whole_checkpoint(tmp_path) == (tmp_path / "checkpoint-10", {"samples_seen": 10})
+    assert len(list(tmp_path.iterdir())) == 4
+    remove_half_checkpoints(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-2"]
 
 
@@ -61,6 +69,7 @@ def test_no_whole_checkpoint(tmp_path: Path) -> None:
     assert last_whole_checkpoint(tmp_path / "nothing") is None
     checkpoint(tmp_path, 1, whole=False)
     assert last_whole_checkpoint(tmp_path) is None
+    remove_half_checkpoints(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
