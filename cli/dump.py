@@ -9,7 +9,7 @@ import click
 from rich.table import Table
 
 from .console import counted, debug_option, json_option, out, print_json
-from .options import cache_options, teacher_options
+from .options import cache_options, server_of, server_options, teacher_options
 from .progress import DumpView
 
 EXAMPLE = """
@@ -17,6 +17,11 @@ EXAMPLE = """
 Example:
   logitcache dump --teacher ./SmolLM2-135M --corpus 'texts/*.txt' --select sample:25 --out cache
 
+  logitcache dump --teacher http://127.0.0.1:8000/v1 --tokenizer ./SmolLM2-135M --corpus t.txt --select top-k:20 --out c
+
+The second asks an OpenAI-style server (vLLM) for top-k or top-p; a key is read from LOGITCACHE_API_KEY.
+
+\b
 Selections: top-k:K (K most probable ids), top-p:P:K (mass P, at most K ids), sample:N (N unbiased draws),
 sample:N:T (N draws from p^T, weighted to be unbiased), varopt:K (K ids: exact head, least-variance tail).
 Run the same line again to resume after an interruption.
@@ -61,6 +66,7 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
     "--eos", default="auto", show_default=True, type=click.Choice(["auto", "none", "document"]), help="Where EOS goes."
 )
 @cache_options
+@server_options
 @click.option("--trust-remote-code", is_flag=True, help="Let the teacher's folder run Python code of its own.")
 @json_option
 @debug_option
@@ -75,8 +81,9 @@ def dump(
     from logitcache.store import open_cache
 
     outputs = tuple(Output(selection, folder) for selection, folder in selections)
+    options = DumpOptions(corpus=corpus, outputs=outputs, server=server_of(rest), **rest)
     with DumpView() as view:
-        report = run_dump(DumpOptions(corpus=corpus, outputs=outputs, **rest), view)
+        report = run_dump(options, view)
     facts = [
         {
             "cache": str(output.root),

@@ -43,8 +43,7 @@ from logitcache.store import (
     load_document,
 )
 from logitcache.targets import SparseTargets
-from logitcache.teachers import TransformersTeacher
-from logitcache.teachers.capture import capture_blocks
+from logitcache.teachers import ServerTeacher, Teacher, TransformersTeacher
 
 __all__ = ["DumpOptions", "DumpReport", "Output", "Progress", "Silent", "run_dump"]
 
@@ -66,9 +65,7 @@ class DumpReport:
     manifests: list[Manifest] = field(default_factory=list)
 
 
-def run_dump(
-    options: DumpOptions, progress: Progress | None = None, teacher: TransformersTeacher | None = None
-) -> DumpReport:
+def run_dump(options: DumpOptions, progress: Progress | None = None, teacher: Teacher | None = None) -> DumpReport:
     """Write, or finish, the caches that `options` asks for.
 
     `teacher` is one loaded already from `options.teacher`; by default it is loaded here.
@@ -84,16 +81,18 @@ def run_dump(
     files = expand_paths(options.corpus)
     if teacher is None:
         progress.stage("loading the teacher")
-        teacher = TransformersTeacher.load(
-            options.teacher, options.gguf_file, options.dtype, options.device, options.trust_remote_code
-        )
+        teacher = load_teacher(options)
     for output in options.outputs:
         output.selection.check_vocabulary(teacher.vocab_size)
+    teacher.check_selections([output.selection for output in options.outputs])
     teacher.check_block_length(options.block_length)
     progress.stage("tokenising the corpus")
     corpus = Corpus.prepare(options, files, teacher.tokenizer)
-    source = Path(options.teacher)
-    origin = Origin(teacher=str(source.resolve() if source.is_dir() else source), gguf_file=options.gguf_file)
+    source = Path(options.tokenizer or options.teacher)
+    origin = Origin(
+        teacher=str(source.resolve() if source.is_dir() else source),
+        gguf_file=None if options.tokenizer else options.gguf_file,
+    )
     planned = [(output.root, _identity(options, output, teacher, corpus)) for output in options.outputs]
     try:
         # First those that exist: a mismatch must be found before a new folder is begun.
@@ -110,6 +109,21 @@ def run_dump(
         progress.stage("shards are missing: computing them again")
         return run_dump(options, progress, teacher)
     return _capture_all(options, teacher, corpus, writers, progress)
+
+
+def load_teacher(options: DumpOptions) -> Teacher:
+    """The teacher that `options` name. Raises UsageError or ModelError."""
+    if options.served:
+        assert options.tokenizer is not None
+        return ServerTeacher.connect(options.teacher, options.tokenizer, options.server)
+    return TransformersTeacher.load(
+        options.teacher,
+        options.gguf_file,
+        options.dtype,
+        options.device,
+        options.trust_remote_code,
+        options.tokenizer,
+    )
 
 
 class Corpus:
@@ -201,7 +215,7 @@ def _facts_of_finished(options: DumpOptions, inputs: dict[str, Any]) -> dict[str
     return facts
 
 
-def _identity(options: DumpOptions, output: Output, teacher: TransformersTeacher, corpus: Corpus) -> Identity:
+def _identity(options: DumpOptions, output: Output, teacher: Teacher, corpus: Corpus) -> Identity:
     selection = output.selection
     codec = RowCodec.for_selection(selection.method, selection.size, selection.exponent, options.codec)
     return Identity(
@@ -219,7 +233,7 @@ def _identity(options: DumpOptions, output: Output, teacher: TransformersTeacher
 
 def _capture_all(
     options: DumpOptions,
-    teacher: TransformersTeacher,
+    teacher: Teacher,
     corpus: Corpus,
     writers: list[CacheWriter],
     progress: Progress,
@@ -243,7 +257,7 @@ def _capture_all(
 
 def _capture_unit(
     options: DumpOptions,
-    teacher: TransformersTeacher,
+    teacher: Teacher,
     corpus: Corpus,
     unit: int,
     wanting: list[tuple[CacheWriter, Selection]],
@@ -281,22 +295,21 @@ def _encode(
 
 def _capture_blocks(
     options: DumpOptions,
-    teacher: TransformersTeacher,
+    teacher: Teacher,
     tokens: NDArray[np.int64],
     first_block: int,
     geometry: Geometry,
     selections: Sequence[Selection],
     meter: _Meter,
 ) -> list[SparseTargets]:
-    batch_blocks = max(1, options.batch_tokens // options.block_length)
+    batch_blocks = max(teacher.blocks_at_once, options.batch_tokens // options.block_length)
     parts: list[list[SparseTargets]] = [[] for _ in selections]
     for start in range(0, tokens.shape[0], batch_blocks):
         batch = tokens[start : start + batch_blocks]
         begin = first_block + start
         num_rows = geometry.tokens_in(begin, begin + batch.shape[0])
-        for part, targets in zip(
-            parts, capture_blocks(teacher, batch, begin, num_rows, selections, options.seed), strict=True
-        ):
+        captured = teacher.rows(batch, begin, num_rows, selections, options.seed)
+        for part, targets in zip(parts, captured, strict=True):
             part.append(targets)
         meter.computed_rows(num_rows)
     return [SparseTargets.concatenate(part) for part in parts]
