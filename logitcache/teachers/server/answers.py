@@ -25,6 +25,10 @@ class AnswerError(Exception):
         self.position, self.prompt = position, prompt
 
 
+class VocabularyError(AnswerError):
+    """The server's model has more ids than the tokenizer, or the config beside it, says."""
+
+
 @dataclass(frozen=True)
 class PromptLogprobs:
     """The K most probable ids after each of the first R tokens of a prompt.
@@ -33,12 +37,14 @@ class PromptLogprobs:
         ids: int64 [R, K], distinct in a row.
         logprobs: float64 [R, K], nats, falling in each row.
         sent: float64 [R], log p of the token that stands next in the prompt, nats.
+        spare: whether a row came with more than K entries, the token that was sent being one more.
         text: the server's own reading of the prompt's tokens behind the first, if it tells.
     """
 
     ids: NDArray[np.int64]
     logprobs: NDArray[np.float64]
     sent: NDArray[np.float64]
+    spare: bool
     text: str | None = None
 
     @classmethod
@@ -55,6 +61,7 @@ class PromptLogprobs:
 
         Raises:
             AnswerError: a position, the token that was sent or an entry is missing, or they are no log-probabilities.
+            VocabularyError: an id is too large.
         """
         if len(rows) != len(prompt) - 1:
             raise AnswerError(f"tells of {len(rows)} positions of {len(prompt) - 1}")
@@ -72,7 +79,13 @@ class PromptLogprobs:
         _check(ids, logprobs, vocab_size)
         order = np.argsort(-logprobs, axis=1, kind="stable")[:, :entries]
         falling = np.take_along_axis(logprobs, order, 1)
-        return cls(np.take_along_axis(ids, order, 1), _with_infinities(falling), _with_infinities(sent))
+        spare = bool(lengths.max() > entries)
+        return cls(np.take_along_axis(ids, order, 1), _with_infinities(falling), _with_infinities(sent), spare)
+
+    @property
+    def counts_the_sent(self) -> bool:
+        """Whether the rows look like K - 1 most probable ids and the token that was sent, which is not exact."""
+        return not self.spare and int((self.sent == self.logprobs[:, -1]).sum()) > 1
 
 
 def _with_infinities(logprobs: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -80,11 +93,13 @@ def _with_infinities(logprobs: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _check(ids_RK: NDArray[np.int64], logprobs_RK: NDArray[np.float64], vocab_size: int) -> None:
+    strange_R = ((ids_RK < 0) | (ids_RK >= vocab_size)).any(1)
+    if strange_R.any():
+        raise VocabularyError(f"names an id outside a vocabulary of {vocab_size}", int(np.argmax(strange_R)))
     with np.errstate(over="ignore"):
         mass_R = np.exp(logprobs_RK).sum(1)
     for bad_R, what in (
         (np.isnan(logprobs_RK).any(1), "says NaN, so its model's numbers have overflown"),
-        ((ids_RK < 0).any(1) | (ids_RK >= vocab_size).any(1), f"names an id outside a vocabulary of {vocab_size}"),
         ((logprobs_RK > SUM_TOLERANCE).any(1), "says numbers above 0, which are logits or no log-probabilities"),
         (mass_R > 1 + SUM_TOLERANCE, "gives the most probable ids more than all of the probability"),
     ):

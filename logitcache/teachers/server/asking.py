@@ -27,20 +27,23 @@ class Asking:
     model: str
     vocab_size: int
 
-    def ask(self, prompts: Sequence[list[int]], entries: int, attempts: int | None = None) -> list[PromptLogprobs]:
+    def ask(
+        self, prompts: Sequence[list[int]], entries: int, attempts: int | None = None, text: bool = False
+    ) -> list[PromptLogprobs]:
         """The `entries` most probable ids after each token but the last of each prompt.
 
         Args:
             prompts: lists of ids.
             entries: K.
             attempts: how often each is asked; by default as the client's options say.
+            text: whether the server's reading of the tokens is wanted, too.
 
         Raises:
             RefusedError: the server says no.
             AnswerError: it says what cannot be used; `prompt` is the number of the prompt.
             ModelError: as `Client.post_all`.
         """
-        questions = [self.dialect.question(self.model, prompt, entries) for prompt in prompts]
+        questions = [self.dialect.question(self.model, prompt, entries, text) for prompt in prompts]
 
         def read(number: int, answer: Any) -> PromptLogprobs:
             try:

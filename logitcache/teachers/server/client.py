@@ -27,7 +27,6 @@ CONNECT_SECONDS = 10.0
 LONGEST_WAIT = 300.0
 WORDS = 300
 PASSING = (408, 425, 429, 500, 502, 503, 504)
-RESUME = "what is committed stays, and the same command goes on from there"
 
 
 class RefusedError(Exception):
@@ -157,18 +156,18 @@ class Client:
         if isinstance(error, httpx2.TimeoutException) and not isinstance(error, httpx2.ConnectTimeout):
             return ModelError(
                 f"{self.base} does not answer within {self._options.timeout:g} s; allow more with --request-timeout, "
-                f"or ask less at once with --concurrency; {RESUME}"
+                "or ask less at once with --concurrency"
             )
         return ModelError(
             f"{self.base} cannot be reached or breaks off ({type(error).__name__}); check the address and that the "
-            f"server runs; {RESUME}"
+            "server runs"
         )
 
     def _failing(self, response: httpx2.Response) -> FailingError:
         said = f"{response.status_code} {self._words(response)}".strip()
         return FailingError(
             f"{self.base} keeps answering {said}; look at the server, or ask less with --concurrency or "
-            f"--requests-per-second; {RESUME}",
+            "--requests-per-second",
             response.status_code,
         )
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from logitcache.errors import ModelError, UsageError
-from logitcache.teachers.server.answers import AnswerError, PromptLogprobs
+from logitcache.teachers.server.answers import AnswerError, PromptLogprobs, VocabularyError
 from logitcache.teachers.server.asking import Asking
 from logitcache.teachers.server.client import Client, FailingError, RefusedError
 from logitcache.teachers.server.dialects import DIALECTS
@@ -69,11 +69,16 @@ def find_dialect(client: Client, model: str, tokenizer: Any, vocab_size: int) ->
     for dialect in DIALECTS:
         asking = Asking(client, dialect, model, vocab_size)
         try:
-            found = asking.ask([prompt], 1, ATTEMPTS)[0]
+            found = asking.ask([prompt], 1, ATTEMPTS, text=True)[0]
         except FailingError as error:
             if error.status not in UNKNOWN_QUESTION:
                 raise
             heard.append(f"{dialect.described} it answers {error.status}")
+        except VocabularyError as error:
+            raise ModelError(
+                f"the model of {client.base} {error}; give that model's own tokenizer, with its config.json, as "
+                "--tokenizer"
+            ) from error
         except (RefusedError, AnswerError) as error:
             heard.append(f"{dialect.described} it {_short(error)}")
         else:
@@ -90,6 +95,8 @@ def check_entries(asking: Asking, tokenizer: Any, entries: int) -> None:
     prompt, base = probe_prompt(tokenizer), asking.client.base
     try:
         first = asking.ask([prompt], entries, ATTEMPTS)[0]
+        if first.counts_the_sent:
+            raise AnswerError("counts the token that was sent as one of them")
     except (RefusedError, AnswerError) as error:
         raise ModelError(
             f"{base} does not give {entries} log-probabilities a position: it {_short(error)}; let it give more (vLLM: "
@@ -108,6 +115,19 @@ def check_entries(asking: Asking, tokenizer: Any, entries: int) -> None:
             f"{base} gives one question answers that are {drift:.2f} nats apart; let a single model answer, without "
             "noise"
         )
+
+
+def check_length(asking: Asking, tokenizer: Any, tokens: int) -> None:
+    """Raise ModelError if the server does not take prompts of `tokens` tokens."""
+    prompt = probe_prompt(tokenizer)
+    whole = (prompt * (tokens // len(prompt) + 1))[:tokens]
+    try:
+        asking.ask([whole], 1, ATTEMPTS)
+    except (RefusedError, AnswerError) as error:
+        raise ModelError(
+            f"{asking.client.base} does not take a block of {tokens - 1} tokens and what is asked with it: it "
+            f"{_short(error)}; choose a smaller --block-length"
+        ) from error
 
 
 def probe_prompt(tokenizer: Any) -> list[int]:

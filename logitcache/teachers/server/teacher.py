@@ -24,11 +24,12 @@ from logitcache.targets import SparseTargets
 from logitcache.teachers.server import probe
 from logitcache.teachers.server.answers import AnswerError, PromptLogprobs
 from logitcache.teachers.server.asking import Asking
-from logitcache.teachers.server.client import RESUME, Client, RefusedError
+from logitcache.teachers.server.client import Client, RefusedError
 from logitcache.teachers.server.options import ServerOptions, checked_url, key_from_environment
 
 # Behind a block stand a token to ask what comes before it, and the one that the server generates.
 EXTRA_TOKENS = 2
+RESUME = "what is committed stays, and the same command goes on from there"
 # Whole distributions are asked for up to this vocabulary: an entry is some 70 bytes of JSON.
 MOST_WHOLE = 1 << 14
 # Blocks handed over at once for each request that may be under way: only the last of them wait for each other.
@@ -93,14 +94,15 @@ class ServerTeacher:
             raise ModelError(f"{why} ({error})") from error
 
     def check_block_length(self, block_length: int) -> None:
-        """Raise ModelError if a block and what is asked with it do not fit into the model's context."""
+        """Try a block of this length. Raises ModelError if it does not fit into the model's context."""
         longest = self._context
         if longest is not None and block_length + EXTRA_TOKENS > longest:
             raise ModelError(
                 f"blocks of {block_length} tokens are too long for the server's context of {longest}, as "
-                f"{EXTRA_TOKENS} more are needed; choose a block length of at most {longest - EXTRA_TOKENS}, or let the server "
-                f"take more (vLLM: --max-model-len {block_length + EXTRA_TOKENS})"
+                f"{EXTRA_TOKENS} more are needed; choose a block length of at most {longest - EXTRA_TOKENS}, or start "
+                f"the server with more (vLLM: --max-model-len {block_length + EXTRA_TOKENS})"
             )
+        probe.check_length(self._asking, self.tokenizer, block_length + 1)
 
     def rows(
         self,
@@ -136,6 +138,8 @@ class ServerTeacher:
         prompts = [[*block, block[0]] for block in blocks]
         try:
             return self._asking.ask(prompts, entries)
+        except ModelError as error:
+            raise ModelError(f"{error}; {RESUME}") from error
         except RefusedError as error:
             said, where = f"is {error}", f"blocks from {first_block} on"
         except AnswerError as error:
