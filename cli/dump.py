@@ -16,10 +16,9 @@ EXAMPLE = """
 \b
 Example:
   logitcache dump --teacher ./SmolLM2-135M --corpus 'texts/*.txt' --select sample:25 --out cache
-
   logitcache dump --teacher http://127.0.0.1:8000/v1 --tokenizer ./SmolLM2-135M --corpus t.txt --select top-k:20 --out c
 
-The second asks an OpenAI-style server (vLLM) for top-k or top-p; a key is read from LOGITCACHE_API_KEY.
+The second asks a server (vLLM or SGLang) for top-k or top-p; its key is read from LOGITCACHE_API_KEY.
 
 \b
 Selections: top-k:K (K most probable ids), top-p:P:K (mass P, at most K ids), sample:N (N unbiased draws),
@@ -51,7 +50,9 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
     type=click.Choice(["auto", "cpu", "cuda"]),
     help="Where the teacher runs.",
 )
-@click.option("--batch-tokens", default=4096, show_default=True, help="Tokens in one forward pass.")
+@click.option(
+    "--batch-tokens", default=4096, show_default=True, help="Tokens in one forward pass, or asked for together."
+)
 @click.option("--unit-tokens", type=int, help="Tokens committed at once; default: about 1/32 of the corpus.")
 @click.option("--seed", default=0, show_default=True, help="Of sampled selections.")
 @click.option("--text-field", default="text", show_default=True, help="Field of JSONL objects and Parquet columns.")
