@@ -59,14 +59,15 @@ def test_a_dump_and_a_look_at_it(logitcache: Main, line: list[Any], tmp_path: Pa
         ({"key": KEY}, None, 1, "answers 401: it wants a key in LOGITCACHE_API_KEY"),
         ({"names": ["a", "b"]}, None, 2, "serves several models; choose one with --teacher-model: a, b$"),
         ({"names": ["a", "b"]}, ("--teacher-model", "c"), 1, "serves a, b, not c; choose with --teacher-model"),
-        ({"names": []}, None, 1, "serves no model, not None"),
+        ({"names": []}, None, 1, "serves no model; start it with one"),
         ({"flavour": "none"}, None, 1, "does not tell the log-probabilities of a prompt's tokens by their ids: with"),
         ({"flavour": "text"}, None, 1, "with OpenAI's echo and logprobs it names tokens by their text"),
         ({"spoil": "html"}, None, 1, "it answers 200 with something that is not JSON"),
         ({}, ("--tokenizer", "{other}"), 1, "reads other text from the tokenizer's ids .* with --tokenizer"),
         ({"flavour": "echo"}, ("--tokenizer", "{other}"), 1, "reads other text from the tokenizer's ids"),
         ({"flavour": "sglang"}, ("--tokenizer", "{other}"), 1, "reads other text from the tokenizer's ids"),
-        ({}, ("--tokenizer", "{smaller}"), 1, "names an id outside a vocabulary of 290; give that model's own"),
+        ({}, ("--tokenizer", "{smaller}"), 1, "it names an id outside a vocabulary of 290; give that model's own"),
+        ({}, ("--tokenizer", "{larger}"), 1, r"has not the tokenizer's vocabulary: it answers 400 .*out of vocab"),
         ({}, ("--select", "top-k:41"), 1, r"does not give 41 .*greater than max allowed: 40.* --max-logprobs 41"),
         ({}, ("--select", "top-k:301"), 2, "keeps 301 ids, but the teacher's vocabulary has 300"),
         ({}, ("--select", "sample:9"), 1, r"sample:9 draws from the whole distribution, .*would be biased; choose"),
@@ -95,7 +96,8 @@ def test_one_sentence_before_the_first_unit(
     if change is not None:
         save_tiny(tmp_path / "smaller", vocab_size=290)
         tiny_tokenizer(bos=True).save_pretrained(tmp_path / "other")
-        folders = {name: tmp_path / name for name in ("smaller", "other", "nowhere")}
+        tiny_tokenizer(310).save_pretrained(tmp_path / "larger")
+        folders = {name: tmp_path / name for name in ("smaller", "larger", "other", "nowhere")}
         line = changed(line, change[0], str(change[1]).format(port=server.port, **folders))
     ran = logitcache(*line)
     assert ran.status == status
@@ -148,3 +150,10 @@ def test_a_key_that_cannot_be_sent(
     assert ran.status == 2
     assert "LOGITCACHE_API_KEY holds a space" in ran.sentence
     assert key not in ran.err
+
+
+def test_bench_needs_a_teacher_that_runs_here(logitcache: Main, server: Serving, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("text")
+    ran = logitcache("bench", "storage", "--teacher", server.url, "--corpus", tmp_path, "--out", tmp_path / "out")
+    assert ran.status == 2
+    assert "which a server does not tell" in ran.sentence

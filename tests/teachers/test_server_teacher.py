@@ -109,8 +109,14 @@ def test_what_passes_is_tried_again(server: Serving, served_model: Path, fault: 
     assert server.set()["asked"] == 2 + times
 
 
+def straight(server: Serving, folder: Path, options: ServerOptions) -> ServerTeacher:
+    """One that has not asked anything yet."""
+    asking = Asking(Client(server.url, None, options), VllmDialect(), "tiny", 300)
+    return ServerTeacher(asking, load_tokenizer(folder), None, options.concurrency)
+
+
 def test_a_stalled_request_is_given_up_and_asked_again(server: Serving, served_model: Path) -> None:
-    teacher = ServerTeacher.connect(server.url, served_model, ServerOptions(timeout=3, backoff=0.01))
+    teacher = straight(server, served_model, ServerOptions(timeout=1, attempts=20, backoff=0.01))
     server.set(faults=[{"do": "stall"}])
     assert len(teacher.rows(blocks_of(1, 5), 0, 5, SELECTIONS, 0)[0]) == 5
 
@@ -130,8 +136,7 @@ def test_what_does_not_pass_is_one_sentence(
     server: Serving, served_model: Path, fault: dict[str, str], said: str
 ) -> None:
     options = ServerOptions(attempts=2, backoff=0.01, timeout=0.5 if fault.get("do") == "stall" else 60)
-    asking = Asking(Client(server.url, None, options), VllmDialect(), "tiny", 300)
-    teacher = ServerTeacher(asking, load_tokenizer(served_model), None, 1)
+    teacher = straight(server, served_model, options)
     server.set(faults=[fault] * 2)
     with pytest.raises(ModelError, match=said) as caught:
         teacher.rows(blocks_of(1, 5), 7, 5, SELECTIONS, 0)

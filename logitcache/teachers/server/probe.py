@@ -49,12 +49,14 @@ def find_model(client: Client, wanted: str | None) -> Served:
             f"{client.base}/models lists no models ({_short(error)}); give the address of an OpenAI-style API, which "
             "usually ends in /v1"
         ) from error
+    if not models:
+        raise ModelError(f"{client.base} serves no model; start it with one")
     names = ", ".join(list(models)[:10])
     if wanted is None and len(models) > 1:
         raise UsageError(f"{client.base} serves several models; choose one with --teacher-model: {names}")
-    name = next(iter(models), None) if wanted is None else wanted
+    name = next(iter(models)) if wanted is None else wanted
     if name not in models:
-        raise ModelError(f"{client.base} serves {names or 'no model'}, not {name}; choose with --teacher-model")
+        raise ModelError(f"{client.base} serves {names}, not {name}; choose with --teacher-model")
     context = models[name].get("max_model_len")
     return Served(name, context if isinstance(context, int) else None)
 
@@ -74,12 +76,12 @@ def find_dialect(client: Client, model: str, tokenizer: Any, vocab_size: int) ->
             if error.status not in UNKNOWN_QUESTION:
                 raise
             heard.append(f"{dialect.described} it answers {error.status}")
-        except VocabularyError as error:
-            raise ModelError(
-                f"the model of {client.base} {error}; give that model's own tokenizer, with its config.json, as "
-                "--tokenizer"
-            ) from error
         except (RefusedError, AnswerError) as error:
+            if isinstance(error, VocabularyError) or "vocab" in str(error):
+                raise ModelError(
+                    f"the model of {client.base} has not the tokenizer's vocabulary: it {_short(error)}; give that "
+                    "model's own tokenizer, with its config.json, as --tokenizer"
+                ) from error
             heard.append(f"{dialect.described} it {_short(error)}")
         else:
             _check_text(client, tokenizer, prompt, found)
