@@ -9,7 +9,7 @@ import click
 from rich.table import Table
 
 from .console import counted, debug_option, json_option, out, print_json
-from .options import cache_options, field_options, teacher_options
+from .options import cache_options, field_options, server_of, server_options, teacher_options
 from .progress import DumpView
 from .watch import Watchable
 
@@ -17,7 +17,11 @@ EXAMPLE = """
 \b
 Example:
   logitcache dump --teacher ./SmolLM2-135M --corpus 'texts/*.txt' --select sample:25 --out cache
+  logitcache dump --teacher http://127.0.0.1:8000/v1 --tokenizer ./SmolLM2-135M --corpus t.txt --select top-k:20 --out c
 
+The second asks a server (vLLM or SGLang) for top-k or top-p; its key is read from LOGITCACHE_API_KEY.
+
+\b
 Selections: top-k:K (K most probable ids), top-p:P:K (mass P, at most K ids), sample:N (N unbiased draws),
 sample:N:T (N draws from p^T, weighted to be unbiased), varopt:K (K ids: exact head, least-variance tail),
 label (no ids, only log p of the text's own next token: for policy-gradient).
@@ -64,7 +68,9 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
     type=click.Choice(["auto", "cpu", "cuda"]),
     help="Where the teacher runs.",
 )
-@click.option("--batch-tokens", default=4096, show_default=True, help="Tokens in one forward pass.")
+@click.option(
+    "--batch-tokens", default=4096, show_default=True, help="Tokens in one forward pass, or asked for together."
+)
 @click.option("--unit-tokens", type=int, help="Tokens committed at once; default: about 1/32 of the corpus.")
 @click.option("--seed", default=0, show_default=True, help="Of sampled selections.")
 @field_options
@@ -100,6 +106,7 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
     metavar="CACHE",
     help="Show the workers of a dump that runs; Ctrl-C ends the view only.",
 )
+@server_options
 @click.option("--trust-remote-code", is_flag=True, help="Let the teacher's folder run Python code of its own.")
 @json_option
 @debug_option
@@ -114,8 +121,9 @@ def dump(
     from logitcache.store import open_cache
 
     outputs = tuple(Output(selection, folder) for selection, folder in selections)
+    options = DumpOptions(corpus=corpus, outputs=outputs, server=server_of(rest), **rest)
     with DumpView() as view:
-        report = run_dump(DumpOptions(corpus=corpus, outputs=outputs, **rest), view)
+        report = run_dump(options, view)
     if not report.speaks:
         return
     facts = [

@@ -18,7 +18,10 @@ def teacher_options(command: Command) -> Command:
     )(command)
     command = click.option("--gguf-file", metavar="FILE", help="GGUF file inside the teacher's folder.")(command)
     return click.option(
-        "--teacher", required=True, metavar="DIR_OR_ID", help="Folder or hub id of a causal language model."
+        "--teacher",
+        required=True,
+        metavar="DIR_OR_ID",
+        help="Folder or hub id of a causal language model (dump: or URL of a server).",
     )(command)
 
 
@@ -40,6 +43,37 @@ def field_options(command: Command) -> Command:
         metavar="NAME",
         help="Text: a field of JSONL objects, or a column of Parquet and Arrow files.",
     )(command)
+
+
+def server_options(command: Command) -> Command:
+    """Add what says how a teacher behind a server is asked; `server_of` takes it out of a command's arguments."""
+    for option in (
+        click.option(
+            "--request-timeout", type=float, metavar="S", help="Seconds for one request to the server; default: 600."
+        ),
+        click.option("--requests-per-second", type=float, metavar="N", help="At most so many requests to the server."),
+        click.option(
+            "--concurrency", type=int, metavar="N", help="Requests to the server under way at once; default: 8."
+        ),
+        click.option("--tokenizer", metavar="DIR_OR_ID", help="The teacher's tokenizer; needed with a server."),
+        click.option("--teacher-model", metavar="NAME", help="Model to ask, where the server has several."),
+    ):
+        command = option(command)
+    return command
+
+
+def server_of(given: dict[str, Any]) -> Any:
+    """The ServerOptions of a command with `server_options`, whose arguments are removed from `given`."""
+    from logitcache.teachers import ServerOptions
+
+    names = {
+        "teacher_model": "model",
+        "concurrency": "concurrency",
+        "requests_per_second": "requests_per_second",
+        "request_timeout": "timeout",
+    }
+    values = {name: given.pop(option) for option, name in names.items()}
+    return ServerOptions(**{name: value for name, value in values.items() if value is not None})
 
 
 def new_cache_option(command: Command) -> Command:

@@ -13,14 +13,12 @@ from logitcache.engines.local import run_local
 from logitcache.engines.worker import run_worker
 from logitcache.errors import UsageError
 from logitcache.progress import Progress, Silent
-from logitcache.teachers import TransformersTeacher
+from logitcache.teachers import Teacher
 
 __all__ = ["DumpOptions", "DumpReport", "Output", "Progress", "Silent", "run_dump"]
 
 
-def run_dump(
-    options: DumpOptions, progress: Progress | None = None, teacher: TransformersTeacher | None = None
-) -> DumpReport:
+def run_dump(options: DumpOptions, progress: Progress | None = None, teacher: Teacher | None = None) -> DumpReport:
     """Write, or finish, the caches that `options` asks for.
 
     `teacher` is one loaded already from `options.teacher`; by default it is loaded here.

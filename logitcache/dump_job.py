@@ -14,7 +14,22 @@ from logitcache.errors import PlanMismatchError
 from logitcache.progress import Progress
 from logitcache.selection import Selection
 from logitcache.store import CacheWriter, Geometry, Identity, Layout, Manifest, Origin, StoredSelection
-from logitcache.teachers import TransformersTeacher
+from logitcache.teachers import ServerTeacher, Teacher, TransformersTeacher
+
+
+def load_teacher(options: DumpOptions) -> Teacher:
+    """The teacher that `options` name. Raises UsageError or ModelError."""
+    if options.served:
+        assert options.tokenizer is not None
+        return ServerTeacher.connect(options.teacher, options.tokenizer, options.server)
+    return TransformersTeacher.load(
+        options.teacher,
+        options.gguf_file,
+        options.dtype,
+        options.device,
+        options.trust_remote_code,
+        options.tokenizer,
+    )
 
 
 @dataclass
@@ -78,7 +93,7 @@ class Job:
     """
 
     options: DumpOptions
-    teacher: TransformersTeacher
+    teacher: Teacher
     corpus: Corpus
     writers: list[CacheWriter]
     progress: Progress
@@ -86,7 +101,7 @@ class Job:
     def __post_init__(self) -> None:
         self.meter = Meter(self.geometry, self.progress)
         # Halved where the teacher runs out of memory.
-        self.batch_blocks = max(1, self.options.batch_tokens // self.options.block_length)
+        self.batch_blocks = max(self.teacher.blocks_at_once, self.options.batch_tokens // self.options.block_length)
         self.said_halved = False
 
     @classmethod
@@ -94,7 +109,7 @@ class Job:
         cls,
         options: DumpOptions,
         files: Sequence[CorpusFile],
-        teacher: TransformersTeacher,
+        teacher: Teacher,
         progress: Progress,
         once: Once = alone,
     ) -> Job:
@@ -106,8 +121,11 @@ class Job:
             CacheError: an output cannot be written.
         """
         corpus = Corpus.prepare(options, files, teacher.tokenizer, teacher.vocab_size, once)
-        source = Path(options.teacher)
-        origin = Origin(teacher=str(source.resolve() if source.is_dir() else source), gguf_file=options.gguf_file)
+        source = Path(options.tokenizer or options.teacher)
+        origin = Origin(
+            teacher=str(source.resolve() if source.is_dir() else source),
+            gguf_file=None if options.tokenizer else options.gguf_file,
+        )
         planned = [(output.root, _identity(options, output, teacher, corpus)) for output in options.outputs]
         try:
             # First those that exist: a mismatch must be found before a new folder is begun.
@@ -140,7 +158,7 @@ class Job:
         return DumpReport(self.geometry.num_tokens, self.meter.computed, seconds, manifests)
 
 
-def _identity(options: DumpOptions, output: Output, teacher: TransformersTeacher, corpus: Corpus) -> Identity:
+def _identity(options: DumpOptions, output: Output, teacher: Teacher, corpus: Corpus) -> Identity:
     selection = output.selection
     codec = RowCodec.for_selection(selection.method, selection.size, selection.exponent, options.codec, corpus.masked)
     return Identity(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -11,6 +11,7 @@ from logitcache.corpus import CorpusFields, PackingPolicy
 from logitcache.errors import UsageError
 from logitcache.selection import Selection
 from logitcache.store import ContainerKind, Wording
+from logitcache.teachers import ServerOptions, is_url
 
 SETTLED_BY = {
     "codec.layout": "--codec",
@@ -34,6 +35,7 @@ SETTLED_BY = {
     "teacher.files": "--teacher",
     "teacher.name": "--teacher",
     "teacher.revision": "--teacher",
+    "teacher.served": "--teacher",
     "tokenizer": "--teacher",
 }
 Engine = Literal["local", "torchrun", "ray"]
@@ -53,7 +55,7 @@ class DumpOptions:
     """Everything `logitcache dump` can be told.
 
     Args:
-        teacher: folder or hub id of an AutoModelForCausalLM.
+        teacher: folder or hub id of an AutoModelForCausalLM, or URL of an OpenAI-style server.
         corpus: files, folders or glob patterns.
         outputs: the caches to write; all from the same forward passes.
         gguf_file: name of a GGUF file in the teacher's folder.
@@ -73,6 +75,8 @@ class DumpOptions:
         engine: who starts the workers; see `logitcache.engines`.
         workers: processes with a teacher each; None for one, or with Ray one for each GPU.
         lease_seconds: a worker that shows no life for so long loses its unit to another.
+        tokenizer: folder or hub id of the teacher's tokenizer; needed for a server, else by default the teacher's own.
+        server: how a server is asked.
     """
 
     teacher: str
@@ -100,6 +104,8 @@ class DumpOptions:
     engine: Engine = "local"
     workers: int | None = None
     lease_seconds: float = 60.0
+    tokenizer: str | None = None
+    server: ServerOptions = field(default_factory=ServerOptions)
 
     def __post_init__(self) -> None:
         # Raises for a block length that makes no sense, before anything is loaded.
@@ -122,6 +128,29 @@ class DumpOptions:
             raise UsageError(f"lease-seconds is {self.lease_seconds:g}; it must be at least 1")
         if not 0 <= self.seed < 1 << 62:
             raise UsageError(f"seed is {self.seed}; it must lie between 0 and 2^62 - 1")
+        self._check_server()
+
+    def _check_server(self) -> None:
+        """What belongs to a server is given for one, and only then; what belongs to a model here is not."""
+        if not self.served:
+            if self.server != ServerOptions():
+                raise UsageError(
+                    f"{self.teacher} runs here, so no server is asked; give its URL as --teacher, or leave out "
+                    "--teacher-model, --concurrency, --requests-per-second and --request-timeout"
+                )
+            return
+        if self.tokenizer is None:
+            raise UsageError("a server's teacher needs its tokenizer here; give its folder or hub id with --tokenizer")
+        given = {"gguf-file": self.gguf_file, "trust-remote-code": self.trust_remote_code}
+        given |= {name: getattr(self, name) != "auto" for name in ("dtype", "device")}
+        wrong = [name for name, value in given.items() if value]
+        if wrong:
+            raise UsageError(f"--{wrong[0]} says how a teacher runs here, and this one runs at a server; leave it out")
+
+    @property
+    def served(self) -> bool:
+        """Whether the teacher is a server's."""
+        return is_url(self.teacher)
 
     @property
     def fields(self) -> CorpusFields:
@@ -144,4 +173,6 @@ class DumpOptions:
     @property
     def wording(self) -> Wording:
         """What a plan that differs is told in. The size of units follows from the corpus unless it is given."""
-        return Wording(SETTLED_BY, FOLLOWS if self.unit_tokens else (*FOLLOWS, "geometry.unit_blocks"))
+        settled = {"teacher.name": "--teacher-model"} if self.served else {}
+        settled |= {"tokenizer": "--tokenizer"} if self.tokenizer else {}
+        return Wording(SETTLED_BY | settled, FOLLOWS if self.unit_tokens else (*FOLLOWS, "geometry.unit_blocks"))

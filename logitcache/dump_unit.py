@@ -18,7 +18,6 @@ from logitcache.errors import ModelError
 from logitcache.selection import Selection
 from logitcache.store import CacheWriter
 from logitcache.targets import SparseTargets
-from logitcache.teachers.capture import capture_blocks
 
 Mask = NDArray[np.bool_]
 # The unit whose first chunk is the pilot that a cache's tables are counted from.
@@ -112,7 +111,7 @@ def _captured_or_halved(
 ) -> list[SparseTargets] | None:
     """Rows of one batch; None where it was too much for the memory, and batches are half as large from now on."""
     try:
-        return capture_blocks(job.teacher, batch, first_block, num_rows, selections, job.options.seed, mask)
+        return job.teacher.rows(batch, first_block, num_rows, selections, job.options.seed, mask)
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise

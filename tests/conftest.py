@@ -17,6 +17,7 @@ if not torch.cuda.is_available():
 if TYPE_CHECKING:
     from tests.caches import Dumped
     from tests.s3 import Proxy
+    from tests.teachers.serving import Serving
 
 
 @pytest.fixture(scope="session")
@@ -34,6 +35,32 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def served_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the model that `server` runs."""
+    from tests.tiny import save_tiny
+
+    return save_tiny(tmp_path_factory.mktemp("served") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def running(served_model: Path) -> Iterator[Serving]:
+    """A language model behind HTTP, in a process of its own."""
+    from tests.teachers.serving import serving
+
+    with serving(served_model) as server:
+        yield server
+
+
+@pytest.fixture
+def server(running: Serving, monkeypatch: pytest.MonkeyPatch) -> Serving:
+    """It, as vLLM behaves by default, and an environment without a key or a proxy before it."""
+    monkeypatch.delenv("LOGITCACHE_API_KEY", raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    running.set(reset=True)
+    return running
 
 
 @pytest.fixture(scope="session")

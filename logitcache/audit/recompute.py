@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from logitcache.audit.picked import PickedRows
 from logitcache.errors import ModelError
 from logitcache.selection.distribution import Distribution
-from logitcache.teachers.capture import Teacher
+from logitcache.teachers.capture import LogitsTeacher
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ AS_STORED = View()
 
 @torch.inference_mode()
 def recompute(
-    teacher: Teacher, picked: PickedRows, batch_blocks: int, view: View = AS_STORED
+    teacher: LogitsTeacher, picked: PickedRows, batch_blocks: int, view: View = AS_STORED
 ) -> Iterator[tuple[NDArray[np.int64], Distribution, torch.Tensor]]:
     """Rows int64 [m] of the n, their distributions, and their next tokens int64 [m] (-1 where there is none).
 

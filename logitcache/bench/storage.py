@@ -26,7 +26,7 @@ from logitcache.store import Cache, ContainerKind, convert, open_cache
 from logitcache.store.container import open_container, write_container
 from logitcache.store.layout import SUFFIXES
 from logitcache.targets import SparseTargets
-from logitcache.teachers import TransformersTeacher
+from logitcache.teachers import TransformersTeacher, is_url
 
 SELECTIONS = (
     "sample:25", "sample:50", "varopt:12", "varopt:20",
@@ -65,6 +65,11 @@ class StorageOptions:
     folder: Path | None = None
 
     def __post_init__(self) -> None:
+        if is_url(self.teacher):
+            raise UsageError(
+                "selections are measured against whole distributions, which a server does not tell; give a folder or "
+                "hub id as --teacher"
+            )
         if self.positions < self.block_length or self.positions % self.block_length:
             raise UsageError(
                 f"{self.positions} positions are no multiple of the block length, {self.block_length}; "

@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 from logitcache.corpus import expand_paths
-from logitcache.dump_job import DumpReport, Job
+from logitcache.dump_job import DumpReport, Job, load_teacher
 from logitcache.dump_options import DumpOptions
 from logitcache.dump_unit import PILOT_UNIT, process_unit
 from logitcache.engines.leases import Leases
@@ -17,14 +17,12 @@ from logitcache.errors import DamagedCacheError
 from logitcache.progress import Progress
 from logitcache.store import Layout, check_folder
 from logitcache.store.layout import unit_name
-from logitcache.teachers import TransformersTeacher
+from logitcache.teachers import Teacher
 
 UNIT_PREFIX = "unit-"
 
 
-def run_worker(
-    options: DumpOptions, progress: Progress, teacher: TransformersTeacher | None = None, label: str = ""
-) -> DumpReport:
+def run_worker(options: DumpOptions, progress: Progress, teacher: Teacher | None = None, label: str = "") -> DumpReport:
     """Work on a dump until every unit is committed, whoever did it.
 
     `teacher` is one loaded already from `options.teacher`; `label` is what people call this worker.
@@ -36,11 +34,10 @@ def run_worker(
     files = expand_paths(options.corpus)
     if teacher is None:
         progress.stage("loading the teacher")
-        teacher = TransformersTeacher.load(
-            options.teacher, options.gguf_file, options.dtype, options.device, options.trust_remote_code
-        )
+        teacher = load_teacher(options)
     for output in options.outputs:
         output.selection.check_vocabulary(teacher.vocab_size)
+    teacher.check_selections([output.selection for output in options.outputs])
     teacher.check_block_length(options.block_length)
     with Leases(Layout(options.outputs[0].root).leases, label, options.lease_seconds) as leases:
         while True:

@@ -22,8 +22,8 @@ from logitcache.targets import SparseTargets
 _CPU_STATISTICS_BYTES = 12 << 20
 
 
-class Teacher(Protocol):
-    """What capturing needs of a teacher; `TransformersTeacher` is one."""
+class LogitsTeacher(Protocol):
+    """What capturing needs of a teacher that makes logits here; `TransformersTeacher` is one."""
 
     vocab_size: int
     device: torch.device
@@ -40,7 +40,7 @@ class Teacher(Protocol):
 
 @torch.inference_mode()
 def capture_blocks(
-    teacher: Teacher,
+    teacher: LogitsTeacher,
     tokens_BL: NDArray[np.int64],
     first_block: int,
     num_rows: int,
@@ -104,7 +104,7 @@ def _nothing(selection: Selection) -> SparseTargets:
     return SparseTargets([0], [], [], unbiased=selection.unbiased)
 
 
-def _pieces(outer: slice, teacher: Teacher) -> list[slice]:
+def _pieces(outer: slice, teacher: LogitsTeacher) -> list[slice]:
     """A large slice's rows in pieces for everything but the matrix product, which likes many rows."""
     fitting = _CPU_STATISTICS_BYTES // (4 * teacher.vocab_size)
     step = max(1, fitting) if teacher.device.type == "cpu" else outer.stop - outer.start

@@ -5,7 +5,7 @@ Legend: B blocks of L tokens, N = B * L rows, D width of the hidden state, V row
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,9 @@ from numpy.typing import NDArray
 
 from logitcache import models
 from logitcache.errors import ModelError
+from logitcache.selection import Selection
+from logitcache.targets import SparseTargets
+from logitcache.teachers.capture import capture_blocks
 
 # Logits of one slice of rows: small enough for the caches and memory of a laptop, large enough to keep a GPU busy.
 _CPU_LOGITS_BYTES = 32 << 20
@@ -31,7 +34,10 @@ class TransformersTeacher:
         head: the `LMHead` that makes logits of hidden states.
         device: torch.device of all weights.
         vocab_size: V, rows of the LM head; the softmax runs over all of them, as in the model itself.
+        blocks_at_once: 1: a single block keeps it busy.
     """
+
+    blocks_at_once = 1
 
     def __init__(self, model: Any, tokenizer: Any, model_identity: dict[str, Any]) -> None:
         models.check_split(model)
@@ -90,6 +96,21 @@ class TransformersTeacher:
                     f"blocks of {block_length} tokens are longer than the teacher's context of {longest}; "
                     f"choose a block length of at most {longest}"
                 )
+
+    def check_selections(self, selections: Sequence[Selection]) -> None:
+        """Nothing to check: every selection can be made of whole distributions."""
+
+    def rows(
+        self,
+        tokens_BL: NDArray[np.int64],
+        first_block: int,
+        num_rows: int,
+        selections: Sequence[Selection],
+        seed: int,
+        counted_BL: NDArray[np.bool_] | None = None,
+    ) -> list[SparseTargets]:
+        """As `Teacher.rows`: one forward pass for all selections. Raises ModelError as `capture_blocks`."""
+        return capture_blocks(self, tokens_BL, first_block, num_rows, selections, seed, counted_BL)
 
     @torch.inference_mode()
     def hidden(self, tokens: NDArray[np.integer[Any]] | torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,61 @@
+"""What a dump needs of a teacher: blocks of token ids in, sparse rows out. Torch-free.
+
+Legend: B blocks of L tokens, R real rows (positions before the corpus' end).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from logitcache.selection import Selection
+from logitcache.targets import SparseTargets
+
+
+class Teacher(Protocol):
+    """A teacher. `TransformersTeacher` runs a model here, `ServerTeacher` asks a server.
+
+    Attributes:
+        tokenizer: makes the corpus' tokens.
+        vocab_size: V, ids of a distribution; every id that is kept is below it.
+        blocks_at_once: `rows` is at its best with so many blocks or more.
+    """
+
+    tokenizer: Any
+    vocab_size: int
+    blocks_at_once: int
+
+    def identity(self) -> dict[str, Any]:
+        """What determines the teacher's numbers, ready for JSON."""
+
+    def check_selections(self, selections: Sequence[Selection]) -> None:
+        """Raise UsageError or ModelError if these cannot be had of this teacher."""
+
+    def check_block_length(self, block_length: int) -> None:
+        """Raise ModelError if blocks of `block_length` tokens do not fit into the teacher's context."""
+
+    def rows(
+        self,
+        tokens_BL: NDArray[np.int64],
+        first_block: int,
+        num_rows: int,
+        selections: Sequence[Selection],
+        seed: int,
+        counted_BL: NDArray[np.bool_] | None = None,
+    ) -> list[SparseTargets]:
+        """The teacher's distributions at the first `num_rows` positions of consecutive blocks, once a selection.
+
+        Args:
+            tokens_BL: int64 [B, L]; positions from `num_rows` on (row-major) are padding.
+            first_block: number of the first block; together with `seed` it determines what is sampled.
+            num_rows: R.
+            selections: what to keep; each gives one SparseTargets of R rows.
+            seed: of the sampled selections.
+            counted_BL: bool [B, L], positions that rows are wanted of; the others' rows are empty. None: all.
+
+        Raises:
+            ModelError: there are no rows to be had; the message names block and position, or the server.
+        """
