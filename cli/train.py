@@ -27,6 +27,7 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 
 @click.command(epilog=EXAMPLE)
 @click.option("--cache", metavar="CACHE", help="Cache folder that `dump` wrote.")
+@click.option("--partial", is_flag=True, default=None, help="Train on what an unfinished dump has written by now.")
 @click.option("--student", metavar="CONFIG_OR_DIR", help="Model folder, or YAML/JSON of a transformers config.")
 @click.option("--out", metavar="DIR", help="Folder of the run and of the trained student.")
 @click.option(

@@ -25,6 +25,7 @@ from logitcache.store.location import refuse_url
 from logitcache.training import DistillationTrainer, evaluate_blocks
 from logitcache.training.load import check_fits, load_student
 from logitcache.training.options import TrainOptions
+from logitcache.training.pinned import open_pinned
 from logitcache.training.records import MetricsLog, RecordCallback, last_whole_checkpoint, plot_losses
 from logitcache.training.settings import settings_for
 
@@ -82,7 +83,7 @@ class _Run:
         self.out = Path(options.out)
         refuse_url(self.out)
         self.record_path, self.result_path = self.out / "run.json", self.out / "result.json"
-        self.cache = open_cache(options.cache)
+        self.cache = open_pinned(options, self.record_path)
         self.held_out_cache = open_cache(options.held_out_cache) if options.held_out_cache else None
         self._check_caches()
         self.settings = settings_for(options, self.cache)
@@ -226,6 +227,7 @@ class _Run:
                 for key, value in self.options.model_dump(mode="json").items()
             },
             "cache_fingerprint": self.cache.fingerprint,
+            "units": self.cache.num_units,
             "steps": self.steps,
             "versions": {
                 "logitcache": logitcache.__version__,

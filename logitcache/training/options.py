@@ -30,12 +30,14 @@ class TrainOptions(BaseModel):
 
     Sizes are in tokens, rounded to whole blocks of the cache. `epochs`, `max_tokens` and `max_steps` each bound the
     run; the last one given in that order wins. `tail`, `beta`, `reverse` and `clip` belong to some objectives only,
-    `blend` and `blend_end` to tail='blend': see docs/objectives.md.
+    `blend` and `blend_end` to tail='blend': see docs/objectives.md. `partial` trains on the units that an unfinished
+    dump has committed when the run begins.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     cache: str
+    partial: bool = False
     student: str
     out: str
     objective: ObjectiveName = "auto"
