@@ -14,6 +14,8 @@ from transformers import TrainerCallback
 from logitcache.errors import TrainingError
 
 COMPLETE = "logitcache_reader.json"
+# Among the reader's state: name and size of the checkpoint's files.
+FILES = "files"
 
 
 class MetricsLog:
@@ -79,7 +81,7 @@ class RecordCallback(TrainerCallback):
         # Trainer writes a checkpoint file by file; this one comes last, so a folder that has it is whole.
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         temporary = folder / f"{COMPLETE}.tmp"
-        temporary.write_text(json.dumps(self._reader_state(state.global_step)))
+        temporary.write_text(json.dumps({**self._reader_state(state.global_step), FILES: _sizes(folder)}))
         temporary.replace(folder / COMPLETE)
 
 
@@ -94,17 +96,34 @@ def _check_finite(step: int, values: dict[str, float]) -> None:
 
 
 def last_whole_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that was written completely, with its reader state; half-written ones are removed."""
-    whole: list[tuple[int, Path]] = []
+    """The newest checkpoint that is whole, with its reader state; others, half-written or damaged, are removed."""
+    whole: list[tuple[int, Path, dict[str, Any]]] = []
     for path in folder.glob("checkpoint-*"):
-        if (path / COMPLETE).exists():
-            whole.append((int(path.name.rpartition("-")[2]), path))
-        else:
+        state = _whole_state(path)
+        if state is None:
             shutil.rmtree(path)
-    if not whole:
+        else:
+            whole.append((int(path.name.rpartition("-")[2]), path, state))
+    return max(whole)[1:] if whole else None
+
+
+def _whole_state(folder: Path) -> dict[str, Any] | None:
+    """The reader's state of a checkpoint; None unless it was written completely and its files have their sizes.
+
+    Trainer itself goes on without a word where the optimizer's file is gone. A power failure may cut files short.
+    """
+    try:
+        state = json.loads((folder / COMPLETE).read_text())
+        sizes = state.pop(FILES, {})
+        return state if sizes.items() <= _sizes(folder).items() else None
+    except (OSError, ValueError, TypeError, AttributeError):
         return None
-    newest = max(whole)[1]
-    return newest, json.loads((newest / COMPLETE).read_text())
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Of the files that this process wrote; others' random states may be still on their way."""
+    files = [path for path in folder.iterdir() if path.is_file() and not path.name.startswith(("rng_state_", COMPLETE))]
+    return {path.name: path.stat().st_size for path in files}
 
 
 def plot_losses(rows: list[dict[str, Any]], path: Path, title: str) -> None:

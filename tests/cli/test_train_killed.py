@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from logitcache.training.records import COMPLETE
 from tests.caches import BLOCK_LENGTH, Dumped, student_yaml
 from tests.faults import forkserver, start
 
@@ -142,5 +143,16 @@ def test_stopped_and_resumed(sent: int, status: int, train: Train, dumped: Dumpe
         assert "Traceback" not in said
         assert "--resume" in said.splitlines()[-1]
         assert not (tmp_path / "out" / "result.json").exists()
+    assert train([*line, "--resume"]) == 0
+    assert_same(tmp_path / "out", whole)
+
+
+def test_a_checkpoint_that_was_cut_short(train: Train, dumped: Dumped, whole: Path, tmp_path: Path) -> None:
+    """As by a power failure. Without the optimizer's state Trainer itself would go on, to other losses."""
+    line = train_line(dumped, tmp_path / "out")
+    assert train(line, stop=(signal.SIGTERM, 5)) == 143
+    last = tmp_path / "out" / "checkpoints" / "checkpoint-4"
+    assert json.loads((last / COMPLETE).read_text())["samples_seen"] == 4 * 8
+    (last / "optimizer.pt").unlink()
     assert train([*line, "--resume"]) == 0
     assert_same(tmp_path / "out", whole)
