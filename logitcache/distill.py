@@ -83,7 +83,7 @@ class _Run:
         self.out = Path(options.out)
         refuse_url(self.out)
         self.record_path, self.result_path = self.out / "run.json", self.out / "result.json"
-        self.cache = open_pinned(options, self.record_path)
+        (self.cache,) = open_pinned([options.cache], options.partial, self.record_path)
         self.held_out_cache = open_cache(options.held_out_cache) if options.held_out_cache else None
         self._check_caches()
         self.settings = settings_for(options, self.cache)
@@ -227,7 +227,7 @@ class _Run:
                 for key, value in self.options.model_dump(mode="json").items()
             },
             "cache_fingerprint": self.cache.fingerprint,
-            "units": self.cache.num_units,
+            "units": [self.cache.num_units],
             "steps": self.steps,
             "versions": {
                 "logitcache": logitcache.__version__,

@@ -92,14 +92,14 @@ def test_pinned_while_the_dump_goes_on(values: dict[str, Any], growing: Path, du
 
     mine, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "whole"))
     assert all(mine[name].equal(theirs[name]) for name in theirs)
-    assert json.loads((tmp_path / "out" / "run.json").read_text())["units"] == UNITS
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["units"] == [UNITS]
 
 
 def test_a_new_run_takes_what_is_there_now(values: dict[str, Any], growing: Path, dumped: Dumped) -> None:
     commit_another(growing, dumped)
     train(values, max_steps=2)
     record = json.loads((Path(values["out"]) / "run.json").read_text())
-    assert record["units"] == UNITS + 1
+    assert record["units"] == [UNITS + 1]
     assert record["cache_fingerprint"] == open_cache(dumped.top_k).snapshot(UNITS + 1).fingerprint
 
 
