@@ -40,6 +40,7 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
     "others are mixed, as several corpora.",
 )
 @click.option("--cache-weights", metavar="W,W...", help="A share for each cache.  [default: equal; corpora by size]")
+@click.option("--partial", is_flag=True, default=None, help="Train on what an unfinished dump has written by now.")
 @click.option("--student", metavar="CONFIG_OR_DIR", help="Model folder, or YAML/JSON of a transformers config.")
 @click.option("--out", metavar="DIR", help="Folder of the run and of the trained student.")
 @click.option(

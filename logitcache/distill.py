@@ -22,6 +22,7 @@ from logitcache.training.arguments import training_arguments
 from logitcache.training.evaluation import empty_batch, overall
 from logitcache.training.load import check_fits, load_student
 from logitcache.training.options import TrainOptions
+from logitcache.training.pinned import snapshot_units
 from logitcache.training.ranks import Ranks
 from logitcache.training.records import RecordCallback, plot_losses
 from logitcache.training.run_data import RunData, plain_text_batches
@@ -63,7 +64,9 @@ def run_training(
     ranks = Ranks.of_environment()
     ranks.join()
     with ranks.watching():
-        run = ranks.agree(lambda: _Run(options, resume, ranks, command))
+        # A dump that goes on may show each rank another snapshot: the main one's holds.
+        units = ranks.from_main(ranks.agree(lambda: snapshot_units(options, RunFolder(options.out).units)))
+        run = ranks.agree(lambda: _Run(options, resume, ranks, command, units))
         result = run.folder.result() if resume else None
         run.check_same(result)
         if result is not None:
@@ -75,10 +78,17 @@ def run_training(
 class _Run:
     """One training run: checks everything first, then trains."""
 
-    def __init__(self, options: TrainOptions, resume: bool, ranks: Ranks, command: Sequence[str] | None) -> None:
+    def __init__(
+        self,
+        options: TrainOptions,
+        resume: bool,
+        ranks: Ranks,
+        command: Sequence[str] | None,
+        units: Sequence[int] | None,
+    ) -> None:
         self.options, self.ranks = options, ranks
         self.folder = RunFolder(options.out)
-        self.data = RunData(options)
+        self.data = RunData(options, units)
         self.settings = settings_for_all(options, self.data.sources)
         self.batch_blocks = max(1, round(options.batch_tokens / self.data.block_length))
         self.steps = self._count_steps()
@@ -232,6 +242,7 @@ def _record(
             key: _absolute(value) if key in _PATHS else value for key, value in options.model_dump(mode="json").items()
         },
         "fingerprints": data.fingerprints,
+        "units": [cache.num_units for cache in data.caches],
         "steps": steps,
         "world_size": ranks.world_size,
         "versions": {

@@ -513,6 +513,18 @@ def test_held_out_cache_with_a_larger_vocabulary(values: dict[str, Any], dumped:
     assert not Path(values["out"]).exists()
 
 
+def test_options_of_later_versions_have_their_defaults(values: dict[str, Any]) -> None:
+    """A run that was begun before an option existed can be resumed."""
+    train(values, max_steps=2)
+    path = Path(values["out"]) / "run.json"
+    record = json.loads(path.read_text())
+    del record["options"]["fsdp"], record["options"]["z_loss"]
+    path.write_text(json.dumps(record))
+    assert train(values, resume=True, max_steps=2)["steps"] == 2
+    with pytest.raises(TrainingError, match="z_loss: the run has 0.0, now 0.5"):
+        train(values, resume=True, max_steps=2, z_loss=0.5)
+
+
 def test_resume_with_other_options(values: dict[str, Any], dumped: Dumped) -> None:
     train(values, max_steps=2)
     with pytest.raises(TrainingError) as caught:

@@ -45,7 +45,24 @@ def test_stateful_dataloader(
     assert loop("parts.pt", 3) + loop("parts.pt", 2) == whole
 
 
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated")
+def test_lightning_module(
+    dumped: Dumped, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def loop(checkpoint: str, steps: int) -> list[str]:
+        said = run(
+            "lightning_module.py", monkeypatch, capsys, dumped.sample, dumped.teacher, tmp_path / checkpoint, steps
+        )
+        return [line for line in said if "blocks: loss" in line]
+
+    whole = loop("whole.ckpt", 5)
+    assert whole[4].startswith("40 blocks: loss ")
+    assert loop("parts.ckpt", 2) + loop("parts.ckpt", 3) == whole
+
+
 def test_examples_are_short() -> None:
     lengths = {path.name: len(path.read_text().splitlines()) for path in EXAMPLES.glob("*.py")}
-    assert lengths.keys() == {"plain_loop.py", "stateful_dataloader.py"}
-    assert max(lengths.values()) <= 30
+    assert lengths.keys() == {"lightning_module.py", "plain_loop.py", "stateful_dataloader.py"}
+    assert max(lengths.values()) <= 40

@@ -70,9 +70,10 @@ class BlockSource(ABC):
 
 
 class CacheSource(BlockSource):
-    """One cache as a `BlockSource`."""
+    """One cache as a `BlockSource`. Raises TrainingError where units are missing."""
 
     def __init__(self, cache: Cache) -> None:
+        _refuse_holes(cache)
         self.cache = cache
         self.fingerprints, self.shares, self.chunks = [cache.fingerprint], [1.0], cache.chunks
         self.num_blocks, self.num_tokens, self.block_length = cache.num_blocks, cache.num_tokens, cache.block_length
@@ -114,6 +115,8 @@ class AveragedCaches(BlockSource):
 
     def __init__(self, caches: Sequence[Cache], weights: Sequence[float] | None = None) -> None:
         self.caches, self.shares = list(caches), shares_of(len(caches), weights).tolist()
+        for cache in caches:
+            _refuse_holes(cache)
         for other in caches[1:]:
             _refuse_other_blocks(caches[0], other)
         # With the largest chunks as the grid, no chunk of another cache is decoded twice.
@@ -260,6 +263,15 @@ def _other_tokens(one: Cache, other: Cache, start: int, stop: int) -> DamagedCac
     )
 
 
+def _refuse_holes(cache: Cache) -> None:
+    """Raise TrainingError unless every block of the cache can be read."""
+    if not cache.is_whole:
+        raise TrainingError(
+            f"{cache.location} is unfinished; read a snapshot of it, cache.snapshot(), which stays the same while the "
+            "dump goes on"
+        )
+
+
 def _refuse_other_blocks(one: Cache, other: Cache) -> None:
     """Raise TrainingError unless both caches hold rows for the same token blocks, of the same kind."""
     facts = [
@@ -270,6 +282,7 @@ def _refuse_other_blocks(one: Cache, other: Cache) -> None:
             "keeping ids": cache.keeps_ids,
             "block length": cache.block_length,
             "number of tokens": cache.manifest.identity.geometry.num_tokens,
+            "number of blocks": cache.num_blocks,
             "short blocks": cache.manifest.identity.geometry.short_blocks,
             "unbiased": cache.unbiased,
         }

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.utils.data import get_worker_info
 
+from logitcache.errors import TrainingError
 from logitcache.reader.chunks import ChunkCount, ChunkStream
 from logitcache.reader.mix import Mix
 from logitcache.reader.options import ReaderOptions
@@ -58,6 +59,7 @@ class BatchStream:
     def __init__(self, lanes: list[Lane], mix: Mix, options: ReaderOptions, count: ReadCount) -> None:
         self._mix, self._options, self._count = mix, options, count
         threaded = options.prefetch_batches > 0
+        self._owner = os.getpid() if threaded else None
         decoding: Executor = ThreadPoolExecutor(options.decode_threads, "logitcache-decode") if threaded else _Inline()
         # The worker of a data loader leaves pinning to the process it works for.
         self._pinned = options.pin_memory and get_worker_info() is None
@@ -76,10 +78,18 @@ class BatchStream:
         self._finalizer()
 
     def batches(self, start: int, number: int, step: int, count: int | None) -> Iterator[PackedBatch]:
-        """Batches `number`, `number + step`, ... below `count`, counted from the block at place `start`."""
+        """Batches `number`, `number + step`, ... below `count`, counted from the block at place `start`.
+
+        Raises TrainingError in a fork, which has none of the threads and would wait for them for ever.
+        """
         waiting: deque[Future[PackedBatch]] = deque()
         depth = max(1, self._options.prefetch_batches)
         while True:
+            if self._owner not in (None, os.getpid()):
+                raise TrainingError(
+                    f"this iterator was begun in process {self._owner} and cannot go on in a fork of it; iterate the "
+                    "dataset itself here, or read with prefetch_batches=0"
+                )
             while len(waiting) < depth and (count is None or number < count):
                 waiting.append(self._packing.submit(self._make, start, number))
                 number += step

@@ -33,8 +33,16 @@ class Cache:
     manifest says. May be used from several threads and after a fork.
     """
 
-    def __init__(self, root: Path, manifest: Manifest, kept_chunks: int = 4, files: CacheFiles | None = None) -> None:
+    def __init__(
+        self,
+        root: Path,
+        manifest: Manifest,
+        kept_chunks: int = 4,
+        files: CacheFiles | None = None,
+        num_blocks: int | None = None,
+    ) -> None:
         self.root, self.manifest = root, manifest
+        self._num_blocks = manifest.identity.geometry.num_blocks if num_blocks is None else num_blocks
         self.files = files or LocalFiles(Layout(root, manifest.identity.container))
         self.codec = RowCodec.from_dict(manifest.identity.codec)
         selection = manifest.identity.selection
@@ -63,8 +71,18 @@ class Cache:
 
     @property
     def num_blocks(self) -> int:
-        """Blocks of the whole cache; the last one and those of `short_blocks` hold fewer tokens than the others."""
-        return self.manifest.identity.geometry.num_blocks
+        """Blocks of the whole cache, or of a snapshot; the whole one's last and `short_blocks` hold fewer tokens."""
+        return self._num_blocks
+
+    @property
+    def num_units(self) -> int:
+        """Units that are there."""
+        return len(self.manifest.shards)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every block can be read: not of a cache opened with `partial=True` in which units are missing."""
+        return sum(shard.num_blocks for shard in self.manifest.shards) == self.num_blocks
 
     @property
     def block_length(self) -> int:
@@ -147,6 +165,30 @@ class Cache:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_containers": OrderedDict(), "_decoded": OrderedDict()}
+
+    def snapshot(self, units: int | None = None) -> Cache:
+        """The first units as a cache of its own, which stays the same while its dump goes on and after.
+
+        Committed units never change, so `snapshot(n)` has the same fingerprint whenever it is taken.
+
+        Args:
+            units: how many; by default all before the first that is missing.
+
+        Raises:
+            CacheError: there are not so many yet, or none.
+        """
+        there = self._first_units()
+        if not 0 < (there if units is None else units) <= there:
+            wanted = "none of its units" if units is None else f"not its first {units} units but {there}"
+            raise CacheError(f"{self.location} has {wanted} yet; wait until its dump has written more")
+        manifest = self.manifest.first_units(there if units is None else units)
+        last = manifest.shards[-1]
+        return Cache(self.root, manifest, self._kept_chunks, self.files, last.first_block + last.num_blocks)
+
+    def _first_units(self) -> int:
+        """Units before the first that is missing."""
+        gaps = (place for place, shard in enumerate(self.manifest.shards) if int(shard.unit) != place)
+        return next(gaps, self.num_units)
 
     def read_blocks(self, start: int, stop: int) -> Blocks:
         """Blocks [start, stop).
@@ -346,7 +388,8 @@ def open_cache(
 
     Args:
         location: a folder path, a file:// URL, or s3://bucket/prefix.
-        partial: also open a cache whose dump has not finished, up to its commits at this moment; not of s3://.
+        partial: also open a cache whose dump has not finished, up to its commits at this moment; not of s3://. To train
+            on one take its `snapshot`.
         local_dir: where shards of a remote cache are kept, shared by all processes of the machine; by default
             `$LOGITCACHE_LOCAL_DIR`, else `remote` in `cache_home()`.
         local_bytes: how many bytes that folder may hold; by default `$LOGITCACHE_LOCAL_SIZE`, else 50 GB.
@@ -371,7 +414,7 @@ def open_cache(
     elif not partial:
         raise CacheError(
             f"{layout.root} is unfinished; run the command that began it again to finish it "
-            "(in Python, open_cache(..., partial=True) reads what is there)"
+            "(`train --partial` and, in Python, open_cache(..., partial=True) read what is there)"
         )
     else:
         plan = load_document(layout.plan, Plan)

@@ -26,6 +26,8 @@ from logitcache.store.layout import writing
 PART = ".part"
 # A download that writes nothing for so long is not waited for any more: its process may be stopped.
 STALLED_SECONDS = 60.0
+# So often may the whole folder go while one file is fetched.
+LOST_FOLDERS = 20
 READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 # Fills an empty file with exactly what it should hold, or raises.
@@ -78,10 +80,16 @@ class NodeFolder:
             Exception: whatever `fetch` raises.
         """
         path = self.root / name
-        while True:
-            lease = self._lease(path) or self._fetched(path, num_bytes, fetch)
+        for attempt in count():
+            try:
+                lease = self._lease(path) or self._fetched(path, num_bytes, fetch)
+            except FileNotFoundError as error:  # somebody has removed the whole folder just now
+                if attempt == LOST_FOLDERS:
+                    raise CacheError(f"{path.parent} is removed again and again; set LOGITCACHE_LOCAL_DIR") from error
+                continue
             if lease is not None:
                 return lease
+        raise AssertionError("unreachable")
 
     def _lease(self, path: Path) -> Lease | None:
         """A lease on a file that is there."""
@@ -106,12 +114,12 @@ class NodeFolder:
         for attempt in count():
             part = path.with_name(f"{path.name}.{attempt}{PART}")
             file = self._open_part(part)
-            if not _wait_for(file, path):
+            if not _wait_for(file, part, path):
                 file.close()
                 if path.exists():
                     return None
                 continue
-            if not _is_at(file, part):  # it has got its name, or its owner gave up
+            if not _is_at(file, part):  # it has got its name, its owner gave up, or somebody removed it
                 file.close()
                 return None
             return self._fetch(file, part, path, num_bytes, fetch)
@@ -127,12 +135,18 @@ class NodeFolder:
             with writing(self.root, num_bytes, "or set LOGITCACHE_LOCAL_DIR to another folder"):
                 self._reserve(file, num_bytes)
                 fetch(file)
+                if not _is_at(file, part):  # the folder was removed; what has this name now is another's
+                    raise FileNotFoundError(errno.ENOENT, "removed while it was fetched", str(part))
                 part.rename(path)
-        except BaseException:
+        except BaseException as error:
+            lost = not _is_at(file, part)
             with suppress(OSError):
-                part.unlink(missing_ok=True)
+                if not lost:
+                    part.unlink()
             with suppress(OSError):  # what could not be written is given up
                 file.close()
+            if lost and isinstance(error.__cause__, FileNotFoundError):
+                raise error.__cause__ from None
             raise
         return self._leased(file, path, fresh=True)
 
@@ -142,7 +156,7 @@ class NodeFolder:
             part.parent.mkdir(parents=True, exist_ok=True)
             return os.fdopen(os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644), "r+b")
         except OSError as error:
-            if error.errno in READ_ONLY:
+            if error.errno in (*READ_ONLY, errno.ENOENT):
                 raise
             raise CacheError(f"{part} cannot be written: {error.strerror}; set LOGITCACHE_LOCAL_DIR") from error
 
@@ -182,10 +196,14 @@ class NodeFolder:
                     yield status.st_mtime_ns, status.st_size, path
 
 
-def _wait_for(file: BinaryIO, path: Path) -> bool:
-    """Lock a part alone. False: the file is there, or the part's owner seems to be stopped, as it writes nothing."""
+def _wait_for(file: BinaryIO, part: Path, path: Path) -> bool:
+    """Lock a part alone, or find it gone. False: the file is there, or the part's owner seems to be stopped, as it
+    writes nothing.
+    """
     pause, seen, since = 0.005, -1, time.monotonic()
     while not _lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB):
+        if not _is_at(file, part):  # its owner may hold it as a lease for long
+            return True
         written = os.fstat(file.fileno()).st_mtime_ns
         if written != seen:
             seen, since = written, time.monotonic()

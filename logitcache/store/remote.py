@@ -65,14 +65,18 @@ class RemoteFiles(CacheFiles):
         self._checked(shard, check=True).close()
 
     def open_shard(self, shard: Shard, check: bool) -> Container:
-        lease = self._checked(shard, check)
-        try:
-            container = open_container(lease.path)
-        except BaseException:
-            lease.close()
-            raise
-        weakref.finalize(container, lease.close)
-        return container
+        while True:
+            lease = self._checked(shard, check)
+            try:
+                container = open_container(lease.path)
+            except BaseException as error:
+                lost = isinstance(error, DamagedCacheError) and not lease.path.exists()
+                lease.close()
+                if lost:  # a lease keeps a file from us, not from who empties the folder
+                    continue
+                raise
+            weakref.finalize(container, lease.close)
+            return container
 
     def _checked(self, shard: Shard, check: bool) -> Lease:
         """A lease on a shard. A copy whose hash is wrong is fetched again."""

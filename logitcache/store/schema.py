@@ -317,6 +317,15 @@ class Manifest(Document):
             return "its shards are not the units of the plan"
         return None
 
+    def first_units(self, units: int) -> Manifest:
+        """That of the first units alone; its counters are not known unless these are all."""
+        if units == len(self.shards):
+            return self
+        shards = self.shards[:units]
+        fingerprint = self.fingerprint_of(Plan(identity=self.identity), self.codebook_sha256, shards)
+        changes = {"fingerprint": fingerprint, "complete": False, "counters": {}, "shards": shards}
+        return self.model_copy(update=changes)
+
     @staticmethod
     def fingerprint_of(plan: Plan, codebook_sha256: str, shards: list[Shard]) -> str:
         """Hash of all that determines meaning: plan, tables and the content of every shard."""

@@ -37,7 +37,8 @@ class TrainOptions(BaseModel):
     and writes the student of the lowest. `fsdp` shards weights, gradients and optimiser state over GPUs. `epochs`,
     `max_tokens` and `max_steps` each bound the run; the last one given in that order wins. `tail`, `beta`, `reverse`
     and `clip` belong to some objectives only, `blend` and `blend_end` to tail='blend': see docs/objectives.md. `mask`
-    is what `TokenMask.parse` reads, or "none".
+    is what `TokenMask.parse` reads, or "none". `partial` trains on the
+    units that an unfinished dump has committed when the run begins.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -45,6 +46,7 @@ class TrainOptions(BaseModel):
     cache: tuple[str, ...] = Field(min_length=1)
     combine: Literal["auto", "average", "mix"] = "auto"
     cache_weights: tuple[float, ...] = ()
+    partial: bool = False
     student: str
     out: str
     objective: ObjectiveName = "auto"

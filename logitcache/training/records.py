@@ -15,6 +15,8 @@ from logitcache.errors import TrainingError
 from logitcache.training.ranks import ALONE, Ranks
 
 COMPLETE = "logitcache_reader.json"
+# Among the reader's state: name and size of the checkpoint's files.
+FILES = "files"
 
 
 class MetricsLog:
@@ -91,7 +93,8 @@ class RecordCallback(TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         temporary = folder / f"{COMPLETE}.tmp"
         stopped = {"stopped": True} if control.should_training_stop and state.global_step < state.max_steps else {}
-        temporary.write_text(json.dumps(self._reader_state(state.global_step) | stopped))
+        state_here = {**self._reader_state(state.global_step), **stopped, FILES: _sizes(folder)}
+        temporary.write_text(json.dumps(state_here))
         temporary.replace(folder / COMPLETE)
 
     def _check_finite(self, step: int, values: dict[str, float]) -> None:
@@ -106,18 +109,34 @@ class RecordCallback(TrainerCallback):
 
 
 def last_whole_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that was written completely, with its reader state."""
-    whole = [path for path in folder.glob("checkpoint-*") if (path / COMPLETE).exists()]
-    if not whole:
+    """The newest checkpoint that is whole, with its reader state."""
+    found = [(int(path.name.rpartition("-")[2]), path, _whole_state(path)) for path in folder.glob("checkpoint-*")]
+    whole = [(step, path, state) for step, path, state in found if state is not None]
+    return max(whole)[1:] if whole else None
+
+
+def _whole_state(folder: Path) -> dict[str, Any] | None:
+    """The reader's state of a checkpoint; None unless it was written completely and its files have their sizes.
+
+    Trainer itself goes on without a word where the optimizer's file is gone. A power failure may cut files short.
+    """
+    try:
+        state = json.loads((folder / COMPLETE).read_text())
+        sizes = state.pop(FILES, {})
+        return state if sizes.items() <= _sizes(folder).items() else None
+    except (OSError, ValueError, TypeError, AttributeError):
         return None
-    newest = max(whole, key=lambda path: int(path.name.rpartition("-")[2]))
-    return newest, json.loads((newest / COMPLETE).read_text())
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    files = [path for path in folder.iterdir() if path.is_file() and not path.name.startswith(COMPLETE)]
+    return {path.name: path.stat().st_size for path in files}
 
 
 def remove_half_checkpoints(folder: Path) -> None:
-    """Remove what a kill left half-written."""
+    """Remove what a kill left half-written, or what was damaged since."""
     for path in folder.glob("checkpoint-*"):
-        if not (path / COMPLETE).exists():
+        if _whole_state(path) is None:
             shutil.rmtree(path)
 
 

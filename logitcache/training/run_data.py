@@ -27,6 +27,7 @@ from logitcache.reader import (
 from logitcache.store import Cache, open_cache
 from logitcache.training.evaluation import empty_batch
 from logitcache.training.options import TrainOptions
+from logitcache.training.pinned import open_pinned
 from logitcache.training.ranks import ALONE, Ranks
 
 Batch = dict[str, Any]
@@ -65,6 +66,7 @@ class RunData:
 
     Args:
         options: of the run.
+        units: of each cache, to read of unfinished ones; see `snapshot_units`.
 
     Attributes:
         caches: in the order of the options.
@@ -77,9 +79,9 @@ class RunData:
         TrainingError: the caches do not go together, or are too small to hold some blocks out.
     """
 
-    def __init__(self, options: TrainOptions) -> None:
+    def __init__(self, options: TrainOptions, units: Sequence[int] | None = None) -> None:
         self.options = options
-        self.caches = [open_cache(location) for location in options.cache]
+        self.caches = open_pinned(options.cache, units)
         weights = options.cache_weights or (1.0,) * len(self.caches)
         if len(weights) != len(self.caches):
             raise UsageError(

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 
 from logitcache.errors import TrainingError
 from logitcache.store.location import refuse_url
+from logitcache.training.options import TrainOptions
 from logitcache.training.records import MetricsLog, last_whole_checkpoint, remove_half_checkpoints
 
 # Where a run is done, which changes nothing about it.
@@ -39,6 +40,15 @@ class RunFolder:
     def result(self) -> dict[str, Any] | None:
         """What the finished run measured; None before its end."""
         return dict(json.loads(self._result.read_text())) if self._result.exists() else None
+
+    @property
+    def units(self) -> list[int] | None:
+        """Units of each cache that the run here reads; None where there is none, or its record is damaged."""
+        try:
+            return [int(count) for count in json.loads(self._record.read_text())["units"]]
+        except (OSError, ValueError, TypeError, KeyError):
+            # Who compares the record with this run says what is wrong with it.
+            return None
 
     def find_checkpoint(self, record: dict[str, Any], resume: bool) -> Checkpoint | None:
         """The last whole checkpoint with its reader state, None at the start of a run.
@@ -102,10 +112,13 @@ class RunFolder:
 
 
 def _check_same_run(path: Path, stored: dict[str, Any], mine: dict[str, Any]) -> None:
+    # What an older version knew nothing of was as it is by default.
+    defaults = {name: field.get_default() for name, field in TrainOptions.model_fields.items()}
+    was = {**defaults, **stored["options"]}
     rows = [
-        f"\n  {key}: the run has {stored['options'].get(key)!r}, now {value!r}"
+        f"\n  {key}: the run has {was.get(key)!r}, now {value!r}"
         for key, value in mine["options"].items()
-        if stored["options"].get(key) != value and key not in _MAY_CHANGE
+        if was.get(key) != value and key not in _MAY_CHANGE
     ]
     if stored["fingerprints"] != mine["fingerprints"]:
         rows.append("\n  the cache's content is another one")

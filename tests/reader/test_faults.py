@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,8 +16,9 @@ from typing import Any
 
 import pytest
 from torch.utils.data import DataLoader
+from torchdata.stateful_dataloader import StatefulDataLoader
 
-from logitcache.errors import DamagedCacheError
+from logitcache.errors import DamagedCacheError, TrainingError
 from logitcache.store import Cache, open_cache
 from tests.caches import random_cache
 from tests.faults import flip_bit
@@ -103,17 +105,21 @@ def test_a_shard_that_is_gone(tmp_path: Path) -> None:
         list(reader(made, 13))
 
 
-def _lose_a_worker(cache: Cache) -> None:
-    stream: Any = iter(DataLoader(reader(cache), batch_size=None, num_workers=2))
+def _lose_a_worker(loader: type[Any], cache: Cache) -> None:
+    dataset = reader(cache)
+    own = iter(dataset)
+    next(own)  # so that threads of this process decode when the workers are forked
+    stream: Any = iter(loader(dataset, batch_size=None, num_workers=2))
     next(stream)
     os.kill(stream._workers[0].pid, signal.SIGKILL)
     for _ in stream:
         pass
 
 
-def test_a_worker_that_is_killed(cache: Cache) -> None:
+@pytest.mark.parametrize("loader", [DataLoader, StatefulDataLoader])
+def test_a_worker_that_is_killed(cache: Cache, loader: type[Any]) -> None:
     """An error ends the process. One of its own: torch raises wherever it happens to be when its worker dies."""
-    child = FORK.Process(target=_lose_a_worker, args=(cache,))
+    child = FORK.Process(target=_lose_a_worker, args=(loader, cache))
     child.start()
     child.join(120)
     assert child.exitcode == 1
@@ -128,6 +134,49 @@ def test_workers_forked_while_this_process_reads(cache: Cache) -> None:
     inside = tokens_of(islice(DataLoader(dataset, batch_size=None, num_workers=2), 10))
     assert inside == whole[3:13]
     assert begun + [batch["input_ids"].tolist() for batch in stream] == whole
+
+
+def _go_on(stream: Any, told: Connection) -> None:
+    try:
+        told.send(tokens_of(islice(stream, 5)))
+    except TrainingError as error:
+        told.send(str(error))
+
+
+@pytest.mark.parametrize("prefetch", [0, 1, 4])
+def test_a_fork_that_goes_on_with_the_iterator(cache: Cache, prefetch: int) -> None:
+    """Its threads stayed behind: without any it reads, with some it is told so; both leave the parent's as it was."""
+    whole = tokens_of(reader(cache, 12))
+    stream = iter(reader(cache, prefetch_batches=prefetch))
+    begun = tokens_of(islice(stream, 3))
+    here, there = FORK.Pipe()
+    child = FORK.Process(target=_go_on, args=(stream, there))
+    child.start()
+    there.close()
+    said = here.recv()
+    child.join()
+    assert child.exitcode == 0
+    if prefetch:
+        assert re.fullmatch(r"this iterator was begun in process \d+ and cannot go on in a fork of it.*", said)
+    else:
+        assert said == whole[3:8]
+    assert begun + tokens_of(islice(stream, 9)) == whole
+
+
+def test_a_fork_that_reads_anew(cache: Cache) -> None:
+    """A dataset of its own place, while the parent's threads are at work and after."""
+    dataset = reader(cache)
+    whole = tokens_of(reader(cache, 8))
+    stream = iter(dataset)
+    next(stream)
+    here, there = FORK.Pipe()
+    child = FORK.Process(target=_go_on, args=(dataset, there))
+    child.start()
+    there.close()
+    assert here.recv() == whole[1:6]
+    child.join()
+    assert child.exitcode == 0
+    assert tokens_of(islice(stream, 7)) == whole[1:]
 
 
 def _read_until_interrupted(cache: Cache, told: Connection) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Callable
@@ -201,6 +203,49 @@ def test_a_stopped_fetch_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.M
     lease._file.seek(0)
     assert lease._file.read() == content("a")
     lease.close()
+
+
+def test_a_folder_removed_during_a_fetch(tmp_path: Path) -> None:
+    """Who fetches and who waits for it both begin anew; what another has begun meanwhile keeps its name."""
+    folder, begun, go_on, fetched = NodeFolder(tmp_path / "local", 10 * SIZE), threading.Event(), threading.Event(), []
+    read: list[bytes] = []
+
+    def fetch(file: BinaryIO) -> None:
+        begun.set()
+        go_on.wait()
+        fetcher("a", fetched)(file)
+
+    def work(fetch: Callable[[BinaryIO], None]) -> None:
+        lease = folder.hold("cache/a", SIZE, fetch)
+        read.append(lease.path.read_bytes())
+        lease.close()
+
+    threads = [threading.Thread(target=work, args=(how,)) for how in (fetch, fetcher("a", fetched))]
+    threads[0].start()
+    begun.wait()
+    threads[1].start()
+    shutil.rmtree(folder.root)
+    go_on.set()
+    for thread in threads:
+        thread.join()
+    assert read == [content("a")] * 2
+    assert names(folder) == ["a"]
+    assert 2 <= len(fetched) <= 3
+
+
+def test_a_folder_removed_again_and_again(tmp_path: Path) -> None:
+    folder = NodeFolder(tmp_path / "local", 10 * SIZE)
+    with pytest.raises(CacheError, match=r"local/cache is removed again and again; set LOGITCACHE_LOCAL_DIR"):
+        folder.hold("cache/a", SIZE, lambda _: shutil.rmtree(folder.root))
+
+
+def test_a_removed_part_is_not_waited_for(tmp_path: Path) -> None:
+    """Its owner, who has renamed it, holds it as a lease for as long as it reads."""
+    part = tmp_path / "a.0.part"
+    with part.open("wb") as owner, part.open("rb") as waiting:
+        fcntl.flock(owner, fcntl.LOCK_EX)
+        part.unlink()
+        assert module._wait_for(waiting, part, tmp_path / "a")
 
 
 def test_a_file_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from logitcache.training.records import (
     COMPLETE,
     MetricsLog,
+    RecordCallback,
     last_whole_checkpoint,
     plot_losses,
     remove_half_checkpoints,
@@ -63,6 +65,35 @@ def test_half_written_checkpoints_are_removed(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 4
     remove_half_checkpoints(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-2"]
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("model.safetensors", b"weigh"),
+        ("model.safetensors", None),
+        (COMPLETE, b'{"samples_seen": 4'),
+        (COMPLETE, b"[4]"),
+        (COMPLETE, b""),
+        (COMPLETE, b"\xff"),
+        (COMPLETE, b'{"samples_seen": 4, "files": 3}'),
+    ],
+)
+def test_damaged_checkpoints_are_removed(name: str, damage: bytes | None, tmp_path: Path) -> None:
+    """The one before is gone on from."""
+    for step in (2, 4):
+        checkpoint(tmp_path, step, whole=False)
+        state, control = SimpleNamespace(global_step=step, max_steps=9), SimpleNamespace(should_training_stop=False)
+        callback = RecordCallback(MetricsLog(tmp_path / "m"), lambda step: {"samples_seen": step}, lambda *_: None)
+        callback.on_save(SimpleNamespace(output_dir=tmp_path), state, control)
+    assert last_whole_checkpoint(tmp_path) == (tmp_path / "checkpoint-4", {"samples_seen": 4})
+    if damage is None:
+        (tmp_path / "checkpoint-4" / name).unlink()
+    else:
+        (tmp_path / "checkpoint-4" / name).write_bytes(damage)
+    assert last_whole_checkpoint(tmp_path) == (tmp_path / "checkpoint-2", {"samples_seen": 2})
+    remove_half_checkpoints(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
 
 
 def test_no_whole_checkpoint(tmp_path: Path) -> None:
