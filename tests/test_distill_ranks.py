@@ -144,6 +144,22 @@ def test_sharded(fsdp: str, nursery: Nursery, options: dict[str, Any], alone: Pa
     assert type(student).__name__ == "LlamaForCausalLM"
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("fsdp", ["off", "full-shard"])
+def test_on_gpus(fsdp: str, options: dict[str, Any], alone: Path, tmp_path: Path) -> None:
+    """Over NCCL, by one process for each GPU up to two; to the rounding of another device."""
+    config = tmp_path / "train.json"
+    config.write_text(json.dumps(options | {"out": str(tmp_path / "out"), "device": "cuda", "fsdp": fsdp}))
+    processes = ["--nproc-per-node", min(2, torch.cuda.device_count())]
+    for more in ([], ["--resume"]):
+        ran = torchrun(*processes, "-m", "logitcache.cli.main", "train", "--config", config, *more)
+        assert ran.returncode == 0, ran.stderr
+    for name in ("loss", "ce", "divergence", "eval_ce", "eval_kl", "eval_other_ce"):
+        ours, theirs = ([row[name] for row in rows_of(out) if name in row] for out in (tmp_path / "out", alone))
+        assert ours == pytest.approx(theirs, rel=1e-3)
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "out")).__name__ == "LlamaForCausalLM"
+
+
 def test_a_refusal_is_said_once(nursery: Nursery, options: dict[str, Any], tmp_path: Path) -> None:
     """By the main rank; the others end alike."""
     config = tmp_path / "train.json"
