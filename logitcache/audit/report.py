@@ -124,6 +124,8 @@ class AuditReport:
         if self.fits is not None:
             return f"{found}; its rows fit {'' if self.fits_exactly else 'far better '}if {self.fits}"
         if worst(self.figures) == "other precision":
-            return f"{found}; its files are not those of the dump, "
-                "and nothing says that its precision is another (where they hold fewer digits, say so with --dtype)"
+            return (
+                f"{found}; its files are not those of the dump, and nothing says that its precision is another (where "
+                "they hold fewer digits, say so with --dtype)"
+            )
         return found
