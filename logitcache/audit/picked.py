@@ -49,16 +49,20 @@ class PickedRows:
         """bool [n]: rows among the first `START_POSITIONS` of their block."""
         return self.place < START_POSITIONS
 
-    def first(self, blocks: int) -> PickedRows:
-        """The rows of the first few of the picked blocks."""
-        rows = int(np.searchsorted(self.block, blocks))
+    def rows_of(self, blocks: NDArray[np.int64]) -> NDArray[np.int64]:
+        """int64: which of the n rows lie in some of the blocks, given by their indices among the M, ascending."""
+        return np.flatnonzero(np.isin(self.block, blocks))
+
+    def of_blocks(self, blocks: NDArray[np.int64]) -> PickedRows:
+        """Those rows alone."""
+        rows = self.rows_of(blocks)
         return PickedRows(
-            self.blocks[:blocks],
-            self.tokens[:blocks],
-            self.lengths[:blocks],
-            self.block[:rows],
-            self.place[:rows],
-            self.targets.slice(0, rows),
+            self.blocks[blocks],
+            self.tokens[blocks],
+            self.lengths[blocks],
+            np.searchsorted(blocks, self.block[rows]),
+            self.place[rows],
+            self.targets.take(rows),
         )
 
     @classmethod

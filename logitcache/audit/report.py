@@ -117,11 +117,15 @@ class AuditReport:
     @property
     def _reason(self) -> str:
         over = max(self.figures, key=lambda figure: abs(figure.mean) / figure.limit if figure.limit else 0)
-        found = f"{over.measure} is {abs(over.mean) / over.limit:,.0f} times its limit"
+        times = abs(over.mean) / over.limit if over.limit else float("inf")
+        found = f"{over.measure} is {times:,.{0 if times >= 10 else 1}f} times its limit"
         where = f" in {len(self.blocks_off)} of {self.blocks} blocks"
         found += where if 0 < len(self.blocks_off) < self.blocks else ""
         if self.fits is not None:
             return f"{found}; its rows fit {'' if self.fits_exactly else 'far better '}if {self.fits}"
         if worst(self.figures) == "other precision":
-            return f"{found}; its files are not those of the dump, and nothing says that its precision is another"
+            return (
+                f"{found}; its files are not those of the dump, and nothing says that its precision is another (where "
+                "they hold fewer digits, say so with --dtype)"
+            )
         return found

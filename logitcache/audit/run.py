@@ -24,7 +24,7 @@ from logitcache.audit.picked import PickedRows
 from logitcache.audit.recompute import View, recompute
 from logitcache.audit.report import AuditOptions, AuditReport
 from logitcache.audit.suspicions import suspicions_of
-from logitcache.audit.verdict import Figure, figures_of, worst
+from logitcache.audit.verdict import Figure, figures_of
 from logitcache.errors import CacheError, ModelError
 from logitcache.progress import Progress, Silent
 from logitcache.selection import block_uniforms
@@ -86,7 +86,7 @@ def audit_cache(location: str | Path, options: AuditOptions, progress: Progress 
         )
     if report.verdict == "same teacher":
         return report
-    report = _suspect(report, runs, teacher, found, band)
+    report = _suspect(report, runs, teacher, found)
     if not report.fits_exactly:
         other = "bfloat16" if report.dtype == "float32" else "float32"
         progress.stage(f"running it in {other}")
@@ -136,9 +136,8 @@ class _Runs:
         return measured, codec.targets(coded)
 
     @torch.inference_mode()
-    def under(self, teacher: TransformersTeacher, view: View, blocks: int) -> Measured:
-        """The columns and weights of the first few blocks' rows, as if the rows were those of a view."""
-        picked = self.picked.first(blocks)
+    def under(self, teacher: TransformersTeacher, view: View, picked: PickedRows) -> Measured:
+        """Some of the rows against a teacher, by columns and exact weights, as if they were those of a view."""
         measured: Measured = {}
         for rows, dist, labels in recompute(teacher, picked, self._batch_blocks, view):
             for name, values in measure(picked.targets.take(rows), dist, labels).items():
@@ -156,30 +155,40 @@ class _Runs:
         return np.concatenate(parts)
 
 
-def _suspect(
-    report: AuditReport, runs: _Runs, teacher: TransformersTeacher, found: Measured, band: Measured
-) -> AuditReport:
-    """The report with the suspicion that fits, if one does."""
+def _suspect(report: AuditReport, runs: _Runs, teacher: TransformersTeacher, found: Measured) -> AuditReport:
+    """The report with the suspicion that fits, if one does; tried on the blocks that are furthest off."""
     over = {figure.measure for figure in report.figures if figure.verdict != "same teacher"} - {"draws", "score"}
-    few = runs.picked.first(SUSPICION_BLOCKS)
-    plain = _means(found, band, few, over)
-    if not plain:
+    if not over:
         return report
     runs.progress.stage("looking for what may have gone wrong")
+    blocks = _furthest(found, over, runs.picked)
+    rows, few = runs.picked.rows_of(blocks), runs.picked.of_blocks(blocks)
+    # Those of all rows: few of them may be quieter by chance than what they are compared with.
+    limits = {(figure.measure, figure.part): figure.limit for figure in report.figures}
+
+    def means(measured: Measured) -> dict[tuple[str, str], float]:
+        made = figures_of({name: measured[name] for name in over}, {}, few.at_start)
+        return {(figure.measure, figure.part): figure.mean for figure in made}
+
+    plain = means({name: found[name][rows] for name in over})
     for suspicion in suspicions_of(runs.cache.manifest.identity, few):
-        figures = _means(runs.under(teacher, suspicion.view, SUSPICION_BLOCKS), band, few, over)
-        pairs = [(figures[name], figure) for name, figure in plain.items() if name in figures]
-        if pairs and worst([figure for figure, _ in pairs]) == "same teacher":
+        under = means(runs.under(teacher, suspicion.view, few))
+        known = [name for name in plain if name in under]
+        if known and all(under[name] <= limits[name] for name in known):
             return replace(report, fits=suspicion.says, fits_exactly=True)
-        if pairs and all(figure.mean * FAR_BETTER < before.mean for figure, before in pairs):
+        if known and all(under[name] * FAR_BETTER < plain[name] for name in known):
             report = replace(report, fits=suspicion.says)
     return report
 
 
-def _means(measured: Measured, band: Measured, few: PickedRows, names: set[str]) -> dict[tuple[str, str], Figure]:
-    chosen = {name: values[: len(few)] for name, values in measured.items() if name in names}
-    noise = {name: values[: len(few)] for name, values in band.items()}
-    return {(figure.measure, figure.part): figure for figure in figures_of(chosen, noise, few.at_start)}
+def _furthest(found: Measured, names: set[str], picked: PickedRows) -> NDArray[np.int64]:
+    """Indices of the few blocks whose rows are furthest off, ascending; not of those that are well beside them."""
+    distance = np.zeros(len(picked.blocks))
+    for name in names:
+        known = ~np.isnan(found[name])
+        distance += np.bincount(picked.block[known], found[name][known], minlength=distance.size)
+    order = np.argsort(-distance, kind="stable")[:SUSPICION_BLOCKS]
+    return np.sort(order[distance[order] * FAR_BETTER >= distance.max()])
 
 
 def _blocks_off(figures: Sequence[Figure], found: Measured, picked: PickedRows) -> list[int]:

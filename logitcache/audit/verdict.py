@@ -17,7 +17,8 @@ VERDICTS: tuple[Verdict, ...] = ("same teacher", "other precision", "different")
 FACTOR = 4.0
 # What rounding to 1/64 nat makes of `label` and `entropy`, (1/64)^2 / 24; few rows may measure less by chance.
 ROUNDING = 1e-5
-FLOORS = {"label": ROUNDING, "entropy": ROUNDING, "rows": ROUNDING, "draws": 5e-3}
+# Draws fall between thousands of ids: 1e-3 nats of noise in every logit move 7 % of those of a real teacher.
+FLOORS = {"label": ROUNDING, "entropy": ROUNDING, "rows": ROUNDING, "draws": 0.05}
 SCALARS = ("label", "entropy")
 # A mean of independent rows is beyond four of its standard errors once in 16,000 times.
 SCORE_ERRORS = 4.0

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 BLUE, ORANGE, GREEN, GREY = "#1f77b4", "#ff7f0e", "#2ca02c", "#7f7f7f"
 BINS, MOST_BARS = 60, 100
+# Legends stand above what is drawn.
+HEADROOM = 1.25
 Panel = Callable[["Axes", CacheStats], None]
 
 
@@ -76,8 +78,9 @@ def _kept_mass(axes: Axes, stats: CacheStats) -> None:
     seen = np.flatnonzero(counts)
     axes.step([0, *(seen * stats.columns.kept.step), 1], [0, *share[seen], 1], where="post", color=BLUE, linewidth=1.6)
     axes.axvline(stats.kept_mass.mean, color=ORANGE, linestyle="--", label=f"mean {stats.kept_mass.mean:.3f}")
-    axes.set(xlabel="mass kept of a row", ylabel="share of rows that keep at most so much", xlim=(0, 1), ylim=(0, 1.02))
-    axes.legend(loc="upper left", frameon=False)
+    axes.set(xlabel="mass kept of a row", ylabel="share of rows that keep at most so much", xlim=(0, 1))
+    axes.set(ylim=(0, HEADROOM), yticks=[0, 0.2, 0.4, 0.6, 0.8, 1])
+    axes.legend(loc="upper right", frameon=False)
     axes.grid(alpha=0.3)
 
 
@@ -99,7 +102,8 @@ def _entropy(axes: Axes, stats: CacheStats) -> None:
         axes.stairs(shares, edges, fill=True, color=colour, alpha=0.3)
         axes.stairs(shares, edges, color=colour, linewidth=1.2, label=f"{label}, mean {tally.mean:.2f}")
     axes.set(xlabel="nats", ylabel="share of rows", xlim=(0, edges[-1]))
-    axes.legend(frameon=False)
+    axes.set_ylim(0, HEADROOM * axes.get_ylim()[1])
+    axes.legend(loc="upper right", frameon=False)
     axes.grid(alpha=0.3)
 
 
@@ -118,8 +122,8 @@ def _ids(axes: Axes, stats: CacheStats) -> None:
     margin = max(2, 0.05 * (high - low))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="ids kept", ylabel="share of rows", xlim=(max(-0.5, low - margin), high + margin))
-    axes.set_ylim(0, 1.15 * float(shares.max()))
-    axes.legend(frameon=False)
+    axes.set_ylim(0, HEADROOM * float(shares.max()))
+    axes.legend(loc="upper right", frameon=False)
     axes.grid(alpha=0.3, axis="y")
 
 
@@ -132,13 +136,12 @@ def _positions(axes: Axes, stats: CacheStats) -> None:
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set(xlabel="position in the block, from 1", ylabel="nats a token")
-    # Room for the legend above the lines.
-    axes.set_ylim(0, 1.25 * max(axes.get_ylim()[1], 1e-3))
+    axes.set_ylim(0, HEADROOM * max(axes.get_ylim()[1], 1e-3))
     axes.grid(alpha=0.3)
     if stats.kept_mass is not None:
         other = axes.twinx()
         _line(other, middles, [place.kept_mass for place in stats.places], "mass kept", GREEN)
-        other.set(ylabel="mean mass kept", ylim=(0, 1.25), yticks=[0, 0.25, 0.5, 0.75, 1])
+        other.set(ylabel="mean mass kept", ylim=(0, HEADROOM), yticks=[0, 0.25, 0.5, 0.75, 1])
         axes.plot([], [], color=GREEN, label="mass kept (right)", marker="o", markersize=3)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, loc="upper center", ncols=3, fontsize=8.5, columnspacing=1.2, handlelength=1.5)

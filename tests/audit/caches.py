@@ -73,8 +73,8 @@ def changed_teacher(source: Path, root: Path, change: Callable[[Any], None], tok
 
 
 def one_step(model: Any) -> None:
-    """A step of fine-tuning: AdamW at 1e-4 on a few tokens."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    """A step of fine-tuning: AdamW at 1e-3 on a few tokens."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     tokens = torch.arange(5, 37).reshape(1, -1)
     model(input_ids=tokens, labels=tokens).loss.backward()
     optimizer.step()

@@ -157,7 +157,7 @@ def test_a_few_blocks_are_named(made: dict[str, Path], dumped: Dumped, tmp_path:
     assert report.rows == open_cache(root).num_tokens
     assert report.verdict == "different"
     assert report.blocks_off == [40, 41]
-    assert f"in 2 of {report.blocks} blocks" in report.sentence
+    assert f"in 2 of {report.blocks} blocks; its rows fit if the row of position t is" in report.sentence
 
 
 def test_draws_with_another_seed(made: dict[str, Path], dumped: Dumped, tmp_path: Path) -> None:

@@ -190,9 +190,13 @@ def test_picked_rows_are_rows_of_the_cache(rows: int, dumped: Dumped) -> None:
     expected = blocks.targets.take(places)
     np.testing.assert_array_equal(picked.targets.ids, expected.ids)
     np.testing.assert_array_equal(picked.targets.label_logprob, expected.label_logprob)
-    few = picked.first(2)
-    np.testing.assert_array_equal(few.targets.ids, expected.take(np.arange(len(few))).ids)
-    assert set(few.block.tolist()) <= {0, 1}
+    chosen = np.array([1, 2, 5]) if len(picked.blocks) > 5 else np.array([0])
+    few = picked.of_blocks(chosen)
+    np.testing.assert_array_equal(few.targets.ids, expected.take(picked.rows_of(chosen)).ids)
+    np.testing.assert_array_equal(few.blocks, picked.blocks[chosen])
+    np.testing.assert_array_equal(
+        few.tokens[few.block, few.place], picked.tokens[picked.block, picked.place][picked.rows_of(chosen)]
+    )
 
 
 def test_both_parts_of_blocks_are_picked(dumped: Dumped) -> None:
