@@ -28,6 +28,8 @@ TERM_SECONDS = 60.0
 # So many heartbeats may be lost before a lease is, and so often is there one.
 _BEATS, _LONGEST_BEAT = 20, 2.0
 _LONGEST_PAUSE = 1.0
+# A worker that shows no life for so many terms is no longer shown, either.
+_FORGOTTEN_TERMS = 10
 _MOST_BYTES = 1 << 16
 _FILE_NAME = re.compile(r"([a-z0-9-]+)\.([0-9]{6})", re.ASCII)
 WORKER_PREFIX = "worker-"
@@ -167,8 +169,22 @@ class Leases:
             if self._presence is None:
                 raise CacheError(f"{self.folder} was removed while this run began; run the same command again")
             threading.Thread(target=self._keep_beating, name="leases", daemon=True).start()
+            self._forget_the_dead()
+        return self._clock()
+
+    def _clock(self) -> float:
+        """The time on the clock that the folder's file system stamps files with."""
+        assert self._presence is not None
         os.utime(self._presence.handle)
         return os.fstat(self._presence.handle).st_mtime
+
+    def _forget_the_dead(self) -> None:
+        """Remove what shows workers that are gone: an array of jobs would leave one for each."""
+        now = self._clock()
+        for lease in read_leases(self.folder):
+            if lease.name.startswith(WORKER_PREFIX) and lease.expired(now, _FORGOTTEN_TERMS * self.term):
+                with suppress(OSError):
+                    (self.folder / f"{lease.name}.{lease.generation:06d}").unlink(missing_ok=True)
 
     def _create(self, name: str, generation: int) -> Lease | None:
         path = self.folder / f"{name}.{generation:06d}"

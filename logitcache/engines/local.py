@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -12,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import BaseContext
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -21,8 +21,8 @@ from logitcache.dump_job import DumpReport
 from logitcache.dump_options import DumpOptions
 from logitcache.engines.devices import take_device
 from logitcache.engines.watch import Watcher
-from logitcache.engines.worker import run_worker
-from logitcache.errors import CacheError, LogitcacheError
+from logitcache.engines.worker import run_worker, sweep
+from logitcache.errors import CacheError
 from logitcache.progress import Progress, Silent
 from logitcache.store import Layout, check_folder
 
@@ -76,6 +76,7 @@ class Fleet:
                 report = self._hear(slot)
                 if report is not None:
                     self._end(grace=_ENDING_SECONDS)
+                    sweep(self._options)
                     return replace(report, computed_tokens=report.tokens - before)
             self._watcher.show()
             if not self._processes:
@@ -180,11 +181,17 @@ def _work(options: DumpOptions, slot: int, count: int, pipe: Connection) -> Dump
 def _answer(pipe: Connection, work: Callable[[], DumpReport]) -> None:
     try:
         pipe.send(("finished", work()))
-    except LogitcacheError as error:
-        pipe.send(("failed", error))
-    except OSError as error:
-        named = Path(str(error.filename or "a file"))
-        pipe.send(("failed", CacheError(f"{named} cannot be used: {error.strerror or error}; run the same again")))
+    except Exception as error:
+        pipe.send(("failed", _portable(error)))
+
+
+def _portable(error: Exception) -> Exception:
+    """An error as it can be sent to another process: itself, or what it says."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def _leave(_signal: int, _frame: FrameType | None) -> None:

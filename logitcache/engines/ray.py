@@ -15,12 +15,14 @@ from logitcache.dump_job import DumpReport
 from logitcache.dump_options import DumpOptions
 from logitcache.engines.devices import take_device
 from logitcache.engines.watch import Watcher
-from logitcache.engines.worker import run_worker
+from logitcache.engines.worker import run_worker, sweep
 from logitcache.errors import LogitcacheError, UsageError
 from logitcache.progress import Progress, Silent
 from logitcache.store import Layout, check_folder
 
 _VIEW_SECONDS = 0.5
+# What the other workers may take to find that nothing is left.
+_ENDING_SECONDS = 3.0
 
 
 def run_ray(options: DumpOptions, progress: Progress) -> DumpReport:
@@ -74,11 +76,14 @@ def _run(ray: Any, options: DumpOptions, progress: Progress) -> DumpReport:
                 if isinstance(result, LogitcacheError):
                     raise result
                 # Who is through saw every unit committed; others may be lost, or waiting for room.
+                if running:
+                    ray.wait(running, num_returns=len(running), timeout=_ENDING_SECONDS)
                 return replace(result, computed_tokens=result.tokens - before)
             watcher.show()
     finally:
         for worker in actors:
             ray.kill(worker)
+        sweep(options)
 
 
 def _resources(ray: Any, options: DumpOptions) -> tuple[dict[str, float], int]:

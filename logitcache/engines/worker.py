@@ -5,6 +5,7 @@ Any process that runs the same dump on the same folder joins: there is no rank t
 
 from __future__ import annotations
 
+import shutil
 import time
 from typing import Any
 
@@ -49,6 +50,14 @@ def run_worker(options: DumpOptions, progress: Progress, teacher: Teacher | None
                 return _Worker(job, leases).run()
             # What a finished cache needed no tokens for is to be computed again.
             progress.stage("shards are missing: computing them again")
+
+
+def sweep(options: DumpOptions) -> None:
+    """Remove what workers left that were ended while they looked for more work in finished caches."""
+    for output in options.outputs:
+        layout = Layout(output.root)
+        if layout.manifest.exists():
+            shutil.rmtree(layout.work, ignore_errors=True)
 
 
 def _take_back_missing(job: Job, leases: Leases) -> None:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from logitcache.codec import FRESH, Memory
 from logitcache.errors import CacheError, DamagedCacheError, TargetsError
+from logitcache.store.files import READ_ATTEMPTS, read_at
 
 ALLOWED_DTYPES = ("uint16", "uint32", "uint64")
 # Limits that hold before anything is allocated, whatever a file claims.
@@ -32,6 +33,10 @@ PLANE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 Plane = NDArray[np.integer[Any]]
 Sizes = dict[str, list[int]]
+
+
+class _ReadError(Exception):
+    """The operating system could not read; says nothing of what is stored."""
 
 
 class Container(ABC):
@@ -75,6 +80,9 @@ class Container(ABC):
         except CacheError:
             self.close()
             raise
+        except _ReadError as error:
+            self.close()
+            raise CacheError(f"{path} cannot be read: {error}") from error
         except Exception as error:  # each library meets damage with several kinds of exception
             self.close()
             raise self._damaged(type(error).__name__) from error
@@ -89,6 +97,11 @@ class Container(ABC):
             plane = self._read(name, chunk, self.sizes[name][chunk], memory)
         except DamagedCacheError:
             raise
+        except _ReadError as error:
+            raise CacheError(
+                f"{self.path}: array {name!r}, chunk {chunk} cannot be read ({error}, {READ_ATTEMPTS} times); check "
+                "the disk or the file system and try again"
+            ) from error
         except MemoryError as error:
             raise CacheError(f"{self.path}: array {name!r}, chunk {chunk} does not fit into memory") from error
         except Exception as error:
@@ -121,7 +134,10 @@ class Container(ABC):
         """`count` bytes from `offset`; refused, before they are allocated, where the file has no such bytes."""
         if not (offset >= 0 and 0 <= count <= self.num_bytes - offset):
             raise self._damaged("it points outside itself")
-        data = os.pread(self._file.fileno(), count, offset)
+        try:
+            data = read_at(self._file.fileno(), offset, count)
+        except OSError as error:
+            raise _ReadError(error.strerror or str(error)) from error
         if len(data) != count:
             raise self._damaged("it ends early")
         return data

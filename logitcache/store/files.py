@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from logitcache.errors import CacheError, DamagedCacheError
 
 MAX_JSON_BYTES = 64 << 20
+READ_ATTEMPTS = 3
 FAILPOINT_VARIABLE = "LOGITCACHE_FAILPOINT"
 
 
@@ -49,6 +50,28 @@ def canonical_json(fields: Any) -> bytes:
 def digest(fields: Any) -> str:
     """Hex SHA-256 of the canonical JSON of a value."""
     return hashlib.sha256(canonical_json(fields)).hexdigest()
+
+
+def read_at(handle: int, offset: int, count: int) -> bytes:
+    """`count` bytes of an open file from `offset` on; fewer only where the file ends.
+
+    A read that fails is tried again, a few times, and one that gives too little is continued. Raises OSError.
+    """
+    parts: list[bytes] = []
+    failures = 0
+    while count:
+        try:
+            part = os.pread(handle, count, offset)
+        except OSError:
+            failures += 1
+            if failures == READ_ATTEMPTS:
+                raise
+            continue
+        if not part:
+            break
+        parts.append(part)
+        offset, count = offset + len(part), count - len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def fsync_folder(folder: Path) -> None:

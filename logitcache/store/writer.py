@@ -209,9 +209,9 @@ class CacheWriter:
         """
         try:
             return self._commit_unit(unit, chunks, counters, num_entries)
-        except CacheError:
+        except CacheError as error:
             # Another worker was first and finished the cache, temporary files removed: nothing is lost.
-            if self.is_committed(unit):
+            if isinstance(error.__cause__, FileNotFoundError) and self.is_committed(unit):
                 return 0
             raise
 

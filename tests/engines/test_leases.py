@@ -161,6 +161,22 @@ def test_an_owner_that_died_here_is_followed_at_once(tmp_path: Path) -> None:
         assert held(tmp_path / "leases") == {"a": 1}
 
 
+def test_workers_that_are_gone_are_forgotten_by_the_next(tmp_path: Path) -> None:
+    """Their claims are not: those are taken over."""
+    folder = tmp_path / "leases"
+    children = forkserver()
+    child: Any = start(children, hold, folder, "a")
+    child.join()
+    with elsewhere(Leases(folder)) as living:
+        living.claim(["b"])
+        assert len([lease for lease in read_leases(folder) if lease.name.startswith("worker-")]) == 1
+        let_expire(folder)
+        with Leases(folder) as leases:
+            leases.claim(["c"])
+            assert len([lease for lease in read_leases(folder) if lease.name.startswith("worker-")]) == 1
+            assert held(folder) == {"a": 0, "b": 0, "c": 0}
+
+
 def test_who_is_known_to_be_dead() -> None:
     me = this_process()
     assert not known_dead(me)

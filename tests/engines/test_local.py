@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -16,10 +18,10 @@ from typing import Any
 import pytest
 
 from logitcache.engines.leases import Leases, read_leases
-from logitcache.engines.local import run_local
+from logitcache.engines.local import _portable, run_local
 from logitcache.engines.owner import known_dead
 from logitcache.engines.worker import UNIT_PREFIX, lease_of
-from logitcache.errors import CacheError, PlanMismatchError
+from logitcache.errors import CacheError, DamagedCacheError, PlanMismatchError, UsageError
 from logitcache.progress import Silent, Snapshot
 from logitcache.store import Layout, open_cache
 from tests.engines.dumps import await_state, content, dump, elsewhere, make_place, options
@@ -133,6 +135,30 @@ def test_an_error_of_a_worker_is_that_of_the_dump(place: Path, whole: Path, tmp_
         run_local(options(place, tmp_path / "cache", workers=2, seed=4), Silent(), children)
     assert caught.value.differences == [("seed", 3, 4)]
     assert files_of(tmp_path / "cache") == before
+
+
+class Unportable(Exception):
+    """Cannot be made again from what it says."""
+
+    def __init__(self, one: int, two: int) -> None:
+        super().__init__(f"{one} and {two}")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "said"),
+    [
+        (DamagedCacheError("x is damaged", shard="x", chunk=3), DamagedCacheError, r"^x is damaged$"),
+        (UsageError("no"), UsageError, r"^no$"),
+        (MemoryError(), MemoryError, r"^$"),
+        (Unportable(1, 2), RuntimeError, r"^Unportable: 1 and 2$"),
+    ],
+)
+def test_errors_reach_the_parent(error: Exception, kind: type[Exception], said: str) -> None:
+    """As they are, with what they know; or else at least what they say."""
+    sent = pickle.loads(pickle.dumps(_portable(error)))
+    assert type(sent) is kind
+    assert re.search(said, str(sent))
+    assert getattr(sent, "__dict__", {}) == (error.__dict__ if kind is type(error) else {})
 
 
 def test_an_interrupt_ends_all_workers(place: Path, whole: Path, tmp_path: Path) -> None:
