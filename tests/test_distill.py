@@ -521,7 +521,7 @@ def test_options_of_later_versions_have_their_defaults(values: dict[str, Any]) -
     del record["options"]["fsdp"], record["options"]["z_loss"]
     path.write_text(json.dumps(record))
     assert train(values, resume=True, max_steps=2)["steps"] == 2
-    with pytest.raises(TrainingError, match="z_loss: the run has 0.0, now 0.5"):
+    with pytest.raises(TrainingError, match=r"z_loss: the run has 0\.0, now 0\.5"):
         train(values, resume=True, max_steps=2, z_loss=0.5)
 
 
