@@ -303,6 +303,14 @@ def test_an_unfinished_cache(made: dict[str, Path], dumped: Dumped, tmp_path: Pa
     assert (report.verdict, report.rows) == ("same teacher", cache.manifest.shards[0].num_tokens)
 
 
+def test_boundaries_that_were_not_attended(made: dict[str, Path], dumped: Dumped, tmp_path: Path) -> None:
+    identity = open_cache(made["top_k"]).manifest.identity
+    masked = identity.model_copy(update={"corpus": {**identity.corpus, "document_boundaries": "masked"}})
+    root = rewritten(made["top_k"], tmp_path / "cache", lambda blocks: blocks.targets, masked)
+    with pytest.raises(CacheError, match="has document boundaries 'masked', which no audit can compute again"):
+        audit(root, dumped.teacher)
+
+
 def no_numbers(model: torch.nn.Module) -> None:
     with torch.no_grad():
         next(iter(model.parameters())).fill_(torch.nan)
