@@ -13,8 +13,9 @@ from logitcache.teachers.server.asking import Asking
 from logitcache.teachers.server.client import Client, FailingError, RefusedError
 from logitcache.teachers.server.dialects import DIALECTS
 
-# Tokens of the prompt that is asked about.
+# Tokens of the prompt that is asked about, and the ids among which they are looked for.
 PROBE_TOKENS = 24
+LOOKED_AT = 2000
 # Of the most probable ids, between two answers to one question: what other company in a batch may change.
 DRIFT_NATS = 0.25
 ATTEMPTS = 3
@@ -136,7 +137,7 @@ def probe_prompt(tokenizer: Any) -> list[int]:
     """Ids of plain letters from all over the vocabulary: what another tokenizer reads otherwise."""
     special = set(tokenizer.all_special_ids)
     plain = []
-    for number in range(len(tokenizer)):
+    for number in range(0, len(tokenizer), 1 + len(tokenizer) // LOOKED_AT):
         text = tokenizer.decode([number]).strip()
         if number not in special and text.isascii() and text.isalnum():
             plain.append(number)
