@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,7 @@ from logitcache.errors import (
     UsageError,
 )
 from logitcache.reader import AveragedCaches, CacheDataset, MixedCaches, ReaderOptions, make_batch
-from logitcache.store import convert, open_cache, schema
+from logitcache.store import convert, open_cache, schema, verify
 from tests.corpus.files import save_dataset, write_records
 from tests.corpus.test_chat import TALK
 from tests.faults import forkserver, run_killed, run_to_end
@@ -36,7 +38,7 @@ from tests.rollouts import (
     pairs,
     reopened,
 )
-from tests.store.caches import files_of
+from tests.store.caches import files_of, rewrite
 from tests.tiny import save_tiny
 
 children = forkserver()
@@ -143,6 +145,15 @@ def test_a_killed_dump_resumes_to_the_same_bytes(place: Path, tmp_path: Path) ->
         whole_run, resumed = files_of(tmp_path / "one" / spec), files_of(tmp_path / "other" / spec)
         assert resumed == whole_run
     assert run_dump(one).computed_tokens == 0
+
+
+def test_verify_counts_what_the_manifest_says(rollouts: dict[str, Path], tmp_path: Path) -> None:
+    root = tmp_path / "cache"
+    shutil.copytree(rollouts["label"], root)
+    assert verify(root).counted == open_cache(root).num_counted
+    rewrite(root / "manifest.json", counters={"counted": 1})
+    (problem,) = verify(root).problems
+    assert re.search(r"\d+ positions count, not the 1 that the manifest's counters say", problem.what)
 
 
 def test_a_mask_that_was_lost_is_made_again(place: Path, tmp_path: Path) -> None:
