@@ -2,7 +2,8 @@
 
     python -m benchmarks.labels [--tokens 65536] [--folder DIR] [--save]
 
-Plain text is Shakespeare's plays. The prompts and completions are made of them: each speech answers the one before.
+Plain text is Shakespeare's plays. The prompts and completions are made of them, half as many tokens: each speech
+answers the one before.
 `entropy` is what the column would add to a `label` cache, measured in the cache beside it.
 """
 
@@ -69,11 +70,12 @@ def main() -> None:
         texts = [str(path) for path in plays(print).values()]
         plain = caches(folder, given.tokens, "text", texts)
         fields = {"prompt_field": "prompt", "completion_field": "completion"}
-        masked = caches(folder, given.tokens, "rollouts", [str(rollouts)], **fields)
+        masked = caches(folder, given.tokens // 2, "rollouts", [str(rollouts)], **fields)
         rows = [row("plays", cache) for cache in plain] + [row("prompts, completions", cache) for cache in masked]
         size = plain[0].num_bytes / plain[0].num_tokens
     body = (
-        f"SmolLM2-135M in bfloat16, {given.tokens:,} tokens of Shakespeare in blocks of 512; bytes are per token.\n\n"
+        f"SmolLM2-135M in bfloat16, {given.tokens:,} tokens of Shakespeare, half as many of prompts and completions, "
+        "in blocks of 512; bytes are per token.\n\n"
         + report.table(HEADER, rows)
         + f"\n\nA `label` cache takes {size:.2f} bytes a token with its tokens, tables and documents; at most {MOST:g} "
         f"are allowed: {'met' if size <= MOST else 'NOT MET'}. A label's log-probability is stored to 1/128 nat."

@@ -16,6 +16,7 @@ if not torch.cuda.is_available():
 
 if TYPE_CHECKING:
     from tests.caches import Dumped
+    from tests.rollouts import Rollouts
     from tests.s3 import Proxy
     from tests.teachers.serving import Serving
 
@@ -26,6 +27,14 @@ def dumped(tmp_path_factory: pytest.TempPathFactory) -> Dumped:
     from tests.caches import dump_tiny
 
     return dump_tiny(tmp_path_factory.mktemp("dumped"))
+
+
+@pytest.fixture(scope="session")
+def rollout_caches(tmp_path_factory: pytest.TempPathFactory) -> Rollouts:
+    """Caches of prompts with completions; read only."""
+    from tests.rollouts import make_rollouts
+
+    return make_rollouts(tmp_path_factory.mktemp("rollouts"))
 
 
 @pytest.fixture

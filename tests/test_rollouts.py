@@ -1,135 +1,62 @@
-"""Caches of prompts with completions, conversations and token ids, and caches of the labels' log-probabilities alone:
-from a real (tiny) teacher through dump, reader, algebra, exports and training."""
+"""Caches of prompts with completions, conversations and token ids, of a real (tiny) teacher: dump, reading, algebra."""
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
 
 from logitcache import models
-from logitcache.algebra import BlockRanges, Derivation, derive_cache, merge_caches, subset_cache
-from logitcache.distill import run_training
-from logitcache.dump import DumpOptions, DumpReport, Output, run_dump
+from logitcache.algebra import BlockRanges, merge_caches, subset_cache
+from logitcache.dump import run_dump
 from logitcache.errors import (
     CacheError,
     CorpusError,
-    InterchangeError,
-    ObjectiveError,
     PlanMismatchError,
     TrainingError,
     UsageError,
 )
-from logitcache.interchange import export_cache
-from logitcache.losses import Objective, distillation_loss
 from logitcache.reader import AveragedCaches, CacheDataset, MixedCaches, ReaderOptions, make_batch
-from logitcache.selection import Selection
-from logitcache.store import Blocks, Cache, convert, open_cache, schema, verify
-from logitcache.training.options import TrainOptions
-from tests.caches import student_yaml
-from tests.codec.rows import assert_equal
+from logitcache.store import convert, open_cache, schema, verify
 from tests.corpus.files import save_dataset, write_records
-from tests.corpus.test_chat import CHATML, TALK
+from tests.corpus.test_chat import TALK
 from tests.faults import forkserver, run_killed, run_to_end
-from tests.store.caches import files_of
-from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
+from tests.rollouts import (
+    LENGTH,
+    NO_PAIRS,
+    SPECS,
+    Rollouts,
+    assert_same,
+    dump,
+    everything,
+    given,
+    mask_of,
+    pairs,
+    reopened,
+)
+from tests.store.caches import files_of, rewrite
+from tests.tiny import save_tiny
 
-LENGTH, SEED = 13, 5
-SPECS = ("top-k:7", "sample:11", "varopt:9", "label")
 children = forkserver()
 
 
-def pairs(count: int, seed: int = 0) -> list[dict[str, str]]:
-    """Prompts and completions of uneven lengths, some of them longer than a block and one prompt than several."""
-    words = ["the", "cache", "keeps", "what", "its", "teacher", "knew", "and", "every", "student", "reads", "it"]
-    rng = np.random.default_rng(seed)
-
-    def text(words_in_it: int) -> str:
-        return " ".join(rng.choice(words, words_in_it))
-
-    rows = [{"prompt": text(int(rng.integers(1, 9))) + ":", "completion": " " + text(int(rng.integers(1, 12)))}
-            for _ in range(count)]  # fmt: skip
-    rows[2]["prompt"] = text(40)
-    rows[3]["completion"] = ""
-    return rows
+@pytest.fixture(scope="module")
+def place(rollout_caches: Rollouts) -> Path:
+    return rollout_caches.place
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `teacher` (whose tokenizer has a chat template), `records.jsonl` and `other/records.jsonl`."""
-    folder = tmp_path_factory.mktemp("place")
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = CHATML
-    models.save_model(tiny_model(), folder / "teacher", tokenizer)
-    write_records(folder, "jsonl", pairs(12))
-    (folder / "other").mkdir()
-    write_records(folder / "other", "jsonl", pairs(7, seed=1))
-    return folder
-
-
-def dump(place: Path, corpus: Path, *outputs: tuple[str, Path], **changes: Any) -> DumpReport:
-    """Units of 4 blocks of 13 tokens."""
-    return run_dump(given(place, corpus, *outputs, **changes))
-
-
-def given(place: Path, corpus: Path, *outputs: tuple[str, Path], **changes: Any) -> DumpOptions:
-    settings: dict[str, Any] = {
-        "teacher": str(place / "teacher"),
-        "corpus": (str(corpus),),
-        "device": "cpu",
-        "block_length": LENGTH,
-        "batch_tokens": 3 * LENGTH,
-        "unit_tokens": 4 * LENGTH,
-        "seed": SEED,
-        "prompt_field": "prompt",
-        "completion_field": "completion",
-    }
-    made = tuple(Output(Selection.parse(spec), root) for spec, root in outputs)
-    return DumpOptions(outputs=made, **{**settings, **changes})
-
-
-NO_PAIRS = {"prompt_field": None, "completion_field": None}
+def rollouts(rollout_caches: Rollouts) -> dict[str, Path]:
+    return rollout_caches.masked
 
 
 @pytest.fixture(scope="module")
-def rollouts(place: Path) -> dict[str, Path]:
-    """Caches of every selection, from one dump; read only."""
-    folders = {spec: place / "rollouts" / spec for spec in SPECS}
-    with pytest.MonkeyPatch.context() as patch:
-        # Two chunks in a unit; none of the first chunk's rows counts in `late`.
-        patch.setattr(schema, "CHUNK_TOKENS", 2 * LENGTH)
-        dump(place, place / "records.jsonl", *folders.items())
-    return folders
-
-
-@pytest.fixture(scope="module")
-def whole(place: Path, rollouts: dict[str, Path]) -> dict[str, Path]:
-    """The same tokens as ids, without a mask."""
-    blocks = everything(open_cache(rollouts["label"]))
-    (place / "ids").mkdir()
-    path = write_records(place / "ids", "jsonl", [{"ids": blocks.tokens[blocks.valid].tolist()}])
-    folders = {spec: place / "whole" / spec for spec in SPECS}
-    dump(place, path, *folders.items(), ids_field="ids", **NO_PAIRS)
-    return folders
-
-
-def everything(cache: Cache) -> Blocks:
-    return cache.read_blocks(0, cache.num_blocks)
-
-
-def mask_of(blocks: Blocks) -> np.ndarray:
-    assert blocks.counted is not None
-    return blocks.counted
-
-
-def reopened(root: Path) -> Cache:
-    report = verify(root)
-    assert report.ok, report.problems
-    return open_cache(root)
+def whole(rollout_caches: Rollouts) -> dict[str, Path]:
+    return rollout_caches.whole
 
 
 # ---------------------------------------------------------------------------------------------- dump
@@ -202,21 +129,31 @@ def test_a_chunk_in_which_nothing_counts(place: Path, tmp_path: Path, monkeypatc
         assert mask_of(everything(cache)).any()
 
 
-@pytest.mark.parametrize("spec", ["varopt:9", "label"])
-def test_a_killed_dump_resumes_to_the_same_bytes(place: Path, tmp_path: Path, spec: str) -> None:
+def test_a_killed_dump_resumes_to_the_same_bytes(place: Path, tmp_path: Path) -> None:
     from tests.test_dump import dump_job
 
-    corpus = place / "records.jsonl"
-    run_to_end(children, dump_job, given(place, corpus, (spec, tmp_path / "one"), container="arrow"))
-    other = given(place, corpus, (spec, tmp_path / "other"), container="arrow")
+    corpus, specs = place / "records.jsonl", ("varopt:9", "label")
+    one, other = (
+        given(place, corpus, *((spec, tmp_path / name / spec) for spec in specs), container="arrow")
+        for name in ("one", "other")
+    )
+    run_to_end(children, dump_job, one)
     run_killed(children, dump_job, other, failpoint="commit.after_rename")
-    assert (tmp_path / "other" / "work" / "mask.bin").exists()
-    run_killed(children, dump_job, other, failpoint="commit.after_link")
+    assert (tmp_path / "other" / specs[0] / "work" / "mask.bin").exists()
     run_to_end(children, dump_job, other)
-    one, two = files_of(tmp_path / "one"), files_of(tmp_path / "other")
-    assert {name: data for name, data in two.items() if name in one} == one
-    assert not (tmp_path / "other" / "work").exists()
-    assert dump(place, corpus, (spec, tmp_path / "one"), container="arrow").computed_tokens == 0
+    for spec in specs:
+        whole_run, resumed = files_of(tmp_path / "one" / spec), files_of(tmp_path / "other" / spec)
+        assert resumed == whole_run
+    assert run_dump(one).computed_tokens == 0
+
+
+def test_verify_counts_what_the_manifest_says(rollouts: dict[str, Path], tmp_path: Path) -> None:
+    root = tmp_path / "cache"
+    shutil.copytree(rollouts["label"], root)
+    assert verify(root).counted == open_cache(root).num_counted
+    rewrite(root / "manifest.json", counters={"counted": 1})
+    (problem,) = verify(root).problems
+    assert re.search(r"\d+ positions count, not the 1 that the manifest's counters say", problem.what)
 
 
 def test_a_mask_that_was_lost_is_made_again(place: Path, tmp_path: Path) -> None:
@@ -352,12 +289,6 @@ def test_masked_caches_are_converted_subset_and_merged(
     assert "mask_sha256" in both.manifest.identity.corpus
 
 
-def assert_same(one: Blocks, other: Blocks) -> None:
-    np.testing.assert_array_equal(one.tokens, other.tokens)
-    np.testing.assert_array_equal(mask_of(one), mask_of(other))
-    assert_equal(one.targets, other.targets)
-
-
 def test_masked_and_whole_caches_are_not_merged(
     rollouts: dict[str, Path], whole: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -365,142 +296,12 @@ def test_masked_and_whole_caches_are_not_merged(
         merge_caches([rollouts["sample:11"], whole["sample:11"]], tmp_path / "both")
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_runs_of_one_plan_are_united(place: Path, tmp_path: Path) -> None:
     from tests.test_dump import dump_job
 
-    for name, failpoint in (("one", "commit.after_link"), ("two", "manifest.before_write")):
-        options = given(place, place / "records.jsonl", ("sample:11", tmp_path / name))
-        run_killed(children, dump_job, options, failpoint=failpoint)
+    options = {name: given(place, place / "records.jsonl", ("sample:11", tmp_path / name)) for name in ("one", "two")}
+    run_killed(children, dump_job, options["one"], failpoint="commit.after_link")
+    run_dump(options["two"])
     merge_caches([tmp_path / "one", tmp_path / "two"], tmp_path / "both")
-    run_to_end(children, dump_job, given(place, place / "records.jsonl", ("sample:11", tmp_path / "alone")))
-    assert_same(everything(reopened(tmp_path / "both")), everything(open_cache(tmp_path / "alone")))
-
-
-@pytest.mark.parametrize(
-    ("source", "spec"),
-    [("top-k:7", "top-k:3"), ("top-k:7", "sample:4"), ("sample:11", "sample:4"), ("varopt:9", "label")],
-)
-def test_derived_rows_are_those_of_a_cache_without_a_mask(
-    rollouts: dict[str, Path], source: str, spec: str, tmp_path: Path
-) -> None:
-    """Of the rows that count, the others stay empty."""
-    root = tmp_path / "derived"
-    derive_cache(rollouts[source], root, Derivation(Selection.parse(spec), max_tail_mass=1))
-    cache, old = reopened(root), everything(open_cache(rollouts[source]))
-    new = everything(cache)
-    np.testing.assert_array_equal(mask_of(new), mask_of(old))
-    counted = np.flatnonzero(mask_of(new))
-    rows, before = new.targets.take(counted), old.targets.take(counted)
-    assert not new.targets.take(np.flatnonzero(~mask_of(new))).row_lengths.any()
-    np.testing.assert_array_equal(rows.label_logprob, before.label_logprob)
-    selection = Selection.parse(spec)
-    for row in range(len(rows)):
-        assert set(rows.slice(row, row + 1).ids) <= set(before.slice(row, row + 1).ids)
-    assert (rows.row_lengths <= selection.size).all()
-    if selection.method == "sample":
-        np.testing.assert_allclose(rows.row_sums(), 1, rtol=1e-6)
-    if selection.method == "top-k":
-        assert (rows.row_lengths == 3).all()
-
-
-# ---------------------------------------------------------------------------------------------- label caches
-
-
-def test_label_is_derived_from_every_selection(whole: dict[str, Path], tmp_path: Path) -> None:
-    """And is then what a dump would have kept."""
-    wanted = everything(open_cache(whole["label"]))
-    for spec in SPECS[:-1]:
-        derive_cache(whole[spec], tmp_path / spec, Derivation(Selection.parse("label")))
-        cache = reopened(tmp_path / spec)
-        assert not cache.keeps_ids
-        assert_equal(everything(cache).targets, wanted.targets)
-        assert cache.manifest.identity.ancestry[-1].arguments == {"select": "label", "from": spec}
-    assert wanted.targets.ids.size == 0
-    assert (wanted.targets.tail_mass == 1).all()
-    assert np.isnan(wanted.targets.entropy).all()
-
-
-def test_what_label_cannot_be_derived_from_and_cannot_give(whole: dict[str, Path], tmp_path: Path) -> None:
-    label = Derivation(Selection.parse("label"))
-    with pytest.raises(UsageError, match="which holds label: it stores no ids; dump with --select top-k:3"):
-        derive_cache(whole["label"], tmp_path / "no", Derivation(Selection.parse("top-k:3")))
-    with pytest.raises(UsageError, match="which --drop would forget"):
-        derive_cache(whole["top-k:7"], tmp_path / "no", Derivation(Selection.parse("label"), drop=("label_logprob",)))
-    derive_cache(whole["top-k:7"], tmp_path / "dropped", Derivation(drop=("label_logprob",)))
-    with pytest.raises(
-        CacheError, match=r"does not know the teacher's log-probability of its tokens \(label_logprob\)"
-    ):
-        derive_cache(tmp_path / "dropped", tmp_path / "no", label)
-    with pytest.raises(UsageError, match="would change"):
-        derive_cache(whole["label"], tmp_path / "no", label)
-    assert not (tmp_path / "no").exists()
-
-
-@pytest.mark.parametrize("folders", ["rollouts", "whole"])
-def test_policy_gradient_learns_from_labels_alone(
-    folders: str, place: Path, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    caches: dict[str, Path] = request.getfixturevalue(folders)
-    base = {
-        "student": str(student_yaml(tmp_path / "student.yaml")), "max_steps": 3, "batch_tokens": 4 * LENGTH,
-        "device": "cpu", "log_every": 1, "alpha": 1.0,
-    }  # fmt: skip
-
-    def train(spec: str, **changes: Any) -> dict[str, Any]:
-        options = {**base, "cache": str(caches[spec]), "objective": "policy-gradient", **changes}
-        return run_training(TrainOptions.build({**options, "out": str(tmp_path / spec / str(changes))}))
-
-    result = train("label")
-    assert result["steps"] == 3
-    assert "eval_kl" not in result
-    assert train("label", objective="cross-entropy")["eval_ce"] > 0
-    for objective in ("auto", "forward-kl", "reverse-kl", "mse", "decoupled"):
-        with pytest.raises(
-            ObjectiveError, match=r"these targets hold none \(--select label keeps the labels' log-prob"
-        ):
-            train("label", objective=objective)
-
-
-@pytest.mark.parametrize("spec", SPECS)
-def test_the_loss_is_that_of_the_rows_that_count(place: Path, rollouts: dict[str, Path], spec: str) -> None:
-    cache = open_cache(rollouts[spec])
-    batch = next(iter(CacheDataset(cache, ReaderOptions(4, shuffle=False))))
-    blocks = cache.read_blocks(0, 4)
-    hidden = torch.randn(4 * LENGTH, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    weight = torch.randn(300, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    counted = np.flatnonzero(mask_of(blocks))
-    objective = Objective.default_for(cache.unbiased) if cache.keeps_ids else Objective.policy_gradient()
-    labels = torch.from_numpy(blocks.labels()).flatten()
-    found = distillation_loss(hidden, weight, batch["labels"].flatten(), batch.targets, objective, alpha=0.5)
-    alone = distillation_loss(
-        hidden[counted], weight, labels[counted], blocks.targets.take(counted), objective, alpha=0.5
-    )
-    torch.testing.assert_close(found, alone)
-
-
-# ---------------------------------------------------------------------------------------------- exports
-
-
-def test_exports(rollouts: dict[str, Path], whole: dict[str, Path], tmp_path: Path) -> None:
-    cache = open_cache(rollouts["top-k:7"])
-    blocks = everything(cache)
-    counted = mask_of(blocks)[blocks.valid]
-    export_cache(cache, "parquet", tmp_path / "parquet")
-    table = pq.read_table(tmp_path / "parquet" / "data")
-    assert table["counted"].to_pylist() == counted.tolist()
-    assert [token or -100 for token in table["next_token"].to_pylist()] == [
-        label or -100 for label in blocks.labels()[blocks.valid].tolist()
-    ]
-    export_cache(cache, "trl", tmp_path / "trl")
-    rows = pq.read_table(tmp_path / "trl" / "data").to_pylist()
-    for number, row in enumerate(rows):
-        labels = blocks.labels()[number]
-        learnt = [token for token, kept in zip(row["input_ids"], row["completion_mask"], strict=True) if kept]
-        assert learnt == labels[labels >= 0].tolist()
-    with pytest.raises(InterchangeError, match="keeps rows of completions only, but DistillKit stores the same k ids"):
-        export_cache(cache, "distillkit", tmp_path / "distillkit")
-    for target in ("trl", "distillkit"):
-        with pytest.raises(InterchangeError, match=r"holds no ids \(label\), but .* wants the most probable ones"):
-            export_cache(open_cache(whole["label"]), target, tmp_path / "no")
-    export_cache(open_cache(whole["label"]), "parquet", tmp_path / "label")
-    assert "counted" not in pq.read_table(tmp_path / "label" / "data").column_names
+    assert_same(everything(reopened(tmp_path / "both")), everything(open_cache(tmp_path / "two")))

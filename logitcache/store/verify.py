@@ -36,6 +36,7 @@ class Report:
         problems: all that is wrong.
         shards: shards that were checked.
         tokens: tokens of those that are whole.
+        counted: those of them whose next token is one to learn; in a cache without a mask all.
         num_bytes: of all files that were checked: shards, tables, commit records, plan and manifest.
         unfinished: whether units are still to be committed.
     """
@@ -43,6 +44,7 @@ class Report:
     problems: list[Problem] = field(default_factory=list)
     shards: int = 0
     tokens: int = 0
+    counted: int = 0
     num_bytes: int = 0
     unfinished: bool = False
 
@@ -87,6 +89,9 @@ def _check(cache: Cache, report: Report) -> None:
         if len(report.problems) == found:
             report.tokens += shard.num_tokens
         cache.close()
+    if readable and cache.masked and report.ok and report.counted != cache.num_counted:
+        what = f"{report.counted} positions count, not the {cache.num_counted} that the manifest's counters say"
+        report.problems.append(Problem("", "counted", None, what))
 
 
 def _check_documents(cache: Cache, layout: Layout, report: Report) -> None:
@@ -141,7 +146,9 @@ def _check_shard(cache: Cache, number: int, report: Report, decode: bool) -> Non
     entries = 0
     for ref in (ref for ref in cache.chunks if ref.shard == number):
         try:
-            entries += int(cache.read_chunk(ref).targets.ids.size)
+            blocks = cache.read_chunk(ref)
+            entries += int(blocks.targets.ids.size)
+            report.counted += int((blocks.valid if blocks.counted is None else blocks.counted).sum())
         except CacheError as error:
             where = error if isinstance(error, DamagedCacheError) else DamagedCacheError("")
             report.problems.append(Problem(shard.file, where.array, ref.chunk, str(error)))

@@ -10,7 +10,7 @@ import numpy as np
 from logitcache.store import open_cache
 from tests.cli.conftest import Main
 from tests.corpus.files import write_records
-from tests.test_rollouts import LENGTH, pairs
+from tests.rollouts import LENGTH, pairs
 from tests.tiny import save_tiny
 
 
