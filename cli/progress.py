@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Ta
 from rich.table import Table
 from rich.text import Text
 
-from logitcache.progress import Snapshot
+from logitcache.progress import RUNNING, Snapshot
 
 from .console import counted, err
 
@@ -106,7 +106,7 @@ class DumpView(View):
 
     def stage(self, what: str) -> None:
         super().stage(what)
-        if what == "running the teacher":
+        if what == RUNNING:
             self.seconds_since_start()
 
     def advance(self, done: int, total: int, computed: int, num_bytes: int) -> None:

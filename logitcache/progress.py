@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+# The stage in which a dump computes.
+RUNNING = "running the teacher"
+
 
 @dataclass(frozen=True)
 class WorkerState:

@@ -17,7 +17,7 @@ from logitcache.engines.devices import take_device
 from logitcache.engines.watch import Watcher
 from logitcache.engines.worker import run_worker
 from logitcache.errors import UsageError
-from logitcache.progress import Progress, Snapshot
+from logitcache.progress import RUNNING, Progress, Snapshot
 
 _VIEW_SECONDS = 2.0
 
@@ -73,7 +73,8 @@ class _View:
         self.note = progress.note
 
     def stage(self, what: str) -> None:
-        if self._watcher is not None:
+        # The watcher itself says when the teacher runs.
+        if self._watcher is not None and what != RUNNING:
             self._progress.stage(what)
 
     def advance(self, done: int, total: int, computed: int, num_bytes: int) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from logitcache.engines.leases import TERM_SECONDS, WORKER_PREFIX, LeaseFile, read_leases
 from logitcache.errors import CacheError
-from logitcache.progress import Progress, Snapshot, WorkerState
+from logitcache.progress import RUNNING, Progress, Snapshot, WorkerState
 from logitcache.store import Geometry, Layout, Plan, load_document
 from logitcache.store.commits import committed_units
 
@@ -66,6 +66,7 @@ class Watcher:
 
     def __init__(self, roots: Sequence[Path], term: float, progress: Progress) -> None:
         self._roots, self._term, self._progress = list(roots), term, progress
+        self._said_running = False
 
     def look(self) -> Snapshot | None:
         """The workers, or None before there is anything to see."""
@@ -75,8 +76,12 @@ class Watcher:
 
     def show(self) -> None:
         """Tell what they do."""
-        if (seen := self.look()) is not None:
-            self._progress.workers(seen)
+        if (seen := self.look()) is None:
+            return
+        if seen.total_tokens is not None and not self._said_running:
+            self._said_running = True
+            self._progress.stage(RUNNING)
+        self._progress.workers(seen)
 
     def done_tokens(self) -> int:
         """Tokens that are committed or under way."""

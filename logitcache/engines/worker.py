@@ -15,7 +15,7 @@ from logitcache.dump_options import DumpOptions
 from logitcache.dump_unit import PILOT_UNIT, process_unit
 from logitcache.engines.leases import Leases
 from logitcache.errors import DamagedCacheError
-from logitcache.progress import Progress
+from logitcache.progress import RUNNING, Progress
 from logitcache.store import Layout, check_folder
 from logitcache.store.layout import unit_name
 from logitcache.teachers import Teacher
@@ -78,7 +78,7 @@ class _Worker:
     def run(self) -> DumpReport:
         job = self._job
         pending = job.pending()
-        job.progress.stage("running the teacher" if pending else "nothing left to compute")
+        job.progress.stage(RUNNING if pending else "nothing left to compute")
         self._began = time.perf_counter()
         while pending:
             job.meter.begin(pending)
