@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import secrets
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -134,7 +135,8 @@ def pack_encoded_to_file(
     that is given: one byte for each position.
     """
     targets = [Path(path)] if mask_path is None else [Path(path), Path(mask_path)]
-    partial = [target.with_name(f"{target.name}.{os.getpid()}.tmp") for target in targets]
+    # A name that no process of another machine may have, either.
+    partial = [target.with_name(f"{target.name}.{secrets.token_hex(4)}.tmp") for target in targets]
     try:
         with ExitStack() as stack:
             streams = [stack.enter_context(open(name, "wb")) for name in partial]
