@@ -1,6 +1,6 @@
 """What `logitcache verify --against-teacher` says of caches that are right, and of each known fault, on a real teacher.
 
-python -m benchmarks.audit [--tokens 4096] [--rows 500] [--save]
+python -m benchmarks.audit [--tokens 1536] [--rows 300] [--save]
 """
 
 from __future__ import annotations
@@ -144,8 +144,8 @@ def line(cache: str, audited: str, found: AuditReport, seconds: float) -> list[s
 
 def main() -> None:
     arguments = report.parser(__doc__)
-    arguments.add_argument("--tokens", type=int, default=4096)
-    arguments.add_argument("--rows", type=int, default=500)
+    arguments.add_argument("--tokens", type=int, default=1536)
+    arguments.add_argument("--rows", type=int, default=300)
     given = arguments.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:

@@ -101,10 +101,12 @@ class AuditReport:
     def sentence(self) -> str:
         """The verdict in words."""
         if self.verdict == "same teacher":
-            return (
+            said = (
                 "the cache holds what this teacher says: no figure is over its limit, which is "
                 f"{FACTOR:g} times what batch size and rounding make of the teacher itself"
             )
+            also = "; its files are not those of the dump, and a change too slight for these limits would not show"
+            return said + (also if self.files == "other" else "")
         if self.verdict == "other precision":
             said = (
                 "the cache holds what this teacher says in another precision: the figures are over what batch size "

@@ -89,6 +89,8 @@ def test_the_same_weights_in_other_files(made: dict[str, Path], dumped: Dumped, 
 
     report = audit(made["sample"], changed_teacher(dumped.teacher, tmp_path / "copy", renamed))
     assert (report.files, report.verdict) == ("other", "same teacher")
+    assert "its files are not those of the dump, and a change too slight for these limits" in report.sentence
+    assert "files" not in audit(made["sample"], dumped.teacher).sentence
 
 
 # ------------------------------------------------------------------------------------------------------ precision
