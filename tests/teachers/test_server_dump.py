@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -125,6 +126,38 @@ def test_a_server_that_dies_in_the_middle(
     assert verify(root).ok
     report = run_dump(served(server.url, served_model, corpus, ("top-k:7", root)))
     assert report.computed_tokens == report.tokens - 8 * LENGTH
+    assert content_of(root) == content_of(whole)
+
+
+@pytest.mark.parametrize("most", [40, 300])
+def test_rows_for_completions_only_and_labels_only(
+    server: Serving, served_model: Path, tmp_path: Path, most: int
+) -> None:
+    """Where the whole distribution is told, too. Blocks without a completion are not asked for."""
+    lines = [{"prompt": "The cache " * 9, "completion": text} for text in (" keeps what it knew", " ok")]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    fields: dict[str, Any] = {"prompt_field": "prompt", "completion_field": "completion"}
+    specs = ("top-k:7", "label", *(("varopt:9",) if most == 300 else ()))
+    here = [(spec, tmp_path / "here" / spec) for spec in specs]
+    there = [(spec, tmp_path / "there" / spec) for spec in specs]
+    pairs = tmp_path / "pairs.jsonl"
+    run_dump(options(served_model, pairs, *here, device="cpu", **fields))
+    server.set(reset=True, most=most)
+    run_dump(served(server.url, served_model, pairs, *there, **fields))
+    cache = open_cache(there[0][1])
+    asked = server.set()["asked"] - 4
+    assert 0 < asked < cache.num_blocks
+    for (_, mine), (_, theirs) in zip(here, there, strict=True):
+        local, remote = rows_of(mine), rows_of(theirs)
+        np.testing.assert_array_equal(remote.ids, local.ids)
+        np.testing.assert_array_equal(remote.offsets, local.offsets)
+        np.testing.assert_array_equal(np.isnan(remote.label_logprob), np.isnan(local.label_logprob))
+        np.testing.assert_allclose(remote.label_logprob, local.label_logprob, atol=1 / 32)
+
+
+def test_workers_share_a_server(server: Serving, served_model: Path, corpus: Path, whole: Path, tmp_path: Path) -> None:
+    root = tmp_path / "cache"
+    run_dump(served(server.url, served_model, corpus, ("top-k:7", root), workers=2))
     assert content_of(root) == content_of(whole)
 
 

@@ -113,22 +113,23 @@ class ServerTeacher:
         seed: int,
         counted_BL: NDArray[np.bool_] | None = None,
     ) -> list[SparseTargets]:
-        """As `Teacher.rows`; a request for each block, several at once.
+        """As `Teacher.rows`; a request for each block that rows are wanted of, several at once.
 
         Raises:
             ModelError: the server fails for good, or answers what cannot be used; the message names the block.
         """
         length = tokens_BL.shape[1]
-        blocks = [tokens_BL[start // length, : num_rows - start].tolist() for start in range(0, num_rows, length)]
-        told = self._ask(blocks, first_block, self._entries(selections))
-        parts = [
-            self._rows_of(answer, first_block + number, length, selections, seed) for number, answer in enumerate(told)
-        ]
-        rows = [SparseTargets.concatenate(part) for part in zip(*parts, strict=True)]
-        if counted_BL is None:
-            return rows
-        counted_R = counted_BL.reshape(-1)[:num_rows]
-        return [targets.take(np.flatnonzero(counted_R)).spread(counted_R) for targets in rows]
+        counted_R = np.ones(num_rows, dtype=bool) if counted_BL is None else counted_BL.reshape(-1)[:num_rows]
+        places = [block for block in range(-(-num_rows // length)) if counted_R[block * length :][:length].any()]
+        prompts = [tokens_BL[block, : num_rows - block * length].tolist() for block in places]
+        told = self._ask(prompts, [first_block + block for block in places], self._entries(selections))
+        parts = [[SparseTargets([0], [], [], unbiased=selection.unbiased)] for selection in selections]
+        for block, answer in zip(places, told, strict=True):
+            wanted = np.flatnonzero(counted_R[block * length :][:length])
+            rows = self._rows_of(answer, first_block + block, length, selections, seed)
+            for part, targets in zip(parts, rows, strict=True):
+                part.append(targets.take(wanted))
+        return [SparseTargets.concatenate(part).spread(counted_R) for part in parts]
 
     def close(self) -> None:
         """Hang up."""
@@ -138,7 +139,7 @@ class ServerTeacher:
         """K: draws need all V, and labels alone one, as no server tells fewer."""
         return max(1, *(self.vocab_size if selection.draws else selection.size for selection in selections))
 
-    def _ask(self, blocks: Sequence[list[int]], first_block: int, entries: int) -> list[PromptLogprobs]:
+    def _ask(self, blocks: Sequence[list[int]], numbers: Sequence[int], entries: int) -> list[PromptLogprobs]:
         # The token that asks what follows a block's last one may be any.
         prompts = [[*block, block[0]] for block in blocks]
         try:
@@ -146,10 +147,10 @@ class ServerTeacher:
         except ModelError as error:
             raise ModelError(f"{error}; {RESUME}") from error
         except RefusedError as error:
-            said, where = f"is {error}", f"blocks from {first_block} on"
+            said, where = f"is {error}", f"blocks from {numbers[0]} on"
         except AnswerError as error:
             said = f"cannot be used: it {error}"
-            where = f"block {first_block + error.prompt}"
+            where = f"block {numbers[error.prompt]}"
             where += "" if error.position is None else f", position {error.position}"
         raise ModelError(
             f"the answer of {self._asking.client.base} to {where} {said}; see that the server runs as it did before; "
@@ -174,9 +175,7 @@ class ServerTeacher:
         for selection in selections:
             uniforms = block_uniforms(seed, [block], length, selection.draws) if selection.draws else None
             targets = select(selection, dist, None if uniforms is None else uniforms[: len(label_logprob)])
-            kept.append(
-                targets.with_columns(label_logprob, entropy if selection.keeps_ids else np.full_like(entropy, np.nan))
-            )
+            kept.append(targets.with_columns(label_logprob, entropy if selection.keeps_ids else unknown))
         return kept
 
 
