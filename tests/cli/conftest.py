@@ -43,7 +43,8 @@ Main = Callable[..., Ran]
 @pytest.fixture
 def logitcache(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Main]:
     """Call as logitcache("verify", folder, ...)."""
-    monkeypatch.delenv("LOGITCACHE_DEBUG", raising=False)
+    # Set, not deleted: so that what --debug sets is taken back after the test.
+    monkeypatch.setenv("LOGITCACHE_DEBUG", "")
     for console in (out, err):
         monkeypatch.setattr(console, "_width", 400)
     handler = signal.getsignal(signal.SIGTERM)
