@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -55,9 +56,12 @@ def content(root: Path) -> dict[str, bytes]:
     return files
 
 
-def await_state(root: Path, wanted: Callable[[Snapshot], bool]) -> Snapshot:
-    """Look at a dump until it is as wanted. A dump that never is hangs the test."""
+def await_state(
+    root: Path, wanted: Callable[[Snapshot], bool], process: subprocess.Popen[str] | None = None
+) -> Snapshot:
+    """Look at a dump until it is as wanted. A dump that never is hangs the test, unless its `process` ends."""
     while True:
+        assert process is None or process.poll() is None, process.communicate()
         if Layout(root).leases.is_dir() and wanted(seen := snapshot([root])):
             return seen
         time.sleep(_MOMENT)

@@ -209,7 +209,7 @@ def test_a_real_command_that_is_terminated(place: Path, whole: Path, tmp_path: P
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with unfinished(root, whole):
         process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-        await_state(root, lambda seen: seen.committed_units > 2)
+        await_state(root, lambda seen: seen.committed_units > 2, process)
         process.send_signal(signal.SIGTERM)
         _, said = process.communicate()
         assert process.returncode == 143, said
