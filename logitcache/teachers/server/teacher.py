@@ -113,22 +113,31 @@ class ServerTeacher:
         seed: int,
         counted_BL: NDArray[np.bool_] | None = None,
     ) -> list[SparseTargets]:
-        """As `Teacher.rows`; a request for each block, several at once.
+        """As `Teacher.rows`; a request for each block in which a position counts, several at once.
 
         Raises:
             ModelError: the server fails for good, or answers what cannot be used; the message names the block.
         """
         length = tokens_BL.shape[1]
-        blocks = [tokens_BL[start // length, : num_rows - start].tolist() for start in range(0, num_rows, length)]
-        told = self._ask(blocks, first_block, self._entries(selections))
+        counted_R = None if counted_BL is None else counted_BL.reshape(-1)[:num_rows]
+        blocks = {
+            first_block + start // length: tokens_BL[start // length, : num_rows - start].tolist()
+            for start in range(0, num_rows, length)
+            if counted_R is None or counted_R[start : start + length].any()
+        }
+        if not blocks:
+            nothing = [SparseTargets([0], [], [], unbiased=selection.unbiased) for selection in selections]
+            return [targets.spread(np.zeros(num_rows, dtype=bool)) for targets in nothing]
+        told = self._ask(blocks, self._entries(selections))
         parts = [
-            self._rows_of(answer, first_block + number, length, selections, seed) for number, answer in enumerate(told)
+            self._rows_of(answer, block, length, selections, seed) for block, answer in zip(blocks, told, strict=True)
         ]
         rows = [SparseTargets.concatenate(part) for part in zip(*parts, strict=True)]
-        if counted_BL is None:
+        if counted_R is None:
             return rows
-        counted_R = counted_BL.reshape(-1)[:num_rows]
-        return [targets.take(np.flatnonzero(counted_R)).spread(counted_R) for targets in rows]
+        asked_R = np.isin(first_block + np.arange(num_rows) // length, list(blocks))
+        kept = np.flatnonzero(counted_R[asked_R])
+        return [targets.take(kept).spread(counted_R) for targets in rows]
 
     def close(self) -> None:
         """Hang up."""
@@ -138,18 +147,18 @@ class ServerTeacher:
         """K: draws need all V, and labels alone one, as no server tells fewer."""
         return max(1, *(self.vocab_size if selection.draws else selection.size for selection in selections))
 
-    def _ask(self, blocks: Sequence[list[int]], first_block: int, entries: int) -> list[PromptLogprobs]:
+    def _ask(self, blocks: dict[int, list[int]], entries: int) -> list[PromptLogprobs]:
         # The token that asks what follows a block's last one may be any.
-        prompts = [[*block, block[0]] for block in blocks]
+        prompts = [[*block, block[0]] for block in blocks.values()]
         try:
             return self._asking.ask(prompts, entries)
         except ModelError as error:
             raise ModelError(f"{error}; {RESUME}") from error
         except RefusedError as error:
-            said, where = f"is {error}", f"blocks from {first_block} on"
+            said, where = f"is {error}", f"blocks from {min(blocks)} on"
         except AnswerError as error:
             said = f"cannot be used: it {error}"
-            where = f"block {first_block + error.prompt}"
+            where = f"block {list(blocks)[error.prompt]}"
             where += "" if error.position is None else f", position {error.position}"
         raise ModelError(
             f"the answer of {self._asking.client.base} to {where} {said}; see that the server runs as it did before; "
