@@ -68,6 +68,7 @@ def show(found: CacheStats) -> None:
     looked = f"{found.tokens:,} tokens"
     if found.tokens < found.cache_tokens:
         looked += f" of {found.cache_tokens:,}, {counted(found.chunks, 'chunk')} of {found.cache_chunks:,}"
+    looked += f", {found.rows:,} of them count" if found.rows < found.tokens else ""
     unfinished = "" if found.complete else ", unfinished"
     out.print(Text(f"{found.cache}: {found.selection}, {looked}{unfinished}", style="bold"), soft_wrap=True)
     table = Table(box=None, pad_edge=False)
@@ -80,7 +81,9 @@ def show(found: CacheStats) -> None:
     _add(table, "entropy (nats)", found.entropy, 3)
     _add(table, "surprise (nats)", found.surprise, 3)
     out.print(table)
-    if found.kept_mass is None:
+    if not found.keeps_ids:
+        out.print("Rows have no ids: only the log-probability of the next token is kept.", style="dim")
+    elif found.kept_mass is None and found.rows:
         out.print("Draws stand for the whole distribution: no mass is left out.", style="dim")
     if found.surprise is not None:
         out.print(f"teacher's cross entropy {found.cross_entropy:.4f} nats a token, perplexity {found.perplexity:,.2f}")
@@ -88,7 +91,8 @@ def show(found: CacheStats) -> None:
         out.print(f"next token among the ids: {found.label_kept:.2%} of {found.labelled:,} rows that have one")
     _show_arrays(found)
     _show_places(found)
-    _show_ids(found)
+    if found.keeps_ids:
+        _show_ids(found)
 
 
 def _add(table: Table, name: str, summary: Summary | None, digits: int, turned: bool = False) -> None:

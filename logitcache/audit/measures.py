@@ -41,7 +41,7 @@ def measure(
         "label": half_square(np.maximum(stored.label_logprob, LEAST_LOGPROB), np.maximum(label_n, LEAST_LOGPROB)),
         "entropy": half_square(stored.entropy, dist.entropy().cpu().numpy()),
     }
-    if stored.has_exact_head:
+    if stored.has_exact_head and stored.ids.size:
         found["rows"] = bucketed_kl(stored.exact_head(), dist)
     if again is not None:
         found["draws"] = moved(stored, again)

@@ -1,5 +1,7 @@
 """Which rows of a cache are looked at: random ones of random blocks, and more of those where blocks begin.
 
+Of a cache with a mask only rows that count are looked at.
+
 Legend: M picked blocks of L tokens, n picked rows.
 """
 
@@ -80,11 +82,17 @@ class PickedRows:
         rng = np.random.default_rng(seed)
         order = rng.permutation(stored)
         count = max(LEAST_BLOCKS, -(-rows // min(ROWS_PER_BLOCK, -(-cache.block_length // 2))))
-        while _lengths(cache, order[:count]).sum() < rows and count < stored.size:
-            count *= 2  # blocks were short
-        blocks = np.sort(order[:count])
+        masks = _masks(cache, order[:count])
+        while sum(int(mask.sum()) for mask in masks) < rows and count < stored.size:
+            # Blocks were short, or little of them counts.
+            masks += _masks(cache, order[count : 2 * count])
+            count *= 2
+        ascending = [number for number in np.argsort(order[:count]).tolist() if masks[number].any()]
+        if not ascending:
+            raise CacheError(f"{cache.location} holds no row that counts, so that there is nothing to compare")
+        blocks = order[ascending]
         lengths = _lengths(cache, blocks)
-        block, place = _choose(lengths, rows, rng)
+        block, place = _choose([masks[number] for number in ascending], rows, rng)
         parts, tokens = [], []
         for number, first in enumerate(blocks.tolist()):
             read = cache.read_blocks(first, first + 1)
@@ -98,12 +106,25 @@ def _lengths(cache: Cache, blocks: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.array([geometry.tokens_in(block, block + 1) for block in blocks.tolist()])
 
 
+def _masks(cache: Cache, blocks: NDArray[np.int64]) -> list[NDArray[np.bool_]]:
+    """bool [real tokens] of each block: the rows that count."""
+    if not cache.masked:
+        return [np.ones(length, dtype=bool) for length in _lengths(cache, blocks).tolist()]
+    geometry, masks = cache.manifest.identity.geometry, []
+    for block in blocks.tolist():
+        ref = cache.chunk_of(block)
+        counted, first = cache.read_counted(ref), geometry.tokens_in(ref.first_block, block)
+        assert counted is not None  # the cache has a mask
+        masks.append(counted[first : first + geometry.tokens_in(block, block + 1)])
+    return masks
+
+
 def _choose(
-    lengths: NDArray[np.int64], rows: int, rng: np.random.Generator
+    masks: list[NDArray[np.bool_]], rows: int, rng: np.random.Generator
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Block index and place of `rows` rows, one in `START_SHARE` of them from the first positions of blocks."""
-    block = np.repeat(np.arange(lengths.size), lengths)
-    place = np.concatenate([np.arange(length) for length in lengths])
+    block = np.repeat(np.arange(len(masks)), [int(mask.sum()) for mask in masks])
+    place = np.concatenate([np.flatnonzero(mask) for mask in masks])
     order = rng.permutation(block.size)
     start = place[order] < START_POSITIONS
     of_start = min(max(1, rows // START_SHARE), int(start.sum()))

@@ -7,6 +7,7 @@ from typing import Literal
 
 from logitcache.audit.verdict import FACTOR, Figure, Verdict, worst
 from logitcache.errors import UsageError
+from logitcache.teachers import is_url
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class AuditOptions:
         trust_remote_code: let a teacher run Python code of its own.
 
     Raises:
-        UsageError: a number is out of its range.
+        UsageError: a number is out of its range, or the teacher is a server.
     """
 
     teacher: str
@@ -39,6 +40,11 @@ class AuditOptions:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
+        if is_url(self.teacher):
+            raise UsageError(
+                f"{self.teacher} is a server, and an audit needs the whole distribution, which servers do not tell; "
+                "name the folder or hub id of its model, which then runs here"
+            )
         for name in ("rows", "batch_tokens"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")

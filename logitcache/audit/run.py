@@ -132,7 +132,9 @@ class _Runs:
             done = (int(picked.block[rows[-1]]) + 1) * length
             self.progress.advance(done, picked.tokens.size, done, 0)
         codec = self.cache.codec
-        coded = codec.code(SparseTargets.concatenate(parts), np.random.default_rng(self._seed).random)
+        # Of a cache with a mask only rows that count were picked.
+        counted = np.ones(len(picked), dtype=bool) if codec.masked else None
+        coded = codec.code(SparseTargets.concatenate(parts), np.random.default_rng(self._seed).random, counted)
         return measured, codec.targets(coded)
 
     @torch.inference_mode()

@@ -73,14 +73,16 @@ class CacheStats:
 
     Args:
         cache, selection, complete: of the cache.
+        keeps_ids: whether its rows have ids; those of `label` caches have none.
         cache_tokens, cache_chunks: all that is stored.
         tokens, chunks: what was looked at.
-        ids: entries of a row.
-        kept_mass: mass of a row's exact weights, 1 - tail mass; None for draws, which have none.
+        rows: tokens among them whose rows count, as all do unless the cache has a mask. All that follows is of these.
+        ids: entries of a row; None where there are none.
+        kept_mass: mass of a row's exact weights, 1 - tail mass; None for draws and labels, which have none.
         entropy: of the teacher's full distributions; None where it is not stored.
         surprise: minus the teacher's log-probability of the next token; None where it is not stored.
         labelled: rows with a next token.
-        label_kept: share of them whose ids hold the next token.
+        label_kept: share of them whose ids hold the next token; None where there are no ids.
         distinct_ids: ids that some row keeps.
         array_bytes: compressed bytes of each array, in the shards that hold what was looked at.
         shard_tokens: tokens of those shards.
@@ -92,12 +94,14 @@ class CacheStats:
 
     cache: str
     selection: str
+    keeps_ids: bool
     complete: bool
     cache_tokens: int
     cache_chunks: int
     tokens: int
     chunks: int
-    ids: Summary
+    rows: int
+    ids: Summary | None
     kept_mass: Summary | None
     entropy: Summary | None
     surprise: Summary | None
@@ -147,15 +151,15 @@ def measure_stats(
     if not cache.chunks:
         raise CacheError(f"{cache.location} holds no rows yet; run the same dump again to finish it")
     picked = _picked(cache, options)
-    columns = Columns(cache.block_length, cache.has_exact_head)
+    columns = Columns(cache.block_length, cache.keeps_ids, cache.keeps_ids and cache.has_exact_head)
     total, shard_tokens = sum(_tokens(cache, ref, blocks) for ref, blocks in picked), 0
     array_bytes: dict[str, int] = {}
     progress.stage("reading")
     cache.prefetch(dict.fromkeys(ref.shard for ref, _ in picked))
     for shard, of_shard in groupby(picked, key=lambda pair: pair[0].shard):
         for ref, blocks in of_shard:
-            for tokens, targets, block_tokens in _rows(cache, ref, blocks):
-                columns.add(tokens, targets, block_tokens)
+            for rows in _rows(cache, ref, blocks):
+                columns.add(*rows)
             progress.advance(columns.tokens, total, columns.tokens, 0)
         for name, count in cache.stored_bytes([shard]).items():
             array_bytes[name] = array_bytes.get(name, 0) + count
@@ -163,17 +167,19 @@ def measure_stats(
     return CacheStats(
         cache=cache.location,
         selection=str(cache.selection),
+        keeps_ids=cache.keeps_ids,
         complete=cache.manifest.complete,
         cache_tokens=cache.num_tokens,
         cache_chunks=len(cache.chunks),
         tokens=columns.tokens,
         chunks=len(picked),
-        ids=_known(columns.ids.summary()),
+        rows=columns.rows,
+        ids=columns.ids.summary(),
         kept_mass=columns.kept.summary(),
         entropy=columns.entropy.summary(),
         surprise=columns.surprise.summary(),
         labelled=columns.labelled,
-        label_kept=columns.hits / columns.labelled if columns.labelled else None,
+        label_kept=columns.hits / columns.labelled if columns.labelled and cache.keeps_ids else None,
         distinct_ids=int((columns.id_rows > 0).sum()),
         array_bytes=dict(sorted(array_bytes.items(), key=lambda item: -item[1])),
         shard_tokens=shard_tokens,
@@ -182,11 +188,6 @@ def measure_stats(
         top_ids=_top_ids(columns, token_text),
         columns=columns,
     )
-
-
-def _known(summary: Summary | None) -> Summary:
-    assert summary is not None  # there is a row
-    return summary
 
 
 Picked = list[tuple[ChunkRef, NDArray[np.int64]]]
@@ -215,15 +216,16 @@ def _tokens(cache: Cache, ref: ChunkRef, blocks: NDArray[np.int64]) -> int:
     return sum(geometry.tokens_in(block, block + 1) for block in blocks.tolist())
 
 
-def _rows(cache: Cache, ref: ChunkRef, blocks: NDArray[np.int64]) -> Iterator[tuple[Any, Any, Any]]:
-    """Tokens, rows and tokens a block of runs of blocks in one chunk."""
-    tokens, targets, _ = cache.read_rows(ref)
+def _rows(cache: Cache, ref: ChunkRef, blocks: NDArray[np.int64]) -> Iterator[tuple[Any, Any, Any, Any]]:
+    """Tokens, rows, tokens a block and mask of runs of blocks in one chunk."""
+    tokens, targets, counted = cache.read_rows(ref)
     counts = cache.manifest.identity.geometry.block_tokens(ref.first_block, ref.first_block + ref.num_blocks)
     begins = np.concatenate([[0], np.cumsum(counts)])
     for run in np.split(blocks, np.flatnonzero(np.diff(blocks) != 1) + 1):
         first, stop = int(run[0]) - ref.first_block, int(run[-1]) + 1 - ref.first_block
         low, high = int(begins[first]), int(begins[stop])
-        yield tokens[low:high], targets.slice(low, high), counts[first:stop]
+        mask = None if counted is None else counted[low:high]
+        yield tokens[low:high], targets.slice(low, high), counts[first:stop], mask
 
 
 def _places(columns: Columns) -> list[Place]:
@@ -235,6 +237,6 @@ def _places(columns: Columns) -> list[Place]:
 def _top_ids(columns: Columns, token_text: Callable[[int], str | None]) -> list[UsedId]:
     order = np.argsort(-columns.id_rows, kind="stable")[:TOP_IDS]
     used = order[columns.id_rows[order] > 0]
-    shares, weights = columns.id_rows[used] / columns.tokens, columns.id_mass[used] / columns.tokens
+    shares, weights = columns.id_rows[used] / columns.rows, columns.id_mass[used] / columns.rows
     rows = zip(used.tolist(), shares.tolist(), weights.tolist(), strict=True)
     return [UsedId(number, share, weight, token_text(number)) for number, share, weight in rows]

@@ -19,6 +19,7 @@ BLUE, ORANGE, GREEN, GREY = "#1f77b4", "#ff7f0e", "#2ca02c", "#7f7f7f"
 BINS, MOST_BARS = 60, 100
 # Legends stand above what is drawn.
 HEADROOM = 1.25
+NO_IDS = "no row has ids"
 Panel = Callable[["Axes", CacheStats], None]
 
 
@@ -44,6 +45,8 @@ def draw_stats(stats: CacheStats, path: Path) -> list[Path]:
     title = f"{stats.selection}, {stats.tokens:,} tokens"
     if stats.tokens < stats.cache_tokens:
         title += f" of {stats.cache_tokens:,}"
+    if stats.rows < stats.tokens:
+        title += f", {stats.rows:,} of them count"
     if path.suffix.lower() == ".png":
         path.parent.mkdir(parents=True, exist_ok=True)
         figure = Figure(figsize=(14, 7.8), layout="constrained")
@@ -71,7 +74,8 @@ def _draw(axes: Axes, panel: Panel, stats: CacheStats) -> None:
 def _kept_mass(axes: Axes, stats: CacheStats) -> None:
     axes.set_title("probability mass kept exactly")
     if stats.kept_mass is None:
-        _nothing(axes, "draws stand for the whole distribution;\nno weight is exact")
+        draws = "draws stand for the whole distribution;\nno weight is exact"
+        _nothing(axes, draws if stats.keeps_ids and stats.rows else NO_IDS)
         return
     counts = stats.columns.kept.counts
     share = np.cumsum(counts) / counts.sum()
@@ -112,6 +116,9 @@ def _ids(axes: Axes, stats: CacheStats) -> None:
 
     axes.set_title("ids of a row")
     tally = stats.columns.ids
+    if not tally.count:
+        _nothing(axes, NO_IDS)
+        return
     lengths = np.flatnonzero(tally.counts)
     per_bin = max(1, -(-int(lengths[-1]) // MOST_BARS))
     bins = int(lengths[-1]) // per_bin + 1
@@ -160,6 +167,9 @@ def _bytes(axes: Axes, stats: CacheStats) -> None:
 
 def _used_ids(axes: Axes, stats: CacheStats) -> None:
     axes.set_title("the ids that most rows keep")
+    if not stats.top_ids:
+        _nothing(axes, NO_IDS)
+        return
     names = [str(used.id) if used.token is None else _shown(used.token) for used in stats.top_ids]
     places = np.arange(len(names))
     axes.barh(places - 0.2, [used.row_share for used in stats.top_ids], height=0.4, color=BLUE, label="share of rows")

@@ -20,6 +20,7 @@ from logitcache.store import CacheWriter, convert, open_cache
 from tests.audit.caches import changed_teacher, given, moved, one_step, rewritten, rounded, unchanged
 from tests.caches import BLOCK_LENGTH, Dumped
 from tests.faults import flip_bit
+from tests.rollouts import SPECS, Rollouts
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 
 ROWS = 400
@@ -357,3 +358,32 @@ def test_equal_seeds_look_at_equal_rows(made: dict[str, Path], dumped: Dumped) -
     assert not np.allclose(
         [figure.mean for figure in first.figures], [figure.mean for figure in other.figures], rtol=1e-3
     )
+
+
+# ------------------------------------------------------------------------------------ masks, and rows without ids
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("kind", ["masked", "whole"])
+def test_rows_that_count_are_compared(spec: str, kind: str, rollout_caches: Rollouts) -> None:
+    """All of them, where more are asked for than there are; and labels alone where there are no ids."""
+    root = getattr(rollout_caches, kind)[spec]
+    cache = open_cache(root)
+    report = audit(root, rollout_caches.place / "teacher", rows=10_000)
+    assert report.verdict == "same teacher", report.sentence
+    assert report.rows == cache.num_counted
+    assert (report.blocks < cache.num_blocks) == cache.masked, "some blocks are inside a prompt"
+    of_spec = {"top-k:7": {"rows"}, "sample:11": {"draws"}, "varopt:9": {"rows", "draws"}}
+    assert measures(report) == {"label"} | ({"entropy"} | of_spec[spec] if cache.keeps_ids else set())
+
+
+@pytest.mark.parametrize("spec", ["top-k:7", "label"])
+def test_another_teacher_of_a_mask(spec: str, rollout_caches: Rollouts, tmp_path: Path) -> None:
+    other = changed_teacher(rollout_caches.place / "teacher", tmp_path / "stepped", one_step)
+    report = audit(rollout_caches.masked[spec], other, rows=100)
+    assert (report.verdict, report.files, report.rows) == ("different", "other", 100)
+
+
+def test_a_server_cannot_audit() -> None:
+    with pytest.raises(UsageError, match=r"is a server, .* name the folder or hub id of its model"):
+        AuditOptions("http://127.0.0.1:8000/v1")

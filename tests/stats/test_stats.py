@@ -21,6 +21,7 @@ from logitcache.store import Cache, CacheWriter, convert, open_cache
 from tests.algebra.caches import two_corpora
 from tests.caches import Dumped
 from tests.faults import flip_bit
+from tests.rollouts import LENGTH, SPECS, Rollouts
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "v1"
 
@@ -36,7 +37,8 @@ class Rows:
         self.label: list[int] = []
         columns: dict[str, list[float]] = {"tail_mass": [], "label_logprob": [], "entropy": [], "threshold": []}
         for block in blocks:
-            for place in np.flatnonzero(block.valid[0]):
+            mask = block.valid if block.counted is None else block.counted
+            for place in np.flatnonzero(mask[0]):
                 row = block.targets.slice(place, place + 1)
                 self.entries.append(dict(zip(row.ids.tolist(), row.weights.tolist(), strict=True)))
                 self.place.append(int(place))
@@ -67,11 +69,13 @@ def check_summary(found: Summary | None, values: np.ndarray[Any, Any], tolerance
 
 def check(found: CacheStats, cache: Cache, rows: Rows) -> None:
     """All of it."""
-    assert found.tokens == len(rows.entries)
-    check_summary(found.ids, rows.ids.astype(float))
+    assert found.rows == len(rows.entries)
+    assert cache.masked or found.tokens == found.rows
+    check_summary(found.ids, rows.ids.astype(float) if cache.keeps_ids else np.zeros(0))
     check_summary(found.entropy, rows.columns["entropy"])
     check_summary(found.surprise, -rows.columns["label_logprob"])
-    if cache.has_exact_head:
+    exact_head = cache.keeps_ids and cache.has_exact_head
+    if exact_head:
         check_summary(found.kept_mass, rows.kept(), 2e-6)
     else:
         assert found.kept_mass is None
@@ -81,7 +85,8 @@ def check(found: CacheStats, cache: Cache, rows: Rows) -> None:
         assert found.perplexity == pytest.approx(np.exp(np.nanmean(surprise)))
     labelled = [number for number, label in enumerate(rows.label) if label >= 0]
     assert found.labelled == len(labelled)
-    assert found.label_kept == pytest.approx(np.mean([rows.label[n] in rows.entries[n] for n in labelled]))
+    hits = [rows.label[n] in rows.entries[n] for n in labelled]
+    assert found.label_kept == (pytest.approx(np.mean(hits)) if cache.keeps_ids else None)
     used: dict[int, list[float]] = {}
     for row in rows.entries:
         for number, weight in row.items():
@@ -90,15 +95,17 @@ def check(found: CacheStats, cache: Cache, rows: Rows) -> None:
     most = sorted(used, key=lambda number: (-len(used[number]), number))[:20]
     assert [one.id for one in found.top_ids] == most
     for one in found.top_ids:
-        assert one.row_share == pytest.approx(len(used[one.id]) / found.tokens)
-        assert one.mean_weight == pytest.approx(sum(used[one.id]) / found.tokens, rel=1e-5)
+        assert one.row_share == pytest.approx(len(used[one.id]) / found.rows)
+        assert one.mean_weight == pytest.approx(sum(used[one.id]) / found.rows, rel=1e-5)
     place = np.array(rows.place)
     assert [one.first for one in found.places] == [0, *(one.stop for one in found.places[:-1])]
     assert found.places[-1].stop == cache.block_length
     for one in found.places:
         inside = (place >= one.first) & (place < one.stop)
-        values = {"ids": rows.ids, "entropy": rows.columns["entropy"], "cross_entropy": surprise}
-        if cache.has_exact_head:
+        values = {"entropy": rows.columns["entropy"], "cross_entropy": surprise}
+        if cache.keeps_ids:
+            values["ids"] = rows.ids
+        if exact_head:
             values["kept_mass"] = rows.kept()
         for name, column in values.items():
             expected = column[inside & ~np.isnan(column)]
@@ -132,6 +139,26 @@ def test_short_blocks(tmp_path: Path) -> None:
     assert cache.manifest.identity.geometry.short_blocks
     check(measure_stats(cache.root), cache, Rows(cache))
     check(measure_stats(cache.root, StatsOptions(blocks="19:23,2")), cache, Rows(cache, [2, 19, 20, 21, 22]))
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("kind", ["masked", "whole"])
+def test_rows_that_do_not_count_are_left_out(spec: str, kind: str, rollout_caches: Rollouts, tmp_path: Path) -> None:
+    """And what a cache of labels does not have is not said of it."""
+    cache = open_cache(getattr(rollout_caches, kind)[spec])
+    found = measure_stats(cache.root)
+    check(found, cache, Rows(cache))
+    assert (found.tokens, found.rows) == (cache.num_tokens, cache.num_counted)
+    chosen = [1, 2, 7, cache.num_blocks - 1]
+    check(measure_stats(cache.root, StatsOptions(blocks=",".join(map(str, chosen)))), cache, Rows(cache, chosen))
+    assert draw_stats(found, tmp_path / "all.png")
+
+
+def test_blocks_of_which_nothing_counts(rollout_caches: Rollouts, tmp_path: Path) -> None:
+    """As inside a long prompt."""
+    found = measure_stats(rollout_caches.masked["top-k:7"], StatsOptions(blocks="0"))
+    assert (found.tokens, found.rows, found.ids, found.kept_mass, found.surprise) == (LENGTH, 0, None, None, None)
+    assert draw_stats(found, tmp_path / "all.png")
 
 
 def test_columns_that_are_not_there(dumped: Dumped, tmp_path: Path) -> None:
