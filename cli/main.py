@@ -17,6 +17,7 @@ from .gc import gc
 from .import_ import import_
 from .inspect import inspect
 from .merge import merge
+from .plan import plan
 from .pull import pull
 from .push import push
 from .subset import subset
@@ -35,7 +36,7 @@ def cli() -> None:
 
 
 COMMANDS = (
-    *(dump, train, inspect, verify),
+    *(plan, dump, train, inspect, verify),
     *(derive, merge, subset, convert, export, import_, push, pull),
     *(gc, bench, demo),
 )

@@ -108,7 +108,7 @@ class Job:
         corpus = Corpus.prepare(options, files, teacher.tokenizer, once)
         source = Path(options.teacher)
         origin = Origin(teacher=str(source.resolve() if source.is_dir() else source), gguf_file=options.gguf_file)
-        planned = [(output.root, _identity(options, output, teacher, corpus)) for output in options.outputs]
+        planned = [(output.root, identity_of(options, output, teacher, corpus)) for output in options.outputs]
         try:
             # First those that exist: a mismatch must be found before a new folder is begun.
             for root, identity in planned:
@@ -140,7 +140,8 @@ class Job:
         return DumpReport(self.geometry.num_tokens, self.meter.computed, seconds, manifests)
 
 
-def _identity(options: DumpOptions, output: Output, teacher: TransformersTeacher, corpus: Corpus) -> Identity:
+def identity_of(options: DumpOptions, output: Output, teacher: TransformersTeacher, corpus: Corpus) -> Identity:
+    """What determines the cache that `output` is to become."""
     selection = output.selection
     codec = RowCodec.for_selection(selection.method, selection.size, selection.exponent, options.codec)
     return Identity(
