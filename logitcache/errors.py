@@ -31,6 +31,10 @@ class CorpusError(LogitcacheError):
     """A corpus file is missing, unreadable, undecodable or empty."""
 
 
+class EmptyCorpusError(CorpusError):
+    """A corpus can be read and holds no text."""
+
+
 class ModelError(LogitcacheError):
     """A teacher, student or tokenizer cannot be loaded or used."""
 

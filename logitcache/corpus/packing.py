@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from logitcache.corpus.documents import Document, cut_pieces
 from logitcache.corpus.policy import PackingPolicy
-from logitcache.errors import CorpusError, UsageError
+from logitcache.errors import CorpusError, EmptyCorpusError, UsageError
 
 Progress = Callable[[int], None]
 Tokens = NDArray[np.int32]
@@ -223,7 +223,7 @@ class _Packer:
     def finish(self) -> None:
         """Pad the last block and complete the hash."""
         if not self.num_tokens:
-            raise CorpusError(
+            raise EmptyCorpusError(
                 f"the corpus is empty: {self.empty_documents} documents, none of which holds any text; "
                 "check the files and the text field"
             )

@@ -80,7 +80,7 @@ class _Planner:
     def plan(self) -> DumpPlan:
         self.progress.stage("reading a sample of the corpus")
         sample = take_sample(self.dump, self.teacher.tokenizer, self._sample_tokens())
-        self.progress.stage("running the teacher on it")
+        self.progress.stage("running the teacher")
         body = RememberedBody(self.teacher)
         unit_seconds = warm_up(self.dump, self.teacher, sample.corpus, self.folder / "warm-up")
         trials = [

@@ -21,7 +21,7 @@ from logitcache import models
 from logitcache.corpus import CorpusFile, expand_paths, iter_documents, pack, resolve_policy
 from logitcache.dump_corpus import Corpus
 from logitcache.dump_options import DumpOptions
-from logitcache.errors import CorpusError
+from logitcache.errors import CorpusError, EmptyCorpusError
 from logitcache.planning.windows import cut_windows, file_sizes
 
 # Up to here tokenising all of it takes some seconds.
@@ -145,16 +145,18 @@ def _windows(
             started = time.perf_counter()
             try:
                 tokens_BL, num_tokens = _packed(options, tokenizer, [window.file], None)
-            except CorpusError as error:
-                _raise_of_original(error, files, window.file)
+            except EmptyCorpusError:
                 continue
+            except CorpusError as error:
+                said = str(error).replace(str(window.file), f"a part of {window.source}")
+                raise CorpusError(said) from error
             seconds += time.perf_counter() - started
             whole = num_tokens - num_tokens % length or num_tokens
             parts.append(tokens_BL.reshape(-1)[:whole])
             counts.append(num_tokens)
             sizes.append(window.bytes)
     if not counts:
-        raise CorpusError("no text was found in a sample of the corpus; check the files and the text field")
+        raise EmptyCorpusError("no text was found in a sample of the corpus; check the files and the text field")
     stream = np.concatenate(parts)
     kept = max(length, stream.size - stream.size % length)
     blocks_BL = np.pad(stream, (0, max(0, kept - stream.size)), mode="edge")[:kept].reshape(-1, length)
@@ -162,15 +164,6 @@ def _windows(
     rates = [tokens / size for tokens, size in zip(counts, sizes, strict=True)]
     about = 2 * statistics.stdev(rates) / len(rates) ** 0.5 / rate if len(rates) > 1 else 1.0
     return blocks_BL, rate, about, seconds / sum(counts)
-
-
-def _raise_of_original(error: CorpusError, files: Sequence[CorpusFile], window: CorpusFile) -> None:
-    """Tell a window's error of the file it was cut from; a window without text is none."""
-    if "is empty" in str(error):
-        return
-    name = window.path.name.partition("-")[2]
-    original = next(file for file in files if file.name == window.name and file.path.name == name)
-    raise CorpusError(str(error).replace(str(window.path), f"a part of {original.path}")) from error
 
 
 def _packed(

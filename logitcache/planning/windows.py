@@ -22,10 +22,12 @@ class Window:
     """A stretch of a corpus file.
 
     Args:
-        file: holds the stretch, under the name of the file it was cut from.
+        source: the file it was cut from.
+        file: holds the stretch, under the same name.
         bytes: how many of that file's bytes it stands for.
     """
 
+    source: CorpusFile
     file: CorpusFile
     bytes: float
 
@@ -71,7 +73,7 @@ def cut_windows(files: Sequence[CorpusFile], folder: Path, count: int, wanted: i
                 taken = _from_bytes(file.path, target, start, wanted, lines=file.kind == "jsonl")
         except OSError as error:
             raise unreadable(str(file), error) from error
-        windows.append(Window(CorpusFile(file.name, target), taken))
+        windows.append(Window(file, CorpusFile(file.name, target), taken))
     return windows
 
 
