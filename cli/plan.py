@@ -17,7 +17,7 @@ EXAMPLE = """
 \b
 Example:
   logitcache plan --teacher ./SmolLM2-135M --corpus 'texts/*.txt' --select sample:25 --select top-k:64
-  logitcache plan ... --select sample:25 --student student.yaml --workers 8 --machines 4
+  logitcache plan --teacher big --corpus web.parquet --select sample:25 --student student.yaml --machines 4
 
 Dumps a small sample into a temporary folder, with the dump's own code, and extrapolates; docs/planning.md says how.
 The same for one dump with all its arguments: logitcache dump ... --dry-run
