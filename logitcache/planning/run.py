@@ -146,7 +146,7 @@ class _Planner:
 
     def _try(self, selection: Selection, number: int, trial: Trial, yardstick: _Positions) -> _Tried:
         cache = trial.caches[number]
-        codecs = {layout: RowCodec(layout, cache.codec.values) for layout in self.options.codecs}
+        codecs = {layout: replace(cache.codec, layout=layout) for layout in self.options.codecs}
         return _Tried(
             {layout: measure_sizes(cache, codec) for layout, codec in codecs.items()},
             trial,
