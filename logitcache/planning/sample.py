@@ -36,6 +36,8 @@ from logitcache.planning.windows import cut_windows, file_sizes
 EXACT_TOKENS, EXACT_BYTES = 1 << 20, 1 << 22
 # Text has fewer tokens than a byte has eighths, so that a window of so many bytes fills its block.
 _BYTES_PER_TOKEN = 8
+# Of blocks at even distances, where in its distance the first one lies.
+_STARTS = (0.5, *((np.arange(16) + 0.5) / 16))
 _UNKNOWN_HASH = "0" * 64
 
 
@@ -106,6 +108,7 @@ class Sample:
         corpus: the sample.
         total_tokens: of the whole corpus, as far as the dump would read it.
         uncertainty: relative, two standard errors of `total_tokens`; 0 where it is exact.
+        learnt_uncertainty: likewise, of the share of them that is to be learnt.
         whole: whether the sample is the corpus.
         tokenising_seconds: for all of the corpus, by what this part took.
         files, bytes: of the whole corpus.
@@ -114,6 +117,7 @@ class Sample:
     corpus: SampleCorpus
     total_tokens: int
     uncertainty: float
+    learnt_uncertainty: float
     whole: bool
     tokenising_seconds: float
     files: int
@@ -132,18 +136,18 @@ def take_sample(options: DumpOptions, tokenizer: Any, vocab_size: int, sample_to
     started = time.perf_counter()
     if total_bytes <= EXACT_BYTES or (options.max_tokens or EXACT_TOKENS + 1) <= EXACT_TOKENS:
         packed = text.pack(files, options.max_tokens)
-        spread, total, uncertainty = _blocks(packed), packed.num_tokens, 0.0
+        spread, total, uncertainty, of_learnt = _blocks(packed), packed.num_tokens, 0.0, 0.0
         seconds = time.perf_counter() - started
     else:
-        spread, total, uncertainty, seconds = _estimated(text, files, total_bytes, sample_tokens)
+        spread, total, uncertainty, of_learnt, seconds = _estimated(text, files, total_bytes, sample_tokens)
     there, wanted = len(spread.tokens_BL), max(1, -(-sample_tokens // options.block_length))
     exact = uncertainty == 0 and there * options.block_length >= total
     whole = exact and wanted >= there
     if not whole:
-        spread = spread.take(_evenly(there - (exact and total % options.block_length > 0), wanted))
+        spread = spread.take(_evenly(spread, wanted, exact and total % options.block_length > 0))
     record = text.record(files, total if whole else spread.tokens_BL.size)
     corpus = SampleCorpus(record, models.tokenizer_identity(tokenizer), spread)
-    return Sample(corpus, total, uncertainty, whole, seconds, len(files), total_bytes)
+    return Sample(corpus, total, uncertainty, of_learnt, whole, seconds, len(files), total_bytes)
 
 
 @dataclass(frozen=True)
@@ -193,33 +197,41 @@ def _blocks(packed: TokenBlocks) -> Blocks:
     return Blocks(packed.tokens.astype(np.int64), packed.learnt)
 
 
-def _evenly(there: int, count: int) -> NDArray[np.int64]:
-    """About `count` of the numbers of so many blocks, at even distances."""
-    there = max(1, there)
+def _evenly(blocks: Blocks, count: int, last_is_short: bool) -> NDArray[np.int64]:
+    """Numbers of about `count` whole blocks at even distances, begun so that their share of what is learnt is right."""
+    there = max(1, len(blocks.tokens_BL) - last_is_short)
     count = min(count, there)
-    return ((np.arange(count) + 0.5) * there / count).astype(np.int64)
+    chosen = [((np.arange(count) + start) * there / count).astype(np.int64) for start in _STARTS]
+    if blocks.learnt_BL is None:
+        return chosen[0]
+    learnt_B = blocks.learnt_BL[:there].mean(1)
+    return min(chosen, key=lambda numbers: float(abs(learnt_B[numbers].mean() - learnt_B.mean())))
 
 
 def _estimated(
     text: _Text, files: Sequence[CorpusFile], total_bytes: int, sample_tokens: int
-) -> tuple[Blocks, int, float, float]:
-    """Blocks of windows; tokens of the whole, their relative uncertainty, and seconds that tokenising it takes."""
+) -> tuple[Blocks, int, float, float, float]:
+    """Blocks of windows; tokens of the whole; relative uncertainty of these and of the share that is learnt; seconds
+    that tokenising all of it takes.
+    """
     max_tokens = text.options.max_tokens
-    spread, rate, about, per_token = _windows(text, files, total_bytes, sample_tokens)
+    spread, rate, about, learnt, per_token = _windows(text, files, total_bytes, sample_tokens)
     total = max(1, round(rate * total_bytes))
     if max_tokens is None or max_tokens > total:
-        return spread, total, about, total * per_token
+        return spread, total, about, learnt, total * per_token
     # Only the beginning will be read.
     stop = min(total_bytes, max(1, int(max_tokens / rate)))
-    spread, _, _, per_token = _windows(text, files, stop, sample_tokens)
+    spread, _, _, learnt, per_token = _windows(text, files, stop, sample_tokens)
     short = max_tokens > total * (1 - about)
-    return spread, max_tokens, about if short else 0.0, max_tokens * per_token
+    return spread, max_tokens, about if short else 0.0, learnt, max_tokens * per_token
 
 
 def _windows(
     text: _Text, files: Sequence[CorpusFile], stop: int, sample_tokens: int
-) -> tuple[Blocks, float, float, float]:
-    """Blocks of windows in the first `stop` bytes; tokens a byte with two relative standard errors; seconds a token."""
+) -> tuple[Blocks, float, float, float, float]:
+    """Blocks of windows in the first `stop` bytes; tokens a byte; two relative standard errors of these and of the
+    share that is learnt; seconds a token.
+    """
     length, masked = text.options.block_length, text.options.fields.masked
     count = max(8, -(-sample_tokens // length))
     parts, masks, counts, sizes, seconds = [], [], [], [], 0.0
@@ -246,11 +258,17 @@ def _windows(
         what = "nothing to learn" if masked else "no text"
         raise EmptyCorpusError(f"{what} was found in a sample of the corpus; check the files and the fields")
     rate = sum(counts) / sum(sizes)
-    rates = [tokens / size for tokens, size in zip(counts, sizes, strict=True)]
-    about = 2 * statistics.stdev(rates) / len(rates) ** 0.5 / rate if len(rates) > 1 else 1.0
+    about = _uncertainty([tokens / size for tokens, size in zip(counts, sizes, strict=True)], rate)
+    shares = [float(mask.mean()) for mask in masks]
+    of_learnt = _uncertainty(shares, statistics.mean(shares)) if masked else 0.0
     learnt_BL = _whole_blocks(np.concatenate(masks), length) if masked else None
     tokens_BL = _whole_blocks(np.concatenate(parts).astype(np.int64), length)
-    return Blocks(tokens_BL, learnt_BL), rate, about, seconds / sum(counts)
+    return Blocks(tokens_BL, learnt_BL), rate, about, of_learnt, seconds / sum(counts)
+
+
+def _uncertainty(of_windows: Sequence[float], mean: float) -> float:
+    """Two relative standard errors of a mean over windows."""
+    return 2 * statistics.stdev(of_windows) / len(of_windows) ** 0.5 / mean if len(of_windows) > 1 else 1.0
 
 
 def _whole_blocks(stream: NDArray[Any], length: int) -> NDArray[Any]:

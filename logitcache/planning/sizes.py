@@ -94,7 +94,7 @@ def measure_sizes(cache: Cache, codec: RowCodec) -> SizeModel:
     ]
     sizes = [statistics.mean(one.rows[step] for one in both) for step in range(3)]
     few, many = (statistics.mean(one.tables[step] for one in both) for step in range(2))
-    quarters = [size for one in both for size in one.quarters]
+    quarters = [quarter for one in both for quarter in one.quarters]
     # A line through the three, one doubling apart each.
     doubling = min(0.0, (sizes[2] - sizes[0]) / 2)
     fitted = statistics.mean(sizes) + doubling
@@ -109,7 +109,7 @@ def measure_sizes(cache: Cache, codec: RowCodec) -> SizeModel:
         growth=min(1.0, max(0.0, math.log2((many + 1) / (few + 1)) / 2)),
         chunk=statistics.mean(one.chunk for one in both),
         file=statistics.mean(one.file for one in both),
-        error=2 * statistics.stdev(quarters) / math.sqrt(len(quarters)) / statistics.mean(quarters),
+        error=_error(quarters),
         seconds=min(one.seconds for one in both),
     )
 
@@ -141,6 +141,11 @@ class _Rows:
         ranks = book.ranks.encode(tokens)
         return {"tokens": ranks, **self._codec.pack(tokens, self._coded.slice(start, stop), book)}
 
+    def counted(self, part: range) -> int:
+        """How many of some rows count."""
+        counted = self._coded.counted
+        return len(part) if counted is None else int(counted[part.start : part.stop].sum())
+
     def shard_bytes(self, chunks: Sequence[Planes]) -> int:
         """Of a shard of these chunks."""
         return self._written(chunks, {"role": "shard", "unit": unit_name(0), "first_block": 0, "num_tokens": 0})
@@ -165,6 +170,28 @@ class _Rows:
 
 
 @dataclass(frozen=True)
+class _Part:
+    """Some rows: their number, how many of them count, and their bytes beside those of chunk and file."""
+
+    rows: int
+    counted: int
+    bytes: float
+
+
+def _error(parts: Sequence[_Part]) -> float:
+    """Two relative standard errors of the bytes of a row. Rows that count and rows that do not cost what fits all parts
+    best: that one part has more of them than another is no error, as it is known of the whole.
+    """
+    facts = np.array([[part.rows, part.counted] for part in parts], dtype=np.float64)
+    if (facts[:, 0] == facts[:, 1]).all():
+        facts = facts[:, :1]
+    size = np.array([part.bytes for part in parts])
+    fitted = facts @ np.linalg.lstsq(facts, size)[0]
+    off = float(np.sqrt(np.square(size - fitted).sum() / (len(parts) - facts.shape[1])))
+    return 2 * off / math.sqrt(len(parts)) / float(size.mean())
+
+
+@dataclass(frozen=True)
 class _Half:
     """One half of a sample, coded with tables of the other.
 
@@ -172,7 +199,7 @@ class _Half:
         rows: bytes a row, with tables of an eighth, a quarter and a half of the sample.
         tables: bytes of the first and the last of them, beyond those of empty ones.
         own: bytes of a row that the last of them were counted from.
-        quarters: bytes a row of each half of this half.
+        quarters: of each half of this half.
         chunk, file: bytes beside the rows'.
         seconds: a token.
     """
@@ -180,7 +207,7 @@ class _Half:
     rows: list[float]
     tables: list[float]
     own: float
-    quarters: list[float]
+    quarters: list[_Part]
     chunk: float
     file: float
     seconds: float
@@ -204,8 +231,8 @@ def _measure_half(rows: _Rows, pilot: range, held: range) -> _Half:
         tables=[float(rows.table_bytes(book)) for book in (books[0], books[-1])],
         own=(own - fixed) / count,
         quarters=[
-            (size - fixed) / length
-            for size, length in zip(apart, (middle - held.start, held.stop - middle), strict=True)
+            _Part(len(part), rows.counted(part), size - fixed)
+            for size, part in zip(apart, (range(held.start, middle), range(middle, held.stop)), strict=True)
         ],
         chunk=chunk,
         file=fixed - chunk,

@@ -15,20 +15,10 @@ from logitcache.planning import DumpPlan, PlanOptions, make_plan, planned_output
 from logitcache.selection import Selection
 from logitcache.store import open_cache
 from logitcache.teachers import TransformersTeacher
-from tests.caches import corpus_text, student_yaml
-from tests.tiny import save_tiny
+from tests.caches import student_yaml
 
 SPECS = ("top-k:8", "sample:20", "varopt:8")
 SAMPLE = 3200
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `teacher`, whose distributions are as uneven as a real one's, and `text.txt` of 31,000 tokens."""
-    folder = tmp_path_factory.mktemp("planned")
-    save_tiny(folder / "teacher", initializer_range=1.0)
-    (folder / "text.txt").write_text(corpus_text(800))
-    return folder
 
 
 def dump_options(place: Path, folder: Path | None = None, **changes: object) -> DumpOptions:
@@ -51,6 +41,7 @@ def test_sizes_are_those_of_the_dump(
 ) -> None:
     options = dump_options(place, tmp_path, container=container, unit_tokens=unit_tokens)
     if container == "arrow":
+        options = replace(options, outputs=options.outputs[1:2])
         plan = make_plan(PlanOptions(options, sample_tokens=SAMPLE))
     assert plan.corpus.sample_tokens == SAMPLE
     assert not plan.corpus.whole
@@ -70,10 +61,10 @@ def test_sizes_are_those_of_the_dump(
 
 
 def test_a_sample_of_everything_is_exact(place: Path, tmp_path: Path) -> None:
-    options = dump_options(place, tmp_path / "out", max_tokens=1000, codec="fast")
+    options = dump_options(place, tmp_path / "out", max_tokens=600, codec="fast")
     plan = make_plan(PlanOptions(options, ("fast",), together=True))
     assert plan.corpus.whole
-    assert plan.corpus.tokens == plan.corpus.sample_tokens == 1000
+    assert plan.corpus.tokens == plan.corpus.sample_tokens == 600
     assert not (tmp_path / "out").exists()
     run_dump(options)
     for output, cache in zip(options.outputs, plan.caches, strict=True):
@@ -111,7 +102,7 @@ def test_workers_and_machines(place: Path) -> None:
 
 
 def test_a_student_says_what_it_reads(place: Path, tmp_path: Path) -> None:
-    options = dump_options(place, max_tokens=2000)
+    options = dump_options(place, max_tokens=600)
     plan = make_plan(PlanOptions(options, ("small",), student=str(student_yaml(tmp_path / "student.yaml"))))
     assert plan.student is not None
     rate = plan.student.tokens_per_second
@@ -151,6 +142,8 @@ def test_refused(place: Path, tmp_path: Path) -> None:
         make_plan(PlanOptions(dump_options(place, outputs=outputs), together=True))
     with pytest.raises(UsageError, match="sample-tokens is 255; it must be at least 256"):
         PlanOptions(dump_options(place), sample_tokens=255)
+    with pytest.raises(UsageError, match=r"tries the teacher on this machine, and http://host:8000/v1 asks a server"):
+        PlanOptions(dump_options(place, teacher="http://host:8000/v1", device="auto", tokenizer=str(place / "teacher")))
     with pytest.raises(UsageError, match="machines is 0"):
         PlanOptions(dump_options(place), machines=0)
     with pytest.raises(UsageError, match="a selection is given twice"):
@@ -162,6 +155,7 @@ def test_refused(place: Path, tmp_path: Path) -> None:
 
 def test_a_loaded_teacher_is_taken(place: Path) -> None:
     teacher = TransformersTeacher.load(place / "teacher", device="cpu")
-    options = dump_options(place, max_tokens=700, teacher="not loaded again")
+    outputs = planned_outputs([Selection.parse("top-k:8")])
+    options = dump_options(place, max_tokens=300, teacher="not loaded again", outputs=outputs)
     plan = make_plan(PlanOptions(options, ("small",)), teacher=teacher)
     assert math.isclose(plan.loading_seconds, 0, abs_tol=0.05)
