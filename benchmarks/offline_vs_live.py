@@ -24,7 +24,6 @@ from typing import Any
 import torch
 
 from benchmarks import measure, report
-from benchmarks.break_even import Costs
 from benchmarks.offline_training import (
     BLOCK_LENGTH,
     CACHED,
@@ -41,6 +40,7 @@ from benchmarks.offline_training import (
 )
 from logitcache.demo import plays, teacher_folder
 from logitcache.demo.run import STUDENT
+from logitcache.planning.break_even import Costs
 
 EPOCHS, STUDENTS = (1, 2, 4), (1, 2, 4, 8)
 TARGET = 0.95

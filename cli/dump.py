@@ -10,6 +10,7 @@ from rich.table import Table
 
 from .console import counted, debug_option, json_option, out, print_json
 from .options import cache_options, field_options, server_of, server_options, teacher_options
+from .plan_table import show_plan
 from .progress import DumpView
 from .watch import Watchable
 
@@ -107,12 +108,13 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
     help="Show the workers of a dump that runs; Ctrl-C ends the view only.",
 )
 @server_options
+@click.option(
+    "--dry-run", is_flag=True, help="Try a sample and print what the dump would take, as plan does; write nothing."
+)
 @click.option("--trust-remote-code", is_flag=True, help="Let the teacher's folder run Python code of its own.")
 @json_option
 @debug_option
-def dump(
-    root: Path, select: str, also: tuple[tuple[str, str], ...], corpus: tuple[str, ...], as_json: bool, **rest: Any
-) -> None:
+def dump(root: Path, select: str, also: tuple[tuple[str, str], ...], as_json: bool, dry_run: bool, **rest: Any) -> None:
     """Run a teacher over a corpus once and store its sparse distributions."""
     from logitcache.selection import Selection
 
@@ -121,7 +123,12 @@ def dump(
     from logitcache.store import open_cache
 
     outputs = tuple(Output(selection, folder) for selection, folder in selections)
-    options = DumpOptions(corpus=corpus, outputs=outputs, server=server_of(rest), **rest)
+    options = DumpOptions(outputs=outputs, server=server_of(rest), **rest)
+    if dry_run:
+        from logitcache.planning import PlanOptions
+
+        show_plan(PlanOptions(options, (options.codec,), together=True), "dump", as_json)
+        return
     with DumpView() as view:
         report = run_dump(options, view)
     if not report.speaks:

@@ -17,6 +17,7 @@ from .gc import gc
 from .import_ import import_
 from .inspect import inspect
 from .merge import merge
+from .plan import plan
 from .plot import plot
 from .pull import pull
 from .push import push
@@ -38,7 +39,7 @@ def cli() -> None:
 
 
 COMMANDS = (
-    *(dump, train, inspect, verify, stats, plot),
+    *(plan, dump, train, inspect, verify, stats, plot),
     *(derive, merge, subset, convert, export, import_, push, pull),
     *(gc, repair, bench, demo),
 )

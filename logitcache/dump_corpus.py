@@ -139,9 +139,7 @@ class Corpus:
         if not self.masked:
             return None
         learnt_BL = self._stored.read_mask(first * self._block_length, stop * self._block_length)
-        learnt_BL = learnt_BL.reshape(-1, self._block_length)
-        # A block's last position has no next token.
-        return np.pad(learnt_BL[:, 1:], ((0, 0), (0, 1)))
+        return counted_of(learnt_BL.reshape(-1, self._block_length))
 
     @property
     def num_tokens(self) -> int:
@@ -150,6 +148,12 @@ class Corpus:
     def read(self, first: int, stop: int) -> NDArray[np.int64]:
         """Blocks [first, stop) as int64 [B, L], padded at the corpus' end."""
         return self._stored.read(first * self._block_length, stop * self._block_length).reshape(-1, self._block_length)
+
+
+def counted_of(learnt_BL: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Whether each position's next token is to be learnt, of whether each token is: bool [B, L] both."""
+    # A block's last position has no next token.
+    return np.pad(learnt_BL[:, 1:], ((0, 0), (0, 1)))
 
 
 def _facts_of_finished(options: DumpOptions, inputs: dict[str, Any]) -> dict[str, Any] | None:

@@ -121,12 +121,8 @@ class Job:
             CacheError: an output cannot be written.
         """
         corpus = Corpus.prepare(options, files, teacher.tokenizer, teacher.vocab_size, once)
-        source = Path(options.tokenizer or options.teacher)
-        origin = Origin(
-            teacher=str(source.resolve() if source.is_dir() else source),
-            gguf_file=None if options.tokenizer else options.gguf_file,
-        )
-        planned = [(output.root, _identity(options, output, teacher, corpus)) for output in options.outputs]
+        origin = origin_of(options)
+        planned = [(output.root, identity_of(options, output, teacher, corpus)) for output in options.outputs]
         try:
             # First those that exist: a mismatch must be found before a new folder is begun.
             for root, identity in planned:
@@ -158,7 +154,17 @@ class Job:
         return DumpReport(self.geometry.num_tokens, self.meter.computed, seconds, manifests)
 
 
-def _identity(options: DumpOptions, output: Output, teacher: Teacher, corpus: Corpus) -> Identity:
+def origin_of(options: DumpOptions) -> Origin:
+    """Where the tokenizer of a cache's ids is: the teacher's own, or the one that was named."""
+    source = Path(options.tokenizer or options.teacher)
+    return Origin(
+        teacher=str(source.resolve() if source.is_dir() else source),
+        gguf_file=None if options.tokenizer else options.gguf_file,
+    )
+
+
+def identity_of(options: DumpOptions, output: Output, teacher: Teacher, corpus: Corpus) -> Identity:
+    """What determines the cache that `output` is to become."""
     selection = output.selection
     codec = RowCodec.for_selection(selection.method, selection.size, selection.exponent, options.codec, corpus.masked)
     return Identity(

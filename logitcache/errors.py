@@ -33,6 +33,10 @@ class CorpusError(LogitcacheError):
     """A corpus file is missing, unreadable, undecodable or empty."""
 
 
+class EmptyCorpusError(CorpusError):
+    """A corpus can be read and holds no text, or nothing of it is to be learnt."""
+
+
 class ModelError(LogitcacheError):
     """A teacher, student or tokenizer cannot be loaded or used."""
 

@@ -24,6 +24,7 @@ RANKS = [
     {"engines"},
     {"dump", "distill"},
     {"demo", "bench"},
+    {"planning"},
     {"cli"},
 ]
 RANK = {name: number for number, names in enumerate(RANKS) for name in names}

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from logitcache.corpus.documents import Document
 from logitcache.corpus.encoding import Encoded, encode_texts
 from logitcache.corpus.policy import PackingPolicy
-from logitcache.errors import CorpusError, UsageError
+from logitcache.errors import CorpusError, EmptyCorpusError, UsageError
 
 Progress = Callable[[int], None]
 Tokens = NDArray[np.int32]
@@ -246,12 +246,12 @@ class _Packer:
     def finish(self) -> None:
         """Pad the last block and complete the hash."""
         if not self.num_tokens:
-            raise CorpusError(
+            raise EmptyCorpusError(
                 f"the corpus is empty: {self.empty_documents} documents, none of which holds any text; "
                 "check the files and the text field"
             )
         if self.mask is not None and not self.learnt_tokens:
-            raise CorpusError(
+            raise EmptyCorpusError(
                 f"nothing of the corpus is to be learnt: no completion in {self.num_tokens:,} tokens; check the files "
                 "and the fields"
             )

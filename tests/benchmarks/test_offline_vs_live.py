@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from benchmarks import offline_vs_live
-from benchmarks.break_even import Costs
 from benchmarks.live_teacher import dense_loss, sliced_loss
 from benchmarks.offline_training import ALPHA, CACHED, CE, DENSE, DUMPS, SLICED, WAYS, Setting, Training
 from logitcache.losses import LossSettings, Objective, patch_forward
+from logitcache.planning.break_even import Costs
 from logitcache.reader import CacheDataset, ReaderOptions
 from logitcache.store import open_cache
 from logitcache.teachers import TransformersTeacher

@@ -1,0 +1,174 @@
+"""A dump of the sample into a temporary folder, with the dump's own code and a stopwatch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from logitcache.dump_job import Job, identity_of, origin_of
+from logitcache.dump_options import DumpOptions, Output
+from logitcache.dump_unit import process_unit
+from logitcache.planning.sample import SampleCorpus
+from logitcache.progress import Progress, Silent
+from logitcache.selection import Selection
+from logitcache.store import Cache, CacheWriter, Manifest, open_cache
+from logitcache.targets import SparseTargets
+from logitcache.teachers import TransformersTeacher
+from logitcache.teachers.capture import capture_blocks
+
+
+class RememberedBody:
+    """A teacher that computes its hidden states once, however many dumps of the same blocks ask for them.
+
+    Attributes:
+        seconds: that computing those of the latest dump's blocks took, if they were remembered; set to 0 to begin.
+    """
+
+    def __init__(self, teacher: TransformersTeacher) -> None:
+        self._teacher = teacher
+        self._known: dict[bytes, tuple[torch.Tensor, float]] = {}
+        self.seconds = 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._teacher, name)
+
+    def rows(
+        self,
+        tokens_BL: NDArray[np.int64],
+        first_block: int,
+        num_rows: int,
+        selections: Sequence[Selection],
+        seed: int,
+        counted_BL: NDArray[np.bool_] | None = None,
+    ) -> list[SparseTargets]:
+        """As the teacher's, of hidden states that may be known."""
+        return capture_blocks(self, tokens_BL, first_block, num_rows, selections, seed, counted_BL)
+
+    def hidden(self, tokens: NDArray[np.int64]) -> torch.Tensor:
+        """As the teacher's."""
+        key = tokens.tobytes()
+        if key in self._known:
+            hidden, seconds = self._known[key]
+            self.seconds += seconds
+            return hidden
+        started = _now()
+        hidden = self._teacher.hidden(tokens)
+        self._known[key] = hidden, _now() - started
+        return hidden
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a dump of a sample took.
+
+    Args:
+        caches: of the selections, in their order.
+        manifests: likewise.
+        tokens: of the sample.
+        seconds: of a token, capture to commit, for all selections together.
+        unit_seconds: of a unit, whatever its size.
+    """
+
+    caches: list[Cache]
+    manifests: list[Manifest]
+    tokens: int
+    seconds: float
+    unit_seconds: float
+
+
+def warm_up(options: DumpOptions, teacher: TransformersTeacher, corpus: SampleCorpus, root: Path) -> float:
+    """One block through everything, so that the first use of nothing is timed; seconds that its commit takes then."""
+    root.mkdir()
+    block = corpus.one()
+    job = _job(options, [output.selection for output in options.outputs], teacher, block, root, Silent())
+    process_unit(job, 0)
+    cache = _finish(job)[0][0]
+    tokens, coded = cache.read_coded(cache.chunks[0])
+    again = _writer(options, options.outputs[0].selection, teacher, block, root / "again")
+    again.publish_pilot(tokens, again.codec.targets(coded))
+    planes = again.pack(tokens, coded)
+    started = time.perf_counter()
+    again.commit_unit(0, [planes])
+    return time.perf_counter() - started
+
+
+def dump_sample(
+    options: DumpOptions,
+    selections: Sequence[Selection],
+    teacher: RememberedBody,
+    corpus: SampleCorpus,
+    root: Path,
+    unit_seconds: float,
+    progress: Progress,
+) -> Trial:
+    """Dump the sample, one cache of each selection from the same forward passes.
+
+    Args:
+        root: a folder for the caches.
+        unit_seconds: that a unit takes whatever its size, of one cache.
+
+    Raises: as a dump.
+    """
+    root.mkdir()
+    job = _job(options, selections, teacher, corpus, root, progress)
+    teacher.seconds = 0.0
+    started = time.perf_counter()
+    for unit in job.pending():
+        process_unit(job, unit)
+    seconds = time.perf_counter() - started + teacher.seconds
+    of_units = unit_seconds * len(selections)
+    caches, manifests = _finish(job)
+    per_token = max(0.0, seconds - of_units * job.geometry.num_units) / corpus.num_tokens
+    return Trial(caches, manifests, corpus.num_tokens, per_token, of_units)
+
+
+def forward_seconds(teacher: RememberedBody, corpus: SampleCorpus, batch_blocks: int) -> float:
+    """Seconds of a token through body, head and softmax: what a live teacher would cost a student's step, at least.
+
+    The body's share is remembered from a dump of the same blocks, if there was one.
+    """
+    batch, counted = corpus.read(0, batch_blocks), corpus.read_counted(0, batch_blocks)
+    rows = min(batch.size, corpus.num_tokens)
+    if counted is not None and not counted.reshape(-1)[:rows].any():
+        # Nothing at all would be computed of these.
+        counted = None
+    teacher.seconds = 0.0
+    started = time.perf_counter()
+    teacher.rows(batch, 0, rows, [], 0, counted)
+    return (time.perf_counter() - started + teacher.seconds) / rows
+
+
+def _job(
+    options: DumpOptions,
+    selections: Sequence[Selection],
+    teacher: Any,
+    corpus: SampleCorpus,
+    root: Path,
+    progress: Progress,
+) -> Job:
+    outputs = tuple(Output(selection, root / str(number)) for number, selection in enumerate(selections))
+    writers = [_writer(options, output.selection, teacher, corpus, output.root) for output in outputs]
+    return Job(replace(options, outputs=outputs), teacher, corpus, writers, progress)
+
+
+def _writer(options: DumpOptions, selection: Selection, teacher: Any, corpus: SampleCorpus, root: Path) -> CacheWriter:
+    return CacheWriter.open(root, identity_of(options, Output(selection, root), teacher, corpus), origin_of(options))
+
+
+def _finish(job: Job) -> tuple[list[Cache], list[Manifest]]:
+    manifests = [writer.finalize() for writer in job.writers]
+    return [open_cache(writer.layout.root) for writer in job.writers], manifests
+
+
+def _now() -> float:
+    """Seconds, once the device has done what it was told."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
