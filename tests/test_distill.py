@@ -382,7 +382,7 @@ REFUSED: dict[str, tuple[str, Change]] = {
         lambda root, _: {"student": str(student_yaml(root / "s.yaml", model_type=None))},
     ),
     "unknown model type": (
-        "not a usable transformers config",
+        "has model_type 'lama', which this transformers does not know; did you mean 'llama'?",
         lambda root, _: {"student": str(student_yaml(root / "s.yaml", model_type="lama"))},
     ),
     "no causal language model": (
@@ -554,8 +554,19 @@ def test_resume_with_the_cache_elsewhere(values: dict[str, Any], dumped: Dumped,
     assert train(values, resume=True, max_steps=2, cache=str(tmp_path / "moved")) == result
 
 
+def test_a_checkpoint_damaged_at_its_size(values: dict[str, Any]) -> None:
+    train(values, max_steps=4, save_every=2)
+    out = Path(values["out"])
+    (out / "result.json").unlink()
+    shutil.rmtree(out / "checkpoints" / "checkpoint-4")
+    optimizer = out / "checkpoints" / "checkpoint-2" / "optimizer.pt"
+    optimizer.write_bytes(optimizer.read_bytes()[:-64] + bytes(64))
+    with pytest.raises(TrainingError, match="has a damaged checkpoint; remove the newest one and go on with --resume"):
+        train(values, resume=True, max_steps=4, save_every=2)
+
+
 def test_the_folder_of_a_run(values: dict[str, Any]) -> None:
-    """Occupied, absent, not a folder, or with a damaged run.json."""
+    """Occupied, absent, not a folder, or with a damaged result.json or run.json."""
     out = Path(values["out"])
     with pytest.raises(TrainingError, match="no run to resume; start it without --resume"):
         train(values, resume=True)
@@ -573,6 +584,9 @@ def test_the_folder_of_a_run(values: dict[str, Any]) -> None:
     train(values, max_steps=2)
     with pytest.raises(TrainingError, match="holds a run already; go on with --resume"):
         train(values, max_steps=2)
+    (out / "result.json").write_text("{")
+    with pytest.raises(TrainingError, match=r"result\.json is damaged .*; remove it and use --resume"):
+        train(values, resume=True, max_steps=2)
     (out / "run.json").write_text("{")
     with pytest.raises(TrainingError, match=r"run\.json is damaged"):
         train(values, resume=True, max_steps=2)

@@ -5,6 +5,7 @@ Legend: R rows (the real tokens of a chunk), nnz entries, M caches, V rows of th
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -219,7 +220,7 @@ def sources_of(source: Cache | AveragedCaches | MixedCaches) -> list[BlockSource
 def shares_of(count: int, weights: Sequence[float] | None) -> NDArray[np.float64]:
     """float64 [count] that sum to 1. Raises TrainingError."""
     shares = np.ones(count) if weights is None else np.array(weights, dtype=np.float64)
-    if not count or shares.shape != (count,) or not (shares > 0).all() or not np.isfinite(shares).all():
+    if not count or shares.shape != (count,) or not (shares > 0).all() or not math.isfinite(sum(shares.tolist())):
         raise TrainingError(f"weights {weights} do not give each of {count} caches a positive share")
     return shares / shares.sum()
 

@@ -68,6 +68,7 @@ def _from_config(path: Path, cache: Learnt, tokenizer: Any, seed: int) -> Any:
         values = yaml.safe_load(path.read_text())
         if not isinstance(values, dict) or "model_type" not in values:
             raise ModelError(f"{path} names no model_type; write a transformers config, for example model_type: llama")
+        _check_model_type(path, str(values["model_type"]))
         _check_keys(path, values)
         values.setdefault("vocab_size", cache.vocab_size)
         if tokenizer is not None:
@@ -87,6 +88,14 @@ def _from_config(path: Path, cache: Learnt, tokenizer: Any, seed: int) -> Any:
         # Configs and models of transformers check themselves, each with exceptions of its own.
         reason = textwrap.shorten(str(error) or type(error).__name__, 200, placeholder=" ...").rstrip(".")
         raise ModelError(f"the student config {path} is not a usable transformers config: {reason}") from error
+
+
+def _check_model_type(path: Path, model_type: str) -> None:
+    """transformers answers an unknown one with the names of all the others."""
+    if model_type not in transformers.CONFIG_MAPPING:
+        nearest = difflib.get_close_matches(model_type, list(transformers.CONFIG_MAPPING), n=1)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else "check its spelling"
+        raise ModelError(f"{path} has model_type {model_type!r}, which this transformers does not know; {hint}")
 
 
 def _check_keys(path: Path, values: dict[str, Any]) -> None:

@@ -95,6 +95,12 @@ class TrainOptions(BaseModel):
     def _one_is_a_list(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str | float | int) else value
 
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _as_in_python(cls, value: Any) -> Any:
+        # `Objective`, whose messages reach the command line, spells forward_kl.
+        return value.replace("_", "-") if isinstance(value, str) else value
+
     @field_validator("mask")
     @classmethod
     def _none_is_no_mask(cls, value: str | None) -> str | None:
@@ -110,9 +116,10 @@ class TrainOptions(BaseModel):
             return cls(**values)
         except ValidationError as error:
             first = error.errors()[0]
-            key = ".".join(str(part) for part in first["loc"])
-            given = "" if first["type"] == "missing" else f" ({first['input']!r} was given)"
-            raise UsageError(f"{key.replace('_', '-')}: {first['msg']}{given}") from error
+            key = ".".join(str(part) for part in first["loc"]).replace("_", "-")
+            if first["type"] == "missing":
+                raise UsageError(f"--{key} is missing; give it here or as `{key}` in a --config file") from error
+            raise UsageError(f"{key}: {first['msg']} ({first['input']!r} was given)") from error
 
 
 def _unknown_key(key: str, known: Iterable[str]) -> str:

@@ -13,7 +13,7 @@ import yaml
 from safetensors import SafetensorError
 
 from logitcache.errors import TrainingError
-from logitcache.store.location import refuse_url
+from logitcache.store.layout import refuse_inside_cache
 from logitcache.training.options import TrainOptions
 from logitcache.training.records import MetricsLog, last_whole_checkpoint, remove_half_checkpoints
 
@@ -26,20 +26,25 @@ Checkpoint = tuple[Path, dict[str, Any]]
 class RunFolder:
     """The folder of one run. Nothing is written before `begin`; of several ranks only the main one writes.
 
-    Raises UsageError for a URL.
+    Raises UsageError for a folder inside a cache, CacheError for a URL.
     """
 
     def __init__(self, out: str | Path) -> None:
         self.path = Path(out)
-        refuse_url(self.path)
+        refuse_inside_cache(self.path)
         self.checkpoints = self.path / "checkpoints"
         self.metrics = MetricsLog(self.path / "metrics.jsonl")
         self._record, self._result = self.path / "run.json", self.path / "result.json"
         self._config = self.path / "train.yaml"
 
     def result(self) -> dict[str, Any] | None:
-        """What the finished run measured; None before its end."""
-        return dict(json.loads(self._result.read_text())) if self._result.exists() else None
+        """What the finished run measured; None before its end. Raises TrainingError when its record is damaged."""
+        if not self._result.exists():
+            return None
+        try:
+            return dict(json.loads(self._result.read_text()))
+        except ValueError as error:
+            raise TrainingError(f"{self._result} is damaged ({error}); remove it and use --resume") from error
 
     @property
     def units(self) -> list[int] | None:
@@ -88,10 +93,17 @@ class RunFolder:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """A full disk or a folder that cannot be written, which torch and safetensors report in ways of their own."""
+        """A full disk or a folder that cannot be written, which torch and safetensors report in ways of their own.
+
+        A checkpoint that torch cannot read, too: of its files only the sizes were compared.
+        """
         try:
             yield
         except (OSError, SafetensorError, RuntimeError) as error:
+            if "PytorchStreamReader" in str(error):
+                raise TrainingError(
+                    f"{self.checkpoints} has a damaged checkpoint; remove the newest one and go on with --resume"
+                ) from error
             if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
                 raise
             reason, free = str(error).splitlines()[0], shutil.disk_usage(self.path).free

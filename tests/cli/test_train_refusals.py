@@ -65,6 +65,12 @@ CASES: dict[str, tuple[int, str, Line]] = {
         "has a key 'hiden_size' that a 'llama' config does not have; did you mean 'hidden_size'?",
         lambda r, d: train(r, d, student=student_yaml(r / "s.yaml", hiden_size=8)),
     ),
+    "no options": (2, "--cache is missing; give it here or as `cache` in a --config file", lambda r, d: ["train"]),
+    "an out inside the cache": (
+        2,
+        "lies inside the cache",
+        lambda r, d: train(r, d, out=d.top_k / "run"),
+    ),
     "--set": (
         2,
         "there is no option 'learning_rte'; did you mean 'learning_rate'?",

@@ -121,7 +121,7 @@ def test_other_tokens_under_the_same_name_are_noticed(tmp_path: Path) -> None:
         next(iter(reader(AveragedCaches([one, other]))))
 
 
-@pytest.mark.parametrize("weights", [[1.0], [1.0, 0.0], [1.0, -1.0], [1.0, np.nan], [np.inf, 1.0]])
+@pytest.mark.parametrize("weights", [[1.0], [1.0, 0.0], [1.0, -1.0], [1.0, np.nan], [np.inf, 1.0], [1e308, 1e308]])
 def test_weights_that_make_no_sense(weights: list[float]) -> None:
     with pytest.raises(TrainingError, match="positive share"):
         shares_of(2, weights)

@@ -114,3 +114,8 @@ def test_a_cache_whose_entropy_was_dropped(dumped: Dumped, tmp_path: Path) -> No
     with pytest.raises(UsageError, match=r"bare does not hold the teacher's entropy; .*or --mask student-entropy:0\.5"):
         settings_for(options(mask="teacher-entropy:0.85"), bare)
     assert settings_for(options(mask="student-entropy:0.5"), bare).mask == TokenMask("student-entropy", 0.5)
+
+
+def test_objectives_may_be_spelt_as_in_python() -> None:
+    """Messages of `Objective` reach the command line and say forward_kl."""
+    assert options(objective="forward_kl").objective == "forward-kl"
