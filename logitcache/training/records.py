@@ -9,14 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 from transformers import TrainerCallback
 
 from logitcache.errors import TrainingError
 from logitcache.training.ranks import ALONE, Ranks
 
 COMPLETE = "logitcache_reader.json"
-# Among the reader's state: name and size of the checkpoint's files.
+# Among the reader's state: name and CRC32C of the checkpoint's files.
 FILES = "files"
+_PART_BYTES = 4 << 20
 
 
 class MetricsLog:
@@ -93,7 +95,7 @@ class RecordCallback(TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         temporary = folder / f"{COMPLETE}.tmp"
         stopped = {"stopped": True} if control.should_training_stop and state.global_step < state.max_steps else {}
-        state_here = {**self._reader_state(state.global_step), **stopped, FILES: _sizes(folder)}
+        state_here = {**self._reader_state(state.global_step), **stopped, FILES: _checksums(folder)}
         temporary.write_text(json.dumps(state_here))
         temporary.replace(folder / COMPLETE)
 
@@ -116,21 +118,29 @@ def last_whole_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def _whole_state(folder: Path) -> dict[str, Any] | None:
-    """The reader's state of a checkpoint; None unless it was written completely and its files have their sizes.
+    """The reader's state of a checkpoint; None unless it is what was written, completely.
 
     Trainer itself goes on without a word where the optimizer's file is gone. A power failure may cut files short.
     """
     try:
         state = json.loads((folder / COMPLETE).read_text())
-        sizes = state.pop(FILES, {})
-        return state if sizes.items() <= _sizes(folder).items() else None
+        written = state.pop(FILES, {})
+        return state if written.items() <= _checksums(folder).items() else None
     except (OSError, ValueError, TypeError, AttributeError):
         return None
 
 
-def _sizes(folder: Path) -> dict[str, int]:
+def _checksums(folder: Path) -> dict[str, str]:
     files = [path for path in folder.iterdir() if path.is_file() and not path.name.startswith(COMPLETE)]
-    return {path.name: path.stat().st_size for path in files}
+    return {path.name: _crc32c(path) for path in files}
+
+
+def _crc32c(path: Path) -> str:
+    checksum = google_crc32c.Checksum()
+    with path.open("rb") as file:
+        while part := file.read(_PART_BYTES):
+            checksum.update(part)
+    return checksum.hexdigest().decode()
 
 
 def remove_half_checkpoints(folder: Path) -> None:

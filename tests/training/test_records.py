@@ -71,6 +71,7 @@ def test_half_written_checkpoints_are_removed(tmp_path: Path) -> None:
     ("name", "damage"),
     [
         ("model.safetensors", b"weigh"),
+        ("model.safetensors", b"weightz"),
         ("model.safetensors", None),
         (COMPLETE, b'{"samples_seen": 4'),
         (COMPLETE, b"[4]"),
