@@ -554,15 +554,16 @@ def test_resume_with_the_cache_elsewhere(values: dict[str, Any], dumped: Dumped,
     assert train(values, resume=True, max_steps=2, cache=str(tmp_path / "moved")) == result
 
 
-def test_a_checkpoint_damaged_at_its_size(values: dict[str, Any]) -> None:
-    train(values, max_steps=4, save_every=2)
-    out = Path(values["out"])
-    (out / "result.json").unlink()
-    shutil.rmtree(out / "checkpoints" / "checkpoint-4")
-    optimizer = out / "checkpoints" / "checkpoint-2" / "optimizer.pt"
-    optimizer.write_bytes(optimizer.read_bytes()[:-64] + bytes(64))
-    with pytest.raises(TrainingError, match="has a damaged checkpoint; remove the newest one and go on with --resume"):
-        train(values, resume=True, max_steps=4, save_every=2)
+@pytest.mark.parametrize("name", ["optimizer.pt", "model.safetensors"])
+def test_a_checkpoint_with_flipped_bits_is_passed_over(
+    name: str, values: dict[str, Any], in_child: Child, uninterrupted: Path
+) -> None:
+    """The one before leads to the same weights."""
+    assert in_child(values, kill="step", at=7) == -signal.SIGKILL
+    damaged = Path(values["out"]) / "checkpoints" / "checkpoint-6" / name
+    damaged.write_bytes(damaged.read_bytes()[:-64] + bytes(64))
+    assert in_child(values, resume=True) == 0
+    assert_same_run(uninterrupted, Path(values["out"]))
 
 
 def test_the_folder_of_a_run(values: dict[str, Any]) -> None:

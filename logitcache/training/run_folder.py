@@ -93,17 +93,10 @@ class RunFolder:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """A full disk or a folder that cannot be written, which torch and safetensors report in ways of their own.
-
-        A checkpoint that torch cannot read, too: of its files only the sizes were compared.
-        """
+        """A full disk or a folder that cannot be written, which torch and safetensors report in ways of their own."""
         try:
             yield
         except (OSError, SafetensorError, RuntimeError) as error:
-            if "PytorchStreamReader" in str(error):
-                raise TrainingError(
-                    f"{self.checkpoints} has a damaged checkpoint; remove the newest one and go on with --resume"
-                ) from error
             if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
                 raise
             reason, free = str(error).splitlines()[0], shutil.disk_usage(self.path).free
