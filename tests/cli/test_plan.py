@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -30,10 +31,11 @@ def line(dumped: Dumped, command: str, *more: object) -> list[object]:
 def test_table(logitcache: Main, dumped: Dumped, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(out, "_width", 60)
     student = student_yaml(tmp_path / "student.yaml")
-    shown = logitcache(*line(dumped, "plan", "--select", "sample:9", "--student", student))
+    shown = logitcache(*line(dumped, "plan", "--select", "label", "--student", student))
     assert shown.status == 0
-    for word in ("top-k:4", "sample:9", "small", "fast", "B/token", "exact", "reads", "600 tokens in 1 file"):
+    for word in ("top-k:4", "label", "small", "fast", "B/token", "exact", "reads", "600 tokens in 1 file"):
         assert word in shown.out
+    assert re.search(r"^label +small .* - ", shown.out, re.MULTILINE), "labels have no gradient's angle"
     assert "…" not in shown.out, "nothing is cut, however narrow the terminal"
 
 

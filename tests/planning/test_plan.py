@@ -47,7 +47,7 @@ def test_sizes_are_those_of_the_dump(
     assert not plan.corpus.whole
     report = run_dump(options)
     assert (report.tokens, plan.corpus.uncertainty) == (plan.corpus.tokens, 0)
-    assert report.tokens > 9 * SAMPLE
+    assert report.tokens > 6 * SAMPLE
     found = {}
     for output in options.outputs:
         fast = tmp_path / f"{output.root.name}-fast"
@@ -92,12 +92,11 @@ def test_what_a_plan_says(plan: DumpPlan) -> None:
     assert plan.gradient_positions == 512
 
 
-def test_workers_and_machines(place: Path) -> None:
+def test_workers_and_machines(place: Path, plan: DumpPlan) -> None:
     options = dump_options(place, workers=3, max_tokens=600, outputs=planned_outputs([Selection.parse("top-k:8")]))
-    alone = make_plan(PlanOptions(options, ("small",), together=True))
     many = make_plan(PlanOptions(options, ("small",), together=True, machines=4))
-    assert (alone.speed_up, many.speed_up) == (1, 4)
-    assert "3 workers share this machine's processors" in alone.notes[-1]
+    assert (plan.speed_up, many.speed_up) == (1, 4)
+    assert "3 workers share this machine's processors" in many.notes[-2]
     assert "that none waits for another is assumed" in many.notes[-1]
 
 
