@@ -120,7 +120,7 @@ def test_subsets_of_one_corpus_are_mixed(values: dict[str, Any], dumped: Dumped,
         subset_cache(dumped.top_k, tmp_path / name, BlockRanges.parse(ranges))
     parts = (str(tmp_path / "low"), str(tmp_path / "high"))
     assert len(RunData(TrainOptions.build(values | {"cache": parts})).sources) == 2
-    with pytest.raises(LogitcacheError, match="hold other tokens in blocks"):
+    with pytest.raises(LogitcacheError, match="hold other tokens or masks in blocks"):
         run_training(TrainOptions.build(values | {"cache": parts, "combine": "average"}))
 
 

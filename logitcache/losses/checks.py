@@ -103,7 +103,7 @@ def known_entropy(targets: SparseTargets | DeviceTargets, counted_N: torch.Tenso
             row = int(bad_N.nonzero()[0])
             raise TargetsError(
                 f"targets.entropy is {float(entropy_N[row])} in row {row}, whose label counts; a mask by "
-                "teacher-entropy needs it, so use a cache that `dump` wrote, or a mask by student-entropy"
+                "teacher-entropy needs it, so use a cache that knows it, or a mask by student-entropy"
             )
     return entropy_N
 

@@ -272,7 +272,8 @@ class Objective:
         elif not has_ids:
             raise ObjectiveError(
                 f"{self._name} needs the teacher's probabilities of ids, but these targets hold none (--select label "
-                "keeps the labels' log-probabilities only); use policy_gradient, or dump with another --select"
+                "keeps the labels' log-probabilities only); use policy_gradient (train --objective policy-gradient), "
+                "or dump with another --select"
             )
         elif unbiased:
             self._check_samples(has_exact_head)

@@ -31,8 +31,7 @@ class BlockSource(ABC):
         fingerprints: of the caches behind it.
         shares: of these in an average.
         chunks: all of them, in the order of their blocks.
-        num_blocks, num_tokens, block_length, vocab_size, unbiased, has_exact_head, keeps_ids: as in
-            `Cache`.
+        num_blocks, num_tokens, block_length, vocab_size, unbiased, has_exact_head, keeps_ids, masked: as in `Cache`.
         tokenizer: its sha256.
         location: for messages.
     """
@@ -47,6 +46,7 @@ class BlockSource(ABC):
     unbiased: bool
     has_exact_head: bool
     keeps_ids: bool
+    masked: bool
     tokenizer: str
     location: str
 
@@ -80,7 +80,7 @@ class CacheSource(BlockSource):
         self.num_blocks, self.num_tokens, self.block_length = cache.num_blocks, cache.num_tokens, cache.block_length
         self.vocab_size = cache.vocab_size
         self.unbiased, self.has_exact_head, self.keeps_ids = cache.unbiased, cache.has_exact_head, cache.keeps_ids
-        self.tokenizer = cache.tokenizer
+        self.masked, self.tokenizer = cache.masked, cache.tokenizer
         self.location = cache.location
 
     def read(self, ref: ChunkRef, memory: Memory = FRESH, with_targets: bool = True) -> Rows:
@@ -128,7 +128,7 @@ class AveragedCaches(BlockSource):
         self.vocab_size = max(cache.vocab_size for cache in caches)
         self.unbiased, self.keeps_ids = grid.unbiased, grid.keeps_ids
         self.has_exact_head = not grid.unbiased or (len(caches) == 1 and grid.has_exact_head)
-        self.tokenizer = grid.tokenizer
+        self.masked, self.tokenizer = grid.masked, grid.tokenizer
         self.location = "the average of " + " and ".join(cache.location for cache in caches)
         for cache in caches:
             cache.keep_chunks(CHUNKS_PER_WINDOW)

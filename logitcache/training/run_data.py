@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
 
+import numpy as np
 import torch
 
 from logitcache.corpus import expand_paths, iter_documents, pack, resolve_policy
@@ -76,7 +77,8 @@ class RunData:
 
     Raises:
         CacheError: a cache cannot be opened.
-        TrainingError: the caches do not go together, or are too small to hold some blocks out.
+        TrainingError: the caches do not go together, are too small to hold some blocks out, or hold none to learn in
+            a part of them.
     """
 
     def __init__(self, options: TrainOptions, units: Sequence[int] | None = None) -> None:
@@ -101,6 +103,10 @@ class RunData:
         shares = [sum(weights) for _, weights in groups] if options.cache_weights else sizes
         self._source = read[0] if len(read) == 1 else MixedCaches(read, shares, self.ranges)
         self.evaluation = self._evaluation_sets()
+        for source, (first, stop) in zip(self.sources, self.ranges, strict=True):
+            _refuse_without_labels(source, first, stop, "to train on")
+        for held in self.evaluation:
+            _refuse_without_labels(held.source, held.first, held.stop, "held out")
 
     @property
     def block_length(self) -> int:
@@ -189,6 +195,23 @@ def _refuse_other_tokenizer(mine: BlockSource, held_out: BlockSource) -> None:
             f"the held-out cache {held_out.location} was made with another tokenizer ({held_out.tokenizer[:12]}) than "
             f"{mine.location} ({mine.tokenizer[:12]}); dump it with the same teacher"
         )
+
+
+def _refuse_without_labels(source: BlockSource, first: int, stop: int, what: str) -> None:
+    """Raise TrainingError where blocks [first, stop) lie inside prompts: a loss of nothing would be said to be 0."""
+    if not source.masked:
+        return
+    for ref in source.chunks:
+        blocks = np.arange(ref.first_block, ref.first_block + ref.num_blocks)
+        chosen = (blocks >= first) & (blocks < stop)
+        if chosen.any():
+            _, _, counted = source.read(ref, with_targets=False)
+            if counted is None or counted[np.repeat(chosen, source.block_tokens(blocks[0], blocks[-1] + 1))].any():
+                return
+    raise TrainingError(
+        f"nothing is to be learnt in the {stop - first} blocks of {source.location} that are {what}, as inside long "
+        "prompts; give more of them with --held-out and --eval-tokens or a --held-out-cache, or a larger cache"
+    )
 
 
 def _names(locations: Sequence[str]) -> list[str]:

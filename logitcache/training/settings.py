@@ -23,7 +23,8 @@ def settings_for(options: TrainOptions, cache: Cache | BlockSource) -> Distillat
         ObjectiveError: an option that the objective does not have or that is out of range, or a combination without a
             correct meaning on this cache; says what to use or to store instead.
         UsageError: a schedule or a mask makes no sense.
-        DamagedCacheError: its first block is damaged (read for policy-gradient and masks by teacher-entropy only).
+        DamagedCacheError: its first block with labels is damaged (read for policy-gradient and masks by
+            teacher-entropy only).
     """
     unbiased, head = cache.unbiased, cache.has_exact_head
     objective = choose_objective(options, unbiased)
@@ -80,13 +81,17 @@ def _mask(options: TrainOptions, objective: Objective, cache: Cache | BlockSourc
     if mask.by == "teacher-entropy" and not _is_known(cache, "entropy"):
         raise UsageError(
             f"mask is {mask}, but {cache.location} does not hold the teacher's entropy; use a cache that `dump` wrote "
-            "and whose entropy was not dropped, or --mask student-entropy:0.5"
+            "with a teacher that runs here and another selection than label, and whose entropy was not dropped, or "
+            "--mask student-entropy:0.5"
         )
     return mask
 
 
 def _is_known(cache: Cache | BlockSource, column: str) -> bool:
-    """Whether the first block holds a column of the teacher's for each of its labels."""
-    blocks = cache.read_blocks(0, 1)
-    known = np.isfinite(getattr(blocks.targets, column))
-    return bool(known[blocks.labels().ravel() != -100].all())
+    """Whether the first block that has labels holds a column of the teacher's for each of them."""
+    for block in range(cache.num_blocks):
+        blocks = cache.read_blocks(block, block + 1)
+        labelled = blocks.labels().ravel() != -100
+        if labelled.any():
+            return bool(np.isfinite(getattr(blocks.targets, column)[labelled]).all())
+    return True
