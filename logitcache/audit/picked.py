@@ -80,11 +80,17 @@ class PickedRows:
         rng = np.random.default_rng(seed)
         order = rng.permutation(stored)
         count = max(LEAST_BLOCKS, -(-rows // min(ROWS_PER_BLOCK, -(-cache.block_length // 2))))
-        while _lengths(cache, order[:count]).sum() < rows and count < stored.size:
-            count *= 2  # blocks were short
-        blocks = np.sort(order[:count])
+        places = _places(cache, order[:count])
+        while sum(of_block.size for of_block in places) < rows and count < stored.size:
+            places += _places(cache, order[count : 2 * count])  # blocks were short, or little of them counts
+            count *= 2
+        pairs = zip(order.tolist(), places, strict=False)
+        by_number = sorted((pair for pair in pairs if pair[1].size), key=lambda pair: pair[0])
+        if not by_number:
+            raise CacheError(f"{cache.location} holds no rows yet; run the same dump again to finish it")
+        blocks = np.array([number for number, _ in by_number])
         lengths = _lengths(cache, blocks)
-        block, place = _choose(lengths, rows, rng)
+        block, place = _choose([of_block for _, of_block in by_number], rows, rng)
         parts, tokens = [], []
         for number, first in enumerate(blocks.tolist()):
             read = cache.read_blocks(first, first + 1)
@@ -98,12 +104,20 @@ def _lengths(cache: Cache, blocks: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.array([geometry.tokens_in(block, block + 1) for block in blocks.tolist()])
 
 
+def _places(cache: Cache, blocks: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """Positions of each block that have a row: of a masked cache those that count."""
+    if not cache.masked:
+        return [np.arange(length) for length in _lengths(cache, blocks).tolist()]
+    masks = [cache.read_blocks(block, block + 1).counted for block in blocks.tolist()]
+    return [np.flatnonzero(mask) for mask in masks if mask is not None]
+
+
 def _choose(
-    lengths: NDArray[np.int64], rows: int, rng: np.random.Generator
+    places: list[NDArray[np.int64]], rows: int, rng: np.random.Generator
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Block index and place of `rows` rows, one in `START_SHARE` of them from the first positions of blocks."""
-    block = np.repeat(np.arange(lengths.size), lengths)
-    place = np.concatenate([np.arange(length) for length in lengths])
+    block = np.repeat(np.arange(len(places)), [of_block.size for of_block in places])
+    place = np.concatenate(places)
     order = rng.permutation(block.size)
     start = place[order] < START_POSITIONS
     of_start = min(max(1, rows // START_SHARE), int(start.sum()))

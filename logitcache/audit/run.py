@@ -132,7 +132,8 @@ class _Runs:
             done = (int(picked.block[rows[-1]]) + 1) * length
             self.progress.advance(done, picked.tokens.size, done, 0)
         codec = self.cache.codec
-        coded = codec.code(SparseTargets.concatenate(parts), np.random.default_rng(self._seed).random)
+        counted = np.ones(len(picked), dtype=np.bool_) if codec.masked else None  # only such rows are picked
+        coded = codec.code(SparseTargets.concatenate(parts), np.random.default_rng(self._seed).random, counted)
         return measured, codec.targets(coded)
 
     @torch.inference_mode()

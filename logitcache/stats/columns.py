@@ -60,6 +60,7 @@ class Columns:
         exact_head: whether rows say which of their weights are exact, so that the mass kept is known.
 
     Attributes:
+        tokens, rows: of the blocks; of a masked cache only rows that count are looked at.
         ids, kept, entropy, surprise: ids of a row; mass of its exact weights; nats; minus log p(next token), nats.
         labelled, hits: rows with a next token, and those of them that keep it.
         id_rows, id_mass: for each id seen, rows that keep it, and the sum of its weights.
@@ -68,17 +69,29 @@ class Columns:
 
     def __init__(self, block_length: int, exact_head: bool) -> None:
         self.exact_head = exact_head
-        self.tokens = self.labelled = self.hits = 0
+        self.tokens = self.rows = self.labelled = self.hits = 0
         self.ids, self.kept = Tally(1, MOST_IDS), Tally(MASS_STEP, 1.0)
         self.entropy, self.surprise = Tally(NAT_STEP, MOST_NATS), Tally(NAT_STEP, MOST_NATS)
         self.id_rows, self.id_mass = np.zeros(0), np.zeros(0)
         self.places = ByPosition(block_length)
 
-    def add(self, tokens_R: NDArray[np.int64], targets: SparseTargets, block_tokens: list[int]) -> None:
-        """Count the rows of whole blocks, which hold so many tokens each."""
+    def add(
+        self,
+        tokens_R: NDArray[np.int64],
+        targets: SparseTargets,
+        block_tokens: list[int],
+        counted_R: NDArray[np.bool_] | None = None,
+    ) -> None:
+        """Count the rows of whole blocks, which hold so many tokens each; of a masked cache those that count."""
         places_R = np.concatenate([np.arange(count) for count in block_tokens])
-        surprise_R = 0 - targets.label_logprob  # not -0
+        labels_R = np.append(tokens_R[1:], -1)
+        labels_R[np.cumsum(block_tokens) - 1] = -1
         self.tokens += tokens_R.size
+        if counted_R is not None:
+            kept = np.flatnonzero(counted_R)
+            places_R, labels_R, targets = places_R[kept], labels_R[kept], targets.take(kept)
+        self.rows += labels_R.size
+        surprise_R = 0 - targets.label_logprob  # not -0
         self.entropy.add(targets.entropy)
         self.surprise.add(surprise_R)
         lengths_R = targets.row_lengths.astype(np.float64)
@@ -90,14 +103,9 @@ class Columns:
             columns["kept_mass"] = kept_R
         for name, values_R in columns.items():
             self.places.add(name, places_R, values_R)
-        self._add_labels(tokens_R, targets, np.cumsum(block_tokens) - 1)
-        self._add_ids(targets)
-
-    def _add_labels(self, tokens_R: NDArray[np.int64], targets: SparseTargets, ends: NDArray[np.int64]) -> None:
-        labels_R = np.append(tokens_R[1:], -1)
-        labels_R[ends] = -1
         self.labelled += int((labels_R >= 0).sum())
         self.hits += int((targets.ids == np.repeat(labels_R, targets.row_lengths)).sum())
+        self._add_ids(targets)
 
     def _add_ids(self, targets: SparseTargets) -> None:
         size = max(self.id_rows.size, int(targets.ids.max(initial=-1)) + 1)

@@ -79,7 +79,7 @@ class CacheStats:
         kept_mass: mass of a row's exact weights, 1 - tail mass; None for draws, which have none.
         entropy: of the teacher's full distributions; None where it is not stored.
         surprise: minus the teacher's log-probability of the next token; None where it is not stored.
-        labelled: rows with a next token.
+        labelled: rows with a next token; of a masked cache, rows are those that count, here and elsewhere.
         label_kept: share of them whose ids hold the next token.
         distinct_ids: ids that some row keeps.
         array_bytes: compressed bytes of each array, in the shards that hold what was looked at.
@@ -138,7 +138,7 @@ def measure_stats(
         progress: told of tokens as they are read.
 
     Raises:
-        CacheError: there is no cache, or it holds no rows yet.
+        CacheError: there is no cache, it holds no rows yet, or nothing of these blocks counts.
         DamagedCacheError, RemoteError: rows cannot be read.
         UsageError: blocks that are not there.
     """
@@ -154,12 +154,17 @@ def measure_stats(
     cache.prefetch(dict.fromkeys(ref.shard for ref, _ in picked))
     for shard, of_shard in groupby(picked, key=lambda pair: pair[0].shard):
         for ref, blocks in of_shard:
-            for tokens, targets, block_tokens in _rows(cache, ref, blocks):
-                columns.add(tokens, targets, block_tokens)
+            for tokens, targets, block_tokens, counted in _rows(cache, ref, blocks):
+                columns.add(tokens, targets, block_tokens, counted)
             progress.advance(columns.tokens, total, columns.tokens, 0)
         for name, count in cache.stored_bytes([shard]).items():
             array_bytes[name] = array_bytes.get(name, 0) + count
         shard_tokens += cache.manifest.shards[shard].num_tokens
+    ids = columns.ids.summary()
+    if ids is None:
+        raise CacheError(
+            f"what was looked at of {cache.location} is to be read only and has no rows; look at more blocks"
+        )
     return CacheStats(
         cache=cache.location,
         selection=str(cache.selection),
@@ -168,7 +173,7 @@ def measure_stats(
         cache_chunks=len(cache.chunks),
         tokens=columns.tokens,
         chunks=len(picked),
-        ids=_known(columns.ids.summary()),
+        ids=ids,
         kept_mass=columns.kept.summary(),
         entropy=columns.entropy.summary(),
         surprise=columns.surprise.summary(),
@@ -182,11 +187,6 @@ def measure_stats(
         top_ids=_top_ids(columns, token_text),
         columns=columns,
     )
-
-
-def _known(summary: Summary | None) -> Summary:
-    assert summary is not None  # there is a row
-    return summary
 
 
 Picked = list[tuple[ChunkRef, NDArray[np.int64]]]
@@ -215,15 +215,16 @@ def _tokens(cache: Cache, ref: ChunkRef, blocks: NDArray[np.int64]) -> int:
     return sum(geometry.tokens_in(block, block + 1) for block in blocks.tolist())
 
 
-def _rows(cache: Cache, ref: ChunkRef, blocks: NDArray[np.int64]) -> Iterator[tuple[Any, Any, Any]]:
-    """Tokens, rows and tokens a block of runs of blocks in one chunk."""
-    tokens, targets, _ = cache.read_rows(ref)
+def _rows(cache: Cache, ref: ChunkRef, blocks: NDArray[np.int64]) -> Iterator[tuple[Any, Any, Any, Any]]:
+    """Tokens, rows, tokens a block and which rows count, of runs of blocks in one chunk."""
+    tokens, targets, counted = cache.read_rows(ref)
     counts = cache.manifest.identity.geometry.block_tokens(ref.first_block, ref.first_block + ref.num_blocks)
     begins = np.concatenate([[0], np.cumsum(counts)])
     for run in np.split(blocks, np.flatnonzero(np.diff(blocks) != 1) + 1):
         first, stop = int(run[0]) - ref.first_block, int(run[-1]) + 1 - ref.first_block
         low, high = int(begins[first]), int(begins[stop])
-        yield tokens[low:high], targets.slice(low, high), counts[first:stop]
+        mask = None if counted is None else counted[low:high]
+        yield tokens[low:high], targets.slice(low, high), counts[first:stop], mask
 
 
 def _places(columns: Columns) -> list[Place]:
@@ -235,6 +236,6 @@ def _places(columns: Columns) -> list[Place]:
 def _top_ids(columns: Columns, token_text: Callable[[int], str | None]) -> list[UsedId]:
     order = np.argsort(-columns.id_rows, kind="stable")[:TOP_IDS]
     used = order[columns.id_rows[order] > 0]
-    shares, weights = columns.id_rows[used] / columns.tokens, columns.id_mass[used] / columns.tokens
+    shares, weights = columns.id_rows[used] / columns.rows, columns.id_mass[used] / columns.rows
     rows = zip(used.tolist(), shares.tolist(), weights.tolist(), strict=True)
     return [UsedId(number, share, weight, token_text(number)) for number, share, weight in rows]

@@ -26,7 +26,7 @@ GOLDEN = Path(__file__).parent.parent / "golden" / "v1"
 
 
 class Rows:
-    """All real rows of some blocks, the plain way."""
+    """All real rows of some blocks, of masked caches those that count, the plain way."""
 
     def __init__(self, cache: Cache, numbers: list[int] | None = None) -> None:
         chosen = range(cache.num_blocks) if numbers is None else numbers
@@ -35,8 +35,10 @@ class Rows:
         self.place: list[int] = []
         self.label: list[int] = []
         columns: dict[str, list[float]] = {"tail_mass": [], "label_logprob": [], "entropy": [], "threshold": []}
+        self.tokens = sum(int(block.valid.sum()) for block in blocks)
         for block in blocks:
-            for place in np.flatnonzero(block.valid[0]):
+            rows = block.valid if block.counted is None else block.counted
+            for place in np.flatnonzero(rows[0]):
                 row = block.targets.slice(place, place + 1)
                 self.entries.append(dict(zip(row.ids.tolist(), row.weights.tolist(), strict=True)))
                 self.place.append(int(place))
@@ -67,7 +69,7 @@ def check_summary(found: Summary | None, values: np.ndarray[Any, Any], tolerance
 
 def check(found: CacheStats, cache: Cache, rows: Rows) -> None:
     """All of it."""
-    assert found.tokens == len(rows.entries)
+    assert found.tokens == rows.tokens
     check_summary(found.ids, rows.ids.astype(float))
     check_summary(found.entropy, rows.columns["entropy"])
     check_summary(found.surprise, -rows.columns["label_logprob"])
@@ -90,8 +92,8 @@ def check(found: CacheStats, cache: Cache, rows: Rows) -> None:
     most = sorted(used, key=lambda number: (-len(used[number]), number))[:20]
     assert [one.id for one in found.top_ids] == most
     for one in found.top_ids:
-        assert one.row_share == pytest.approx(len(used[one.id]) / found.tokens)
-        assert one.mean_weight == pytest.approx(sum(used[one.id]) / found.tokens, rel=1e-5)
+        assert one.row_share == pytest.approx(len(used[one.id]) / len(rows.entries))
+        assert one.mean_weight == pytest.approx(sum(used[one.id]) / len(rows.entries), rel=1e-5)
     place = np.array(rows.place)
     assert [one.first for one in found.places] == [0, *(one.stop for one in found.places[:-1])]
     assert found.places[-1].stop == cache.block_length
