@@ -81,6 +81,8 @@ def check(cache: str, as_json: bool) -> None:
         finished = ", unfinished (run the same dump again to finish it)" if report.unfinished else ""
         checked = f"{counted(report.shards, 'shard')}, {report.tokens:,} tokens checked"
         out.print(f"{cache}: {state}; {checked}{finished}")
+        if not report.ok and "://" not in cache:
+            out.print("`logitcache repair` lists what must be computed again", soft_wrap=True)
     if not report.ok:
         raise click.exceptions.Exit(1)
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from logitcache.algebra import Derivation, derive_cache
+from logitcache.audit import AuditOptions, audit_cache
 from logitcache.distill import run_training
 from logitcache.errors import (
     CacheError,
@@ -22,6 +23,7 @@ from logitcache.interchange import export_cache
 from logitcache.losses import Objective, distillation_loss
 from logitcache.reader import CacheDataset, ReaderOptions
 from logitcache.selection import Selection
+from logitcache.stats import measure_stats
 from logitcache.store import open_cache
 from logitcache.training.options import TrainOptions
 from tests.caches import student_yaml
@@ -179,3 +181,25 @@ def test_exports(rollouts: dict[str, Path], whole: dict[str, Path], tmp_path: Pa
             export_cache(open_cache(whole["label"]), target, tmp_path / "no")
     export_cache(open_cache(whole["label"]), "parquet", tmp_path / "label")
     assert "counted" not in pq.read_table(tmp_path / "label" / "data").column_names
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_masked_caches_are_the_teachers(rollouts: dict[str, Path], place: Path, spec: str) -> None:
+    report = audit_cache(rollouts[spec], AuditOptions(str(place / "teacher"), rows=40, device="cpu"))
+    assert report.verdict == "same teacher"
+    assert report.rows == 40
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_statistics_of_a_masked_cache_are_of_what_counts(rollouts: dict[str, Path], spec: str) -> None:
+    blocks = everything(reopened(rollouts[spec]))
+    counted = mask_of(blocks).ravel()
+    rows, found = blocks.targets.take(np.flatnonzero(counted)), measure_stats(rollouts[spec])
+    assert found.tokens == blocks.valid.sum()
+    assert (found.ids.count, found.labelled) == (counted.sum(), counted.sum())
+    assert found.ids.mean == pytest.approx(rows.row_lengths.mean())
+    assert found.label_kept == pytest.approx(
+        (rows.ids == np.repeat(blocks.labels().ravel()[counted], rows.row_lengths)).sum() / counted.sum()
+    )
+    if found.top_ids:
+        assert found.top_ids[0].row_share == pytest.approx((rows.ids == found.top_ids[0].id).sum() / counted.sum())

@@ -119,7 +119,9 @@ class Selection:
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise UsageError when a row cannot keep that many distinct ids."""
         if self.method != "sample" and self.size > vocab_size:
-            raise UsageError(f"selection {self} keeps {self.size} ids, but the teacher's vocabulary has {vocab_size}")
+            raise UsageError(
+                f"selection {self} keeps {self.size} ids, but the teacher's vocabulary has {vocab_size}; keep fewer"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form, as stored in plan and manifest; `exponent` only where there is one."""
