@@ -220,6 +220,9 @@ def show_block(cache: Cache, block: int, decoder: Decoder, as_json: bool) -> Non
         return
     out.print(Text(f"block {block}, {counted(facts['tokens'], 'token')}", style="bold"))
     out.print(Text(str(facts["text"])))
+    if not stored.any():
+        out.print("nothing is stored of this block: none of its tokens is one to learn, as inside a prompt")
+        return
     out.print(
         f"teacher's cross entropy {_nats(facts['cross_entropy'])}, entropy {_nats(facts['entropy'])}, "
         f"tail mass {facts['tail_mass']:.4f}, {facts['entries_per_token']:.1f} ids per token"

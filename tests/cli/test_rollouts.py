@@ -36,6 +36,10 @@ def test_the_command_line(tmp_path: Path, logitcache: Main) -> None:
     assert "the next token is not one to learn" in logitcache("inspect", root, "--position", "0").out
     block = json.loads(logitcache("inspect", root, "--block", "0", "--json").out)
     assert block["counted"] == blocks.counted[0].sum()
+    empty = int((~blocks.counted.any(1)).argmax())
+    shown = logitcache("inspect", root, "--block", empty).out
+    assert "nothing is stored of this block" in shown
+    assert "nan" not in shown
     assert logitcache("verify", root).status == 0
     wrong = logitcache(
         "dump", "--teacher", tmp_path / "teacher", "--corpus", corpus, "--prompt-field", "prompt",
