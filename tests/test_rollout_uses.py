@@ -25,6 +25,7 @@ from logitcache.reader import CacheDataset, ReaderOptions
 from logitcache.selection import Selection
 from logitcache.stats import measure_stats
 from logitcache.store import open_cache
+from logitcache.store.card import dataset_card
 from logitcache.training.options import TrainOptions
 from tests.caches import student_yaml
 from tests.codec.rows import assert_equal
@@ -181,6 +182,11 @@ def test_exports(rollouts: dict[str, Path], whole: dict[str, Path], tmp_path: Pa
             export_cache(open_cache(whole["label"]), target, tmp_path / "no")
     export_cache(open_cache(whole["label"]), "parquet", tmp_path / "label")
     assert "counted" not in pq.read_table(tmp_path / "label" / "data").column_names
+
+
+def test_the_card_names_an_objective_that_the_cache_has_rows_for(whole: dict[str, Path]) -> None:
+    told = {spec: dataset_card(open_cache(root).manifest, 1, "s3://b/c") for spec, root in whole.items()}
+    assert {spec for spec, text in told.items() if "--out run --objective policy-gradient\n" in text} == {"label"}
 
 
 @pytest.mark.parametrize("spec", SPECS)

@@ -38,7 +38,7 @@ a corpus, for training students without running the teacher.
 
     pip install 'logitcache[s3]'
     logitcache inspect {location}
-    logitcache train --cache {location} --student student.yaml --out run
+    logitcache train --cache {location} --student student.yaml --out run{objective}
 
 ```python
 import logitcache
@@ -90,6 +90,8 @@ def dataset_card(manifest: Manifest, num_bytes: int, location: str) -> str:
         rows="\n".join(f"| {name} | {_cell(value)} |" for name, value in facts.items()),
         location=location,
         block_length=geometry.block_length,
+        # The only one that needs no ids.
+        objective=" --objective policy-gradient" if selection.method == "label" else "",
     )
 
 
