@@ -450,7 +450,7 @@ BAD = {
     "k over the vocabulary": (
         {"spec": "top-k:301"},
         UsageError,
-        r"^selection top-k:301 keeps 301 ids, but the teacher's vocabulary has 300$",
+        r"^selection top-k:301 keeps 301 ids, but the teacher's vocabulary has 300; keep fewer$",
     ),
     "block length 1": ({"block_length": 1}, UsageError, r"^a block of 1 token has no next token; choose a block"),
     "block length 0": ({"block_length": 0}, UsageError, r"choose a block length of at least 2$"),

@@ -205,7 +205,7 @@ CASES: dict[str, tuple[int, str, Line]] = {
     ),
     "no student": (1, "cannot be read", lambda r, d: train(r, d, student=r / "nothing.yaml")),
     "a folder as config": (1, "has no config.json", lambda r, d: train(r, d, student=folder(r))),
-    "no --cache": (2, "cache: Field required", lambda r, d: train(r, d, cache=None)),
+    "no --cache": (2, "--cache is missing; give it here", lambda r, d: train(r, d, cache=None)),
     "alpha": (2, "alpha: .* \\(3.0 was given\\)", lambda r, d: train(r, d, alpha=3)),
     "negative alpha": (2, "alpha: .* \\(-0.5 was given\\)", lambda r, d: train(r, d, alpha=-0.5)),
     "no rate": (2, "learning-rate: ", lambda r, d: train(r, d, learning_rate=0)),

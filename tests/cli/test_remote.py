@@ -82,7 +82,7 @@ def test_train(logitcache: Main, url: str, dumped: Dumped, tmp_path: Path) -> No
         rows = [json.loads(row) for row in (out / "metrics.jsonl").read_text().splitlines()]
         losses.append([{name: row[name] for name in row if "second" not in name} for row in rows])
         options = json.loads((out / "run.json").read_text())["options"]
-        assert options["cache"] == str(place)
+        assert options["cache"] == [str(place)]
     assert losses[0] == losses[1]
 
 

@@ -112,6 +112,6 @@ def test_fields_that_do_not_belong_together() -> None:
 def test_more_ids_than_the_vocabulary_has() -> None:
     for text in ("top-k:301", "top-p:0.9:301", "varopt:301"):
         Selection.parse(text).check_vocabulary(301)
-        with pytest.raises(UsageError, match=r"keeps 301 ids, but the teacher's vocabulary has 300$"):
+        with pytest.raises(UsageError, match=r"keeps 301 ids, but the teacher's vocabulary has 300; keep fewer$"):
             Selection.parse(text).check_vocabulary(300)
     Selection.parse("sample:301").check_vocabulary(300)
