@@ -19,12 +19,11 @@ from logitcache.planning.sample import SampleCorpus
 from logitcache.progress import Progress, Silent
 from logitcache.selection import Selection
 from logitcache.store import Cache, CacheWriter, Manifest, open_cache
-from logitcache.targets import SparseTargets
 from logitcache.teachers import TransformersTeacher
-from logitcache.teachers.capture import capture_blocks
+from logitcache.teachers.capture import RowsFromLogits
 
 
-class RememberedBody:
+class RememberedBody(RowsFromLogits):
     """A teacher that computes its hidden states once, however many dumps of the same blocks ask for them.
 
     Attributes:
@@ -38,18 +37,6 @@ class RememberedBody:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._teacher, name)
-
-    def rows(
-        self,
-        tokens_BL: NDArray[np.int64],
-        first_block: int,
-        num_rows: int,
-        selections: Sequence[Selection],
-        seed: int,
-        counted_BL: NDArray[np.bool_] | None = None,
-    ) -> list[SparseTargets]:
-        """As the teacher's, of hidden states that may be known."""
-        return capture_blocks(self, tokens_BL, first_block, num_rows, selections, seed, counted_BL)
 
     def hidden(self, tokens: NDArray[np.int64]) -> torch.Tensor:
         """As the teacher's."""

@@ -38,6 +38,22 @@ class LogitsTeacher(Protocol):
         """Slices of rows whose logits fit the memory budget."""
 
 
+class RowsFromLogits:
+    """`Teacher.rows` for a `LogitsTeacher`."""
+
+    def rows(
+        self: LogitsTeacher,
+        tokens_BL: NDArray[np.int64],
+        first_block: int,
+        num_rows: int,
+        selections: Sequence[Selection],
+        seed: int,
+        counted_BL: NDArray[np.bool_] | None = None,
+    ) -> list[SparseTargets]:
+        """One forward pass for all selections. Raises ModelError as `capture_blocks`."""
+        return capture_blocks(self, tokens_BL, first_block, num_rows, selections, seed, counted_BL)
+
+
 @torch.inference_mode()
 def capture_blocks(
     teacher: LogitsTeacher,
@@ -50,14 +66,7 @@ def capture_blocks(
 ) -> list[SparseTargets]:
     """The teacher's distributions at the first `num_rows` positions of consecutive blocks, once for each selection.
 
-    Args:
-        teacher: the teacher.
-        tokens_BL: int64 [B, L]; positions from `num_rows` on (row-major) are padding.
-        first_block: number of the first block; together with `seed` it determines what is sampled.
-        num_rows: R.
-        selections: what to keep; each gives one SparseTargets of R rows.
-        seed: of the sampled selections.
-        counted_BL: bool [B, L], positions that rows are wanted of; the others' rows are empty. None: all.
+    Arguments as of `Teacher.rows`.
 
     Raises:
         ModelError: a logit is NaN or +inf; the message names block and position.

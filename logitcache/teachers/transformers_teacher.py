@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from logitcache import models
 from logitcache.errors import ModelError
 from logitcache.selection import Selection
-from logitcache.targets import SparseTargets
-from logitcache.teachers.capture import capture_blocks
+from logitcache.teachers.capture import RowsFromLogits
 
 # Logits of one slice of rows: small enough for the caches and memory of a laptop, large enough to keep a GPU busy.
 _CPU_LOGITS_BYTES = 32 << 20
@@ -26,7 +25,7 @@ _CUDA_LOGITS_BYTES = 1 << 30
 _LEAST_ROWS = 16
 
 
-class TransformersTeacher:
+class TransformersTeacher(RowsFromLogits):
     """A causal language model with its tokenizer; build it with `load`.
 
     Attributes:
@@ -99,18 +98,6 @@ class TransformersTeacher:
 
     def check_selections(self, selections: Sequence[Selection]) -> None:
         """Nothing to check: every selection can be made of whole distributions."""
-
-    def rows(
-        self,
-        tokens_BL: NDArray[np.int64],
-        first_block: int,
-        num_rows: int,
-        selections: Sequence[Selection],
-        seed: int,
-        counted_BL: NDArray[np.bool_] | None = None,
-    ) -> list[SparseTargets]:
-        """As `Teacher.rows`: one forward pass for all selections. Raises ModelError as `capture_blocks`."""
-        return capture_blocks(self, tokens_BL, first_block, num_rows, selections, seed, counted_BL)
 
     @torch.inference_mode()
     def hidden(self, tokens: NDArray[np.integer[Any]] | torch.Tensor) -> torch.Tensor:
