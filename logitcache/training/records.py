@@ -111,10 +111,15 @@ class RecordCallback(TrainerCallback):
 
 
 def last_whole_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that is whole, with its reader state."""
-    found = [(int(path.name.rpartition("-")[2]), path, _whole_state(path)) for path in folder.glob("checkpoint-*")]
-    whole = [(step, path, state) for step, path, state in found if state is not None]
-    return max(whole)[1:] if whole else None
+    """The newest checkpoint that is whole, with its reader state. Older ones are not read."""
+    for path in sorted(folder.glob("checkpoint-*"), key=_step_of, reverse=True):
+        if (state := _whole_state(path)) is not None:
+            return path, state
+    return None
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def _whole_state(folder: Path) -> dict[str, Any] | None:
@@ -143,10 +148,10 @@ def _crc32c(path: Path) -> str:
     return checksum.hexdigest().decode()
 
 
-def remove_half_checkpoints(folder: Path) -> None:
-    """Remove what a kill left half-written, or what was damaged since."""
+def remove_half_checkpoints(folder: Path, last_step: int) -> None:
+    """Remove what a kill left half-written, and what is newer than the checkpoint that is gone on from: damaged."""
     for path in folder.glob("checkpoint-*"):
-        if _whole_state(path) is None:
+        if _step_of(path) > last_step or not (path / COMPLETE).exists():
             shutil.rmtree(path)
 
 

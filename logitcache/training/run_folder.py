@@ -84,7 +84,7 @@ class RunFolder:
             self._unfinished_record.replace(self._record)
         if not self._config.exists():
             self._config.write_text(_CONFIG_HEAD + yaml.safe_dump(record["options"], sort_keys=False))
-        remove_half_checkpoints(self.checkpoints)
+        remove_half_checkpoints(self.checkpoints, last_step)
         self.metrics.cut(last_step)
 
     def finish(self, result: dict[str, Any]) -> None:

@@ -63,7 +63,7 @@ def test_half_written_checkpoints_are_removed(tmp_path: Path) -> None:
         checkpoint(tmp_path, step, whole)
     assert last_whole_checkpoint(tmp_path) == (tmp_path / "checkpoint-10", {"samples_seen": 10})
     assert len(list(tmp_path.iterdir())) == 4
-    remove_half_checkpoints(tmp_path)
+    remove_half_checkpoints(tmp_path, 10)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-2"]
 
 
@@ -93,7 +93,7 @@ def test_damaged_checkpoints_are_removed(name: str, damage: bytes | None, tmp_pa
     else:
         (tmp_path / "checkpoint-4" / name).write_bytes(damage)
     assert last_whole_checkpoint(tmp_path) == (tmp_path / "checkpoint-2", {"samples_seen": 2})
-    remove_half_checkpoints(tmp_path)
+    remove_half_checkpoints(tmp_path, 2)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
 
 
@@ -101,7 +101,7 @@ def test_no_whole_checkpoint(tmp_path: Path) -> None:
     assert last_whole_checkpoint(tmp_path / "nothing") is None
     checkpoint(tmp_path, 1, whole=False)
     assert last_whole_checkpoint(tmp_path) is None
-    remove_half_checkpoints(tmp_path)
+    remove_half_checkpoints(tmp_path, -1)
     assert not list(tmp_path.iterdir())
 
 
