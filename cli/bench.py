@@ -10,7 +10,7 @@ import click
 from rich.table import Table
 
 from .console import debug_option, json_option, out, print_json, print_wide
-from .options import teacher_options
+from .options import choice, teacher_options
 from .progress import DumpView
 
 if TYPE_CHECKING:
@@ -42,14 +42,15 @@ def bench() -> None:
 @click.option(
     "--positions", default=1024, show_default=True, help="Positions whose gradient is measured (about 1 MB each)."
 )
-@click.option(
+@choice(
     "--dtype",
-    default="auto",
-    show_default=True,
-    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    "auto",
+    "float32",
+    "bfloat16",
+    "float16",
     help="Of the teacher that dumps; errors are measured in float32.",
 )
-@click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]), help="Where.")
+@choice("--device", "auto", "cpu", "cuda", help="Where.")
 @json_option
 @debug_option
 def storage(root: Path, select: tuple[str, ...], as_json: bool, **rest: Any) -> None:

@@ -9,7 +9,18 @@ import click
 from rich.table import Table
 
 from .console import counted, debug_option, json_option, out, print_json
-from .options import cache_options, field_options, server_of, server_options, teacher_options
+from .options import (
+    cache_options,
+    choice,
+    field_options,
+    running_options,
+    server_of,
+    server_options,
+    special_token_options,
+    teacher_options,
+    trust_option,
+    workers_option,
+)
 from .plan_table import show_plan
 from .progress import DumpView
 from .watch import Watchable
@@ -53,51 +64,12 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
     "--select", required=True, metavar="SPEC", help="What to keep, for example sample:50, varopt:12 or label."
 )
 @click.option("--also", nargs=2, multiple=True, metavar="SPEC CACHE", help="Write another cache from the same run.")
-@click.option("--block-length", default=1024, show_default=True, help="Tokens in a block.")
-@click.option("--max-tokens", type=int, help="Stop the corpus after so many tokens.")
-@click.option(
-    "--dtype",
-    default="auto",
-    show_default=True,
-    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-    help="auto: as the teacher is stored.",
-)
-@click.option(
-    "--device",
-    default="auto",
-    show_default=True,
-    type=click.Choice(["auto", "cpu", "cuda"]),
-    help="Where the teacher runs.",
-)
-@click.option(
-    "--batch-tokens", default=4096, show_default=True, help="Tokens in one forward pass, or asked for together."
-)
-@click.option("--unit-tokens", type=int, help="Tokens committed at once; default: about 1/32 of the corpus.")
-@click.option("--seed", default=0, show_default=True, help="Of sampled selections.")
+@running_options
 @field_options
-@click.option(
-    "--bos",
-    default="auto",
-    show_default=True,
-    type=click.Choice(["auto", "none", "document", "block"]),
-    help="Where BOS goes. auto: as the tokenizer puts it; none with messages and token ids, which have their own.",
-)
-@click.option(
-    "--eos",
-    default="auto",
-    show_default=True,
-    type=click.Choice(["auto", "none", "document"]),
-    help="Where EOS goes; auto as there.",
-)
+@special_token_options
 @cache_options
-@click.option(
-    "--engine",
-    default="local",
-    show_default=True,
-    type=click.Choice(["local", "torchrun", "ray"]),
-    help="Who starts the workers: this command, torchrun or srun, or Ray.",
-)
-@click.option("--workers", type=int, help="Processes with a teacher each; local: 1, ray: one for each GPU.")
+@choice("--engine", "local", "torchrun", "ray", help="Who starts the workers: this command, torchrun or srun, or Ray.")
+@workers_option
 @click.option(
     "--lease-seconds", default=60.0, show_default=True, help="A worker silent for so long loses its unit to another."
 )
@@ -111,7 +83,7 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 @click.option(
     "--dry-run", is_flag=True, help="Try a sample and print what the dump would take, as plan does; write nothing."
 )
-@click.option("--trust-remote-code", is_flag=True, help="Let the teacher's folder run Python code of its own.")
+@trust_option
 @json_option
 @debug_option
 def dump(root: Path, select: str, also: tuple[tuple[str, str], ...], as_json: bool, dry_run: bool, **rest: Any) -> None:

@@ -11,55 +11,117 @@ import click
 Command = Callable[..., Any]
 
 
+def choice(name: str, *choices: str, help: str) -> Callable[[Command], Command]:
+    """An option that takes one of some words, the first by default."""
+    return click.option(name, default=choices[0], show_default=True, type=click.Choice(choices), help=help)
+
+
+def together(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Several options as one decorator, in the order in which `--help` shall list them."""
+
+    def add(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
 def teacher_options(command: Command) -> Command:
     """Add `--teacher`, `--gguf-file` and `--corpus`: what a dump reads."""
-    command = click.option(
-        "--corpus", required=True, multiple=True, metavar="PATH", help="File, folder or glob; may be repeated."
+    return together(
+        click.option(
+            "--teacher",
+            required=True,
+            metavar="DIR_OR_ID",
+            help="Folder or hub id of a causal language model (dump: or URL of a server).",
+        ),
+        click.option("--gguf-file", metavar="FILE", help="GGUF file inside the teacher's folder."),
+        click.option(
+            "--corpus", required=True, multiple=True, metavar="PATH", help="File, folder or glob; may be repeated."
+        ),
     )(command)
-    command = click.option("--gguf-file", metavar="FILE", help="GGUF file inside the teacher's folder.")(command)
-    return click.option(
-        "--teacher",
-        required=True,
-        metavar="DIR_OR_ID",
-        help="Folder or hub id of a causal language model (dump: or URL of a server).",
+
+
+def running_options(command: Command) -> Command:
+    """Add what says how much of the corpus a dump's teacher reads, in what pieces and how it computes."""
+    return together(
+        click.option("--block-length", default=1024, show_default=True, help="Tokens in a block."),
+        click.option("--max-tokens", type=int, help="Stop the corpus after so many tokens."),
+        choice("--dtype", "auto", "float32", "bfloat16", "float16", help="auto: as the teacher is stored."),
+        choice("--device", "auto", "cpu", "cuda", help="Where the teacher runs."),
+        click.option(
+            "--batch-tokens", default=4096, show_default=True, help="Tokens in one forward pass, or asked for together."
+        ),
+        click.option("--unit-tokens", type=int, help="Tokens committed at once; default: about 1/32 of the corpus."),
+        click.option("--seed", default=0, show_default=True, help="Of sampled selections."),
     )(command)
 
 
 def field_options(command: Command) -> Command:
     """Add `--text-field` and the others that say what records of a corpus hold."""
     helps = {
-        "--mask-field": "Beside token ids: 0 or 1 for each, whether it is to be learnt.",
-        "--ids-field": "Token ids of the teacher's tokenizer, instead of text.",
-        "--messages-field": "Conversations; the tokenizer's chat template writes them, the assistant's part is learnt.",
-        "--completion-field": "The text after the prompt, which alone is learnt.",
         "--prompt-field": "Prompts, with --completion-field instead of --text-field.",
+        "--completion-field": "The text after the prompt, which alone is learnt.",
+        "--messages-field": "Conversations; the tokenizer's chat template writes them, the assistant's part is learnt.",
+        "--ids-field": "Token ids of the teacher's tokenizer, instead of text.",
+        "--mask-field": "Beside token ids: 0 or 1 for each, whether it is to be learnt.",
     }
-    for name, text in helps.items():
-        command = click.option(name, metavar="NAME", help=text)(command)
+    return together(
+        click.option(
+            "--text-field",
+            default="text",
+            show_default=True,
+            metavar="NAME",
+            help="Text: a field of JSONL objects, or a column of Parquet and Arrow files.",
+        ),
+        *(click.option(name, metavar="NAME", help=text) for name, text in helps.items()),
+    )(command)
+
+
+def special_token_options(command: Command) -> Command:
+    """Add `--bos` and `--eos`: where a corpus gets special tokens."""
+    return together(
+        choice(
+            "--bos",
+            "auto",
+            "none",
+            "document",
+            "block",
+            help="Where BOS goes. auto: as the tokenizer puts it; none with messages and token ids, which have "
+            "their own.",
+        ),
+        choice("--eos", "auto", "none", "document", help="Where EOS goes; auto as there."),
+    )(command)
+
+
+def workers_option(command: Command) -> Command:
+    """Add `--workers`."""
+    return click.option("--workers", type=int, help="Processes with a teacher each; local: 1, ray: one for each GPU.")(
+        command
+    )
+
+
+def trust_option(command: Command) -> Command:
+    """Add `--trust-remote-code`."""
     return click.option(
-        "--text-field",
-        default="text",
-        show_default=True,
-        metavar="NAME",
-        help="Text: a field of JSONL objects, or a column of Parquet and Arrow files.",
+        "--trust-remote-code", is_flag=True, help="Let the teacher's folder run Python code of its own."
     )(command)
 
 
 def server_options(command: Command) -> Command:
     """Add what says how a teacher behind a server is asked; `server_of` takes it out of a command's arguments."""
-    for option in (
-        click.option(
-            "--request-timeout", type=float, metavar="S", help="Seconds for one request to the server; default: 600."
-        ),
-        click.option("--requests-per-second", type=float, metavar="N", help="At most so many requests to the server."),
+    return together(
+        click.option("--teacher-model", metavar="NAME", help="Model to ask, where the server has several."),
+        click.option("--tokenizer", metavar="DIR_OR_ID", help="The teacher's tokenizer; needed with a server."),
         click.option(
             "--concurrency", type=int, metavar="N", help="Requests to the server under way at once; default: 8."
         ),
-        click.option("--tokenizer", metavar="DIR_OR_ID", help="The teacher's tokenizer; needed with a server."),
-        click.option("--teacher-model", metavar="NAME", help="Model to ask, where the server has several."),
-    ):
-        command = option(command)
-    return command
+        click.option("--requests-per-second", type=float, metavar="N", help="At most so many requests to the server."),
+        click.option(
+            "--request-timeout", type=float, metavar="S", help="Seconds for one request to the server; default: 600."
+        ),
+    )(command)
 
 
 def server_of(given: dict[str, Any]) -> Any:
@@ -88,31 +150,33 @@ def new_cache_option(command: Command) -> Command:
     )(command)
 
 
-def cache_options(command: Command) -> Command:
-    """Add `--codec` and `--container`: how a new cache is stored."""
-    command = click.option(
+def codec_option(*choices: str) -> Callable[[Command], Command]:
+    """Add `--codec`, the first choice by default."""
+    return choice("--codec", *choices, help="small: fewest bytes; fast: fastest to read.")
+
+
+def container_option(command: Command) -> Command:
+    """Add `--container`."""
+    return choice(
         "--container",
-        default="zarr",
-        show_default=True,
-        type=click.Choice(["zarr", "arrow"]),
+        "zarr",
+        "arrow",
         help="Files of the cache: Zarr v3 zips (smaller) or Arrow IPC (any Arrow reader opens them).",
     )(command)
-    return click.option(
-        "--codec",
-        default="small",
-        show_default=True,
-        type=click.Choice(["small", "fast"]),
-        help="small: fewest bytes; fast: fastest to read.",
-    )(command)
+
+
+def cache_options(command: Command) -> Command:
+    """Add `--codec` and `--container`: how a new cache is stored."""
+    return together(codec_option("small", "fast"), container_option)(command)
 
 
 def rows_options(command: Command) -> Command:
     """Add `--blocks`, `--sample`, `--seed` and `--tokenizer`: which rows of a cache to count, and how to show ids."""
-    command = click.option(
-        "--tokenizer", metavar="DIR", help="The teacher's tokenizer, if it is no longer where the dump found it."
+    return together(
+        click.option("--blocks", metavar="RANGES", help="Only these blocks, for example 0:100,250; or @FILE."),
+        click.option("--sample", type=int, metavar="N", help="Read only N chunks, chosen at random."),
+        click.option("--seed", default=0, show_default=True, help="Of the choice that --sample makes."),
+        click.option(
+            "--tokenizer", metavar="DIR", help="The teacher's tokenizer, if it is no longer where the dump found it."
+        ),
     )(command)
-    command = click.option("--seed", default=0, show_default=True, help="Of the choice that --sample makes.")(command)
-    command = click.option("--sample", type=int, metavar="N", help="Read only N chunks, chosen at random.")(command)
-    return click.option("--blocks", metavar="RANGES", help="Only these blocks, for example 0:100,250; or @FILE.")(
-        command
-    )

@@ -7,8 +7,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .console import debug_option, json_option
-from .dump import dump
-from .options import server_of
+from .options import (
+    codec_option,
+    container_option,
+    field_options,
+    running_options,
+    server_of,
+    server_options,
+    special_token_options,
+    teacher_options,
+    trust_option,
+    workers_option,
+)
 from .plan_table import show_plan
 
 if TYPE_CHECKING:
@@ -25,19 +35,20 @@ The same for one dump with all its arguments: logitcache dump ... --dry-run
 
 Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 """
-# Of a dump's options those that say where and how it is written, which a plan leaves open or asks in its own way.
-NOT_SHARED = {"root", "select", "also", "codec", "engine", "lease_seconds", "watch", "dry_run"}
 
 
+# A plan understands whatever says how a dump runs, as a test compares; `dump --dry-run` takes the rest.
 @click.command(epilog=EXAMPLE)
+@teacher_options
+@running_options
+@field_options
+@special_token_options
+@container_option
+@workers_option
+@server_options
+@trust_option
 @click.option("--select", required=True, multiple=True, metavar="SPEC", help="What to keep; may be repeated.")
-@click.option(
-    "--codec",
-    default="both",
-    show_default=True,
-    type=click.Choice(["both", "small", "fast"]),
-    help="small: fewest bytes; fast: fastest to read.",
-)
+@codec_option("both", "small", "fast")
 @click.option("--sample-tokens", type=int, help="Tokens to try; default: 8,192 on a CPU, 65,536 on a GPU.")
 @click.option("--student", metavar="CONFIG_OR_DIR", help="Also train this student a few steps: what would it read?")
 @click.option("--machines", default=1, show_default=True, help="Machines like this one that share the dump.")
@@ -66,12 +77,3 @@ def plan(
         "plan",
         as_json,
     )
-
-
-def _share_options() -> None:
-    """Give `plan` the options of `dump` that it has in common: whatever a dump is told, its plan understands."""
-    mine = {parameter.name for parameter in plan.params}
-    plan.params[:0] = [parameter for parameter in dump.params if parameter.name not in NOT_SHARED | mine]
-
-
-_share_options()

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from logitcache.cli.console import out
+from logitcache.cli.dump import dump
+from logitcache.cli.plan import plan
 from tests.caches import Dumped, student_yaml
 from tests.cli.conftest import Main
 
@@ -49,6 +51,12 @@ def test_json(logitcache: Main, dumped: Dumped) -> None:
     assert facts["total_bytes"] == cache["bytes"]
 
 
+def test_understands_what_a_dump_is_told() -> None:
+    of_dump, of_plan = ({parameter.name for parameter in command.params} for command in (dump, plan))
+    where_and_by_whom = {"root", "also", "engine", "lease_seconds", "watch", "dry_run"}
+    assert of_dump - of_plan == where_and_by_whom
+
+
 def test_dry_run_writes_nothing(logitcache: Main, dumped: Dumped, tmp_path: Path) -> None:
     caches = [tmp_path / "one", tmp_path / "two"]
     arguments = line(dumped, "dump", "--out", caches[0], "--also", "sample:9", caches[1], "--json")
@@ -56,9 +64,9 @@ def test_dry_run_writes_nothing(logitcache: Main, dumped: Dumped, tmp_path: Path
     assert os.listdir(tmp_path) == []
     assert planned["together"] is True
     dumped_now = json.loads(logitcache(*arguments).out)
-    for plan, real in zip(planned["caches"], dumped_now["caches"], strict=True):
-        assert (plan["select"], plan["cache"]) == (real["select"], real["cache"])
-        assert plan["bytes"] == pytest.approx(real["bytes"], abs=32)
+    for expected, real in zip(planned["caches"], dumped_now["caches"], strict=True):
+        assert (expected["select"], expected["cache"]) == (real["select"], real["cache"])
+        assert expected["bytes"] == pytest.approx(real["bytes"], abs=32)
 
 
 def test_bad_input(logitcache: Main, dumped: Dumped, tmp_path: Path) -> None:
