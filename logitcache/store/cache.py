@@ -18,11 +18,12 @@ from logitcache.selection import Selection
 from logitcache.store.access import CacheFiles, LocalFiles
 from logitcache.store.blocks import Blocks, ChunkRef, cut, join, to_blocks
 from logitcache.store.commits import assemble_manifest
-from logitcache.store.container import Container, Plane
+from logitcache.store.container import Plane
 from logitcache.store.layout import Layout
 from logitcache.store.location import S3Location, parse_location
-from logitcache.store.schema import Manifest, Plan, Shard, load_document, most_integers
-from logitcache.store.writer import check_attributes, parse_codebook, read_codebook
+from logitcache.store.open_shards import OpenShards
+from logitcache.store.schema import Manifest, Plan, load_document
+from logitcache.store.writer import parse_codebook, read_codebook
 from logitcache.targets import SparseTargets
 
 
@@ -53,8 +54,7 @@ class Cache:
             )
         self._kept_chunks = kept_chunks
         self._codebook: Codebook | None = None
-        self._verified: set[int] = set()
-        self._containers: OrderedDict[int, Container] = OrderedDict()
+        self._shards = OpenShards(manifest, self.files)
         self._decoded: OrderedDict[ChunkRef, Blocks] = OrderedDict()
         self.chunks = self._list_chunks()
         self._chunk_starts = [chunk.first_block for chunk in self.chunks]
@@ -155,7 +155,7 @@ class Cache:
         """
         total: dict[str, int] = {}
         for number in range(len(self.manifest.shards)) if shards is None else shards:
-            container = self._container(number)
+            container = self._shards.open(number)
             for name in container.sizes:
                 total[name] = total.get(name, 0) + container.stored_bytes(name)
         return total
@@ -164,7 +164,7 @@ class Cache:
         return f"Cache({self.location!r}, {self.num_tokens:,} tokens in {self.num_blocks:,} blocks)"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_containers": OrderedDict(), "_decoded": OrderedDict()}
+        return {**self.__dict__, "_decoded": OrderedDict()}
 
     def snapshot(self, units: int | None = None) -> Cache:
         """The first units as a cache of its own, which stays the same while its dump goes on and after.
@@ -232,9 +232,7 @@ class Cache:
 
     def close(self) -> None:
         """Release open files and decoded chunks; reading opens them again."""
-        for container in self._containers.values():
-            container.close()
-        self._containers.clear()
+        self._shards.close()
         self._decoded.clear()
 
     def _list_chunks(self) -> list[ChunkRef]:
@@ -269,13 +267,13 @@ class Cache:
 
     def read_tokens(self, ref: ChunkRef) -> NDArray[np.int64]:
         """A chunk's real tokens int64 [R], without their rows. Raises DamagedCacheError."""
-        return self._tokens_of(ref, self._container(ref.shard).read("tokens", ref.chunk).astype(np.int64))
+        return self._tokens_of(ref, self._shards.open(ref.shard).read("tokens", ref.chunk).astype(np.int64))
 
     def read_counted(self, ref: ChunkRef) -> NDArray[np.bool_] | None:
         """bool [R], which of a chunk's rows count; None for all. Raises DamagedCacheError."""
         if not self.masked:
             return None
-        plane = self._container(ref.shard).read("counted", ref.chunk)
+        plane = self._shards.open(ref.shard).read("counted", ref.chunk)
         with self._damage_in(ref):
             return self.codec.counted(plane, self._num_rows(ref))
 
@@ -323,7 +321,7 @@ class Cache:
 
     def read_planes(self, ref: ChunkRef, memory: Memory = FRESH) -> dict[str, Plane]:
         """A chunk's planes as they are stored, unsigned integers [size] each. Raises DamagedCacheError."""
-        return self._container(ref.shard).read_chunk(ref.chunk, memory)
+        return self._shards.open(ref.shard).read_chunk(ref.chunk, memory)
 
     def read_codebook(self) -> dict[str, Plane]:
         """The planes of the codec's tables, checked against the manifest. Raises DamagedCacheError."""
@@ -335,46 +333,6 @@ class Cache:
         if self._codebook is None:
             self._codebook = parse_codebook(self.files.codebook_name, self.read_codebook(), self.vocab_size)
         return self._codebook
-
-    def _container(self, number: int) -> Container:
-        container = self._containers.get(number)
-        if container is None:
-            shard = self.manifest.shards[number]
-            container = self.files.open_shard(shard, check=number not in self._verified)
-            try:
-                self._check_shard(container, shard)
-            except CacheError:
-                container.close()
-                raise
-            self._verified.add(number)
-            kept = self._containers.setdefault(number, container)
-            if kept is not container:  # another thread opened it at the same time
-                container.close()
-            container = kept
-            while len(self._containers) > self.files.open_shards:
-                with suppress(KeyError):  # whoever reads it still, in another thread, keeps it open
-                    self._containers.popitem(last=False)
-        with suppress(KeyError):
-            self._containers.move_to_end(number)
-        return container
-
-    def _check_shard(self, container: Container, shard: Shard) -> None:
-        check_attributes(
-            container,
-            role="shard",
-            plan=Plan(identity=self.manifest.identity).fingerprint,
-            unit=shard.unit,
-            first_block=shard.first_block,
-            num_tokens=shard.num_tokens,
-        )
-        chunks = self.manifest.identity.geometry.chunks_in(shard.num_blocks)
-        claimed = sum(sum(sizes) for sizes in container.sizes.values())
-        if container.num_chunks != chunks or claimed > most_integers(shard.num_tokens, shard.num_entries):
-            raise DamagedCacheError(
-                f"{container.path} claims {container.num_chunks} chunks and {claimed:,} integers, which the manifest's "
-                f"{shard.num_tokens:,} tokens and {shard.num_entries:,} entries cannot have; restore the right file",
-                shard=shard.file,
-            )
 
 
 def open_cache(

@@ -460,4 +460,4 @@ def test_sizes_without_the_right_to_list(url: str, proxy: Proxy, local: Made) ->
 def test_open_shards_are_bounded(url: str, monkeypatch: pytest.MonkeyPatch, local: Made) -> None:
     monkeypatch.setattr(RemoteFiles, "open_shards", 1)
     cache = check(local, url)
-    assert len(cache._containers) == 1
+    assert len(cache._shards) == 1
