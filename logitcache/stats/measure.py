@@ -19,6 +19,8 @@ from logitcache.stats.tally import Summary
 from logitcache.store import Cache, ChunkRef, open_cache
 
 TOP_IDS = 20
+# Chunks, in order, with the numbers of the blocks to look at.
+Picked = list[tuple[ChunkRef, NDArray[np.int64]]]
 
 
 @dataclass(frozen=True)
@@ -151,19 +153,7 @@ def measure_stats(
     if not cache.chunks:
         raise CacheError(f"{cache.location} holds no rows yet; run the same dump again to finish it")
     picked = _picked(cache, options)
-    columns = Columns(cache.block_length, cache.keeps_ids, cache.keeps_ids and cache.has_exact_head)
-    total, shard_tokens = sum(_tokens(cache, ref, blocks) for ref, blocks in picked), 0
-    array_bytes: dict[str, int] = {}
-    progress.stage("reading")
-    cache.prefetch(dict.fromkeys(ref.shard for ref, _ in picked))
-    for shard, of_shard in groupby(picked, key=lambda pair: pair[0].shard):
-        for ref, blocks in of_shard:
-            for rows in _rows(cache, ref, blocks):
-                columns.add(*rows)
-            progress.advance(columns.tokens, total, columns.tokens, 0)
-        for name, count in cache.stored_bytes([shard]).items():
-            array_bytes[name] = array_bytes.get(name, 0) + count
-        shard_tokens += cache.manifest.shards[shard].num_tokens
+    columns, array_bytes = _count(cache, picked, progress)
     return CacheStats(
         cache=cache.location,
         selection=str(cache.selection),
@@ -182,7 +172,7 @@ def measure_stats(
         label_kept=columns.hits / columns.labelled if columns.labelled and cache.keeps_ids else None,
         distinct_ids=int((columns.id_rows > 0).sum()),
         array_bytes=dict(sorted(array_bytes.items(), key=lambda item: -item[1])),
-        shard_tokens=shard_tokens,
+        shard_tokens=sum(cache.manifest.shards[shard].num_tokens for shard in {ref.shard for ref, _ in picked}),
         codebook_bytes=cache.codebook_bytes,
         places=_places(columns),
         top_ids=_top_ids(columns, token_text),
@@ -190,11 +180,8 @@ def measure_stats(
     )
 
 
-Picked = list[tuple[ChunkRef, NDArray[np.int64]]]
-
-
 def _picked(cache: Cache, options: StatsOptions) -> Picked:
-    """Chunks, in order, with the numbers of the blocks to look at."""
+    """What the options ask for."""
     if options.blocks is None:
         found: Picked = [(ref, np.arange(ref.first_block, ref.first_block + ref.num_blocks)) for ref in cache.chunks]
     else:
@@ -207,6 +194,23 @@ def _picked(cache: Cache, options: StatsOptions) -> Picked:
         chosen = np.random.default_rng(options.seed).choice(len(found), options.sample, replace=False)
         found = [found[number] for number in sorted(chosen.tolist())]
     return found
+
+
+def _count(cache: Cache, picked: Picked, progress: Progress) -> tuple[Columns, dict[str, int]]:
+    """The rows, and the compressed bytes of each array in their shards: each shard is opened once for both."""
+    columns = Columns(cache.block_length, cache.keeps_ids, cache.keeps_ids and cache.has_exact_head)
+    total = sum(_tokens(cache, ref, blocks) for ref, blocks in picked)
+    array_bytes: dict[str, int] = {}
+    progress.stage("reading")
+    cache.prefetch(dict.fromkeys(ref.shard for ref, _ in picked))
+    for shard, of_shard in groupby(picked, key=lambda pair: pair[0].shard):
+        for ref, blocks in of_shard:
+            for rows in _rows(cache, ref, blocks):
+                columns.add(*rows)
+            progress.advance(columns.tokens, total, columns.tokens, 0)
+        for name, count in cache.stored_bytes([shard]).items():
+            array_bytes[name] = array_bytes.get(name, 0) + count
+    return columns, array_bytes
 
 
 def _tokens(cache: Cache, ref: ChunkRef, blocks: NDArray[np.int64]) -> int:
