@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.table import Table
 
-from .console import debug_option, json_option, out, print_json, print_wide
+from .console import debug_option, json_option, out, plain_table, print_json, print_wide
 from .options import choice, teacher_options
 from .progress import DumpView
 
@@ -75,9 +74,7 @@ def storage(root: Path, select: tuple[str, ...], as_json: bool, **rest: Any) -> 
 def _print_table(lines: list[Measurement]) -> None:
     from logitcache.bench import COLUMNS, cells
 
-    table = Table(box=None, pad_edge=False)
-    for number, name in enumerate(COLUMNS):
-        table.add_column(name, justify="left" if number < 2 else "right", no_wrap=True)
+    table = plain_table(COLUMNS, left=COLUMNS[:2])
     last = ""
     for line in lines:
         table.add_row("" if line.selection == last else line.selection, *cells(line))

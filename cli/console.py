@@ -7,12 +7,13 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from types import FrameType
 from typing import Any, NoReturn
 
 import click
 from rich.console import Console, RenderableType
+from rich.table import Table
 
 from logitcache.errors import LogitcacheError
 
@@ -55,6 +56,22 @@ def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
 def counted(number: int, one: str, many: str = "") -> str:
     """`1 shard`, `7 shards`, `1,234 entries`."""
     return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
+def plain_table(names: Iterable[str], left: Collection[str] = (), fold: bool = False) -> Table:
+    """A table without borders, of numbers but for the columns `left`.
+
+    With `fold` cells that are too long for the terminal go on in the next line; without, a cell is one line.
+    """
+    table = Table(box=None, pad_edge=False)
+    for name in names:
+        table.add_column(
+            name,
+            justify="left" if name in left else "right",
+            overflow="fold" if fold else "ellipsis",
+            no_wrap=not fold,
+        )
+    return table
 
 
 def print_wide(renderable: RenderableType, width: int) -> None:

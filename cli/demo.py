@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.table import Table
 
-from .console import debug_option, err, json_option, out, print_json
+from .console import debug_option, err, json_option, out, plain_table, print_json
 from .progress import DumpView, TrainView
 
 if TYPE_CHECKING:
@@ -39,17 +38,9 @@ def demo(folder: Path, as_json: bool) -> None:
     if as_json:
         print_json(result.rows)
         return
-    table = Table(title="Same student, same tokens, same steps", title_justify="left", box=None, pad_edge=False)
-    for name, justify in (
-        ("trained on", "left"),
-        ("held-out CE", "right"),
-        ("KL", "right"),
-        ("ECE", "right"),
-        ("other CE", "right"),
-        ("B/token", "right"),
-        ("tokens/s", "right"),
-    ):
-        table.add_column(name, justify="right" if justify == "right" else "left", no_wrap=True)
+    names = ("trained on", "held-out CE", "KL", "ECE", "other CE", "B/token", "tokens/s")
+    table = plain_table(names, left=names[:1])
+    table.title, table.title_justify = "Same student, same tokens, same steps", "left"
     for row in result.rows:
         table.add_row(*_cells(row))
     out.print(table)

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.table import Table
 
-from .console import counted, debug_option, json_option, out, print_json
+from .console import counted, debug_option, json_option, out, plain_table, print_json
 from .options import (
     cache_options,
     choice,
@@ -23,6 +22,7 @@ from .options import (
 )
 from .plan_table import show_plan
 from .progress import DumpView
+from .results import print_speed
 from .watch import Watchable
 
 EXAMPLE = """
@@ -127,17 +127,12 @@ def dump(root: Path, select: str, also: tuple[tuple[str, str], ...], as_json: bo
 
 
 def _print_table(facts: list[dict[str, Any]], report: Any) -> None:
-    table = Table(box=None, pad_edge=False)
-    for column in ("cache", "select", "tokens", "size", "B/token"):
-        table.add_column(column, justify="left" if column in ("cache", "select") else "right", overflow="fold")
+    names = ("cache", "select", "tokens", "size", "B/token")
+    table = plain_table(names, left=names[:2], fold=True)
     for row in facts:
         size = f"{row['bytes'] / 1e6:,.2f} MB"
         table.add_row(
             row["cache"], row["select"], f"{row['tokens']:,}", size, f"{row['bytes_per_token']:.1f}", style="bold"
         )
     out.print(table)
-    if not report.computed_tokens:
-        out.print("Nothing was left to compute.")
-    else:
-        rate = report.computed_tokens / max(report.seconds, 1e-9)
-        out.print(f"{report.computed_tokens:,} tokens computed in {report.seconds:,.1f} s, {rate:,.0f} tokens/s")
+    print_speed(report.computed_tokens, report.seconds, "compute", "computed")

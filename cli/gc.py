@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 
 import click
-from rich.table import Table
 
-from .console import counted, debug_option, json_option, out, print_json
+from .console import counted, debug_option, json_option, out, plain_table, print_json
 
 EXAMPLE = """
 \b
@@ -34,9 +33,7 @@ def gc(cache: str, delete: bool, as_json: bool) -> None:
         files = [asdict(leftover) for leftover in found]
         print_json({"cache": str(cache), "deleted": delete, "files": files, "num_bytes": num_bytes})
         return
-    table = Table(box=None, pad_edge=False)
-    for column in ("file", "bytes", "what"):
-        table.add_column(column, justify="right" if column == "bytes" else "left", overflow="fold")
+    table = plain_table(("file", "bytes", "what"), left=("file", "what"), fold=True)
     for leftover in found:
         table.add_row(leftover.file, f"{leftover.num_bytes:,}", leftover.what)
     if found:

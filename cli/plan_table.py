@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from .console import counted, out, print_json, print_wide
-from .progress import DumpView
+from .console import counted, out, plain_table, print_json, print_wide
+from .progress import StageView
 
 if TYPE_CHECKING:
     from logitcache.planning import DumpPlan, PlannedCache, PlanOptions
@@ -20,7 +20,7 @@ def show_plan(options: PlanOptions, command: str, as_json: bool) -> None:
     """Make the plan and print it, as a table or as JSON."""
     from logitcache.planning import make_plan
 
-    with DumpView(command) as view:
+    with StageView(command) as view:
         plan = make_plan(options, view)
     if as_json:
         print_json(plan.to_dict())
@@ -53,9 +53,7 @@ def _table(plan: DumpPlan) -> tuple[Table, int]:
     names = ["select", "codec", "B/token", "size", "±", "time", "tokens/s", "angle", "even"]
     names += ["reads"] if plan.student else []
     rows = [_cells(cache) for cache in plan.caches]
-    table = Table(box=None, pad_edge=False)
-    for number, name in enumerate(names):
-        table.add_column(name, justify="left" if number < 2 else "right", no_wrap=True)
+    table = plain_table(names, left=names[:2])
     last = ""
     for row in rows:
         shown = ["" if row[0] == last else row[0], *row[1:]]
@@ -83,25 +81,31 @@ def _cells(cache: PlannedCache) -> list[str]:
 
 
 def _legend(plan: DumpPlan) -> list[str]:
+    spread = [
+        "±: of size, two standard errors: parts of the sample differ, and what tables counted from more rows will gain "
+        "is only extrapolated. A larger sample narrows both."
+    ]
     angle = [
-        f"angle: between the head's gradient and full distillation's, on {plan.gradient_positions} positions; that of "
-        "unbiased selections (sample, varopt) shrinks with more."
+        f"angle: between the LM head's gradient from such rows and full distillation's (0°: the same), on "
+        f"{plan.gradient_positions} positions; of unbiased selections (sample, varopt) it shrinks with more of them."
     ]
     lines = [
+        *(spread if any(cache.bytes_uncertainty for cache in plan.caches) else []),
         f"time: loading ({time(plan.loading_seconds / 3600)}), tokenising ({time(plan.tokenising_seconds / 3600)}) and "
         f"the dump at the measured speed"
         + (f", divided by {plan.speed_up}" if plan.speed_up > 1 else "")
         + "; tokens/s: of one worker.",
         *(angle if plan.gradient_positions else []),
-        "even: students that read it once each until it was worth its dump, against a live teacher beside each.",
+        "even: from so many students on, each reading the cache once, it takes less time to dump than a live teacher "
+        "beside each of them.",
     ]
     if plan.student:
         gains = plan.caches[0].speed_up or {}
         shown = ", ".join(f"{students}: {gain:.2f}" for students, gain in gains.items())
         lines += [
-            f"reads: what the student needs of a disk; it learns from {plan.student.tokens_per_second:,.0f} tokens/s "
-            "here.",
-            f"Time with a live teacher over time with the first cache and its dump, by students: {shown}.",
+            f"reads: bytes that the student needs of a disk; it learns from {plan.student.tokens_per_second:,.0f} "
+            "tokens/s here.",
+            f"Time with a live teacher over time with the first cache, its dump included, by students: {shown}.",
         ]
     return lines
 

@@ -70,6 +70,7 @@ class View:
 
     def stage(self, what: str) -> None:
         """A new stage without a known length."""
+        self._said_end = False
         if self._live is not None:
             self._live.update(self._task, description=f"{self._name}: {what}")
         else:
@@ -155,11 +156,12 @@ def workers_table(seen: Snapshot) -> Table:
 
 
 class StageView(DumpView):
-    """What `derive`, `merge` and `subset` report to: speed is that of the stage."""
+    """What commands of several stages report to, as `derive`, `merge` and `plan`: speeds are those of the stage."""
 
     def stage(self, what: str) -> None:
         super().stage(what)
-        self._started = None
+        self._started = self._done_before = None
+        self._resumed_bytes = self._committed = 0
         self.seconds_since_start()
 
 

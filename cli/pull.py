@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from .console import debug_option, json_option
-from .transfer import TransferView, print_transfer
+from .transfer import transfer
 
 EXAMPLE = """
 \b
@@ -28,6 +28,4 @@ def pull(source: str, folder: str, as_json: bool) -> None:
     """Copy a cache from an object store to a folder."""
     from logitcache.store import pull as pull_cache
 
-    with TransferView("pull") as view:
-        done = pull_cache(source, folder, view.moved)
-    print_transfer(done, source, folder, as_json)
+    transfer("pull", pull_cache, source, folder, as_json)

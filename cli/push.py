@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from .console import debug_option, json_option
-from .transfer import TransferView, print_transfer
+from .transfer import transfer
 
 EXAMPLE = """
 \b
@@ -30,6 +30,4 @@ def push(cache: str, destination: str, as_json: bool) -> None:
     """Copy a finished cache to an object store, with a dataset card."""
     from logitcache.store import push as push_cache
 
-    with TransferView("push") as view:
-        done = push_cache(cache, destination, view.moved)
-    print_transfer(done, cache, destination, as_json)
+    transfer("push", push_cache, cache, destination, as_json)

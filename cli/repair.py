@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 
 import click
-from rich.table import Table
 
-from .console import counted, debug_option, json_option, out, print_json
+from .console import counted, debug_option, json_option, out, plain_table, print_json
 
 EXAMPLE = """
 \b
@@ -39,9 +38,7 @@ def repair(cache: str, apply: bool, as_json: bool) -> None:
     elif not found:
         out.print(f"{cache}: nothing is damaged")
     else:
-        table = Table(box=None, pad_edge=False)
-        for column in ("unit", "file", "what is wrong"):
-            table.add_column(column, justify="right" if column == "unit" else "left", overflow="fold")
+        table = plain_table(("unit", "file", "what is wrong"), left=("file", "what is wrong"), fold=True)
         for item in found:
             table.add_row("" if item.unit is None else str(item.unit), item.file, item.what)
         out.print(table)

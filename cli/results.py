@@ -1,12 +1,10 @@
-"""How `derive`, `merge` and `subset` say what they wrote."""
+"""How commands that write a cache say what they wrote: `dump`, `derive`, `merge` and `subset`."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
-
-from .console import out, print_json
+from .console import out, plain_table, print_json
 
 if TYPE_CHECKING:
     from logitcache.algebra import Result
@@ -34,18 +32,22 @@ def print_result(result: Result, as_json: bool) -> None:
     if as_json:
         print_json(facts)
         return
-    table = Table(box=None, pad_edge=False)
-    for column in ("cache", "select", "blocks", "tokens", "size", "B/token"):
-        table.add_column(column, justify="left" if column in ("cache", "select") else "right", overflow="fold")
+    names = ("cache", "select", "blocks", "tokens", "size", "B/token")
+    table = plain_table(names, left=names[:2], fold=True)
     size, rate = f"{facts['bytes'] / 1e6:,.2f} MB", facts["bytes_per_token"]
     numbers = (f"{cache.num_blocks:,}", f"{result.tokens:,}", size, "" if rate is None else f"{rate:.1f}")
     table.add_row(facts["cache"], facts["select"], *numbers, style="bold")
     out.print(table)
-    if not result.computed_tokens:
-        out.print("Nothing was left to write.")
+    print_speed(result.computed_tokens, result.seconds, "write", "written")
+
+
+def print_speed(tokens: int, seconds: float, verb: str, done: str) -> None:
+    """How fast a run wrote its tokens, or that there were none."""
+    if tokens:
+        rate = tokens / max(seconds, 1e-9)
+        out.print(f"{tokens:,} tokens {done} in {seconds:,.1f} s, {rate:,.0f} tokens/s")
     else:
-        speed = result.computed_tokens / max(result.seconds, 1e-9)
-        out.print(f"{result.computed_tokens:,} tokens written in {result.seconds:,.1f} s, {speed:,.0f} tokens/s")
+        out.print(f"Nothing was left to {verb}.")
 
 
 def ancestry_line(step: Ancestor) -> str:

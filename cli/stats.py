@@ -9,7 +9,7 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from .console import counted, debug_option, json_option, out, print_json
+from .console import counted, debug_option, json_option, out, plain_table, print_json
 from .options import rows_options
 from .progress import StageView
 from .tokens import token_text
@@ -71,10 +71,8 @@ def show(found: CacheStats) -> None:
     looked += f", {found.rows:,} of them count" if found.rows < found.tokens else ""
     unfinished = "" if found.complete else ", unfinished"
     out.print(Text(f"{found.cache}: {found.selection}, {looked}{unfinished}", style="bold"), soft_wrap=True)
-    table = Table(box=None, pad_edge=False)
-    table.add_column("of a row", no_wrap=True)
-    for name in ("mean", "1 %", "10 %", "median", "90 %", "99 %", "least", "most"):
-        table.add_column(name, justify="right", no_wrap=True)
+    names = ("of a row", "mean", "1 %", "10 %", "median", "90 %", "99 %", "least", "most")
+    table = plain_table(names, left=names[:1])
     _add(table, "ids", found.ids, 1)
     _add(table, "mass kept", found.kept_mass, 4)
     _add(table, "tail mass", found.kept_mass, 4, turned=True)
@@ -110,9 +108,7 @@ def _add(table: Table, name: str, summary: Summary | None, digits: int, turned: 
 
 
 def _show_arrays(found: CacheStats) -> None:
-    table = Table(box=None, pad_edge=False)
-    for number, name in enumerate(("array", "bytes", "B/token", "share")):
-        table.add_column(name, justify="right" if number else "left", no_wrap=True)
+    table = plain_table(("array", "bytes", "B/token", "share"), left=("array",))
     total = sum(found.array_bytes.values())
     for name, count in found.array_bytes.items():
         table.add_row(name, f"{count:,}", f"{count / found.shard_tokens:.2f}", f"{count / total:.1%}")
@@ -122,9 +118,7 @@ def _show_arrays(found: CacheStats) -> None:
 
 
 def _show_places(found: CacheStats) -> None:
-    table = Table(box=None, pad_edge=False)
-    for name in ("position", "ids", "mass kept", "entropy", "cross entropy"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = plain_table(("position", "ids", "mass kept", "entropy", "cross entropy"))
     for place in found.places:
         last = place.stop - 1
         table.add_row(

@@ -1,7 +1,8 @@
-"""What `push` and `pull` show while they run and say when they are done."""
+"""What `push` and `pull` do, show while they run and say when they are done."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -22,8 +23,10 @@ class TransferView(View):
         self.bar(done, total, facts, (total - done) / rate if rate else None)
 
 
-def print_transfer(done: Transfer, source: str, destination: str, as_json: bool) -> None:
-    """One line, or JSON."""
+def transfer(command: str, copy: Callable[..., Transfer], source: str, destination: str, as_json: bool) -> None:
+    """Copy a cache with a bar, and say what was done in one line or as JSON."""
+    with TransferView(command) as view:
+        done = copy(source, destination, view.moved)
     if as_json:
         print_json({"source": source, "destination": destination, **asdict(done)})
         return

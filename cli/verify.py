@@ -6,12 +6,12 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.table import Table
 from rich.text import Text
 
 from logitcache.errors import UsageError
 
-from .console import counted, debug_option, json_option, out, print_json, print_wide
+from .console import counted, debug_option, json_option, out, plain_table, print_json, print_wide
+from .options import trust_option
 from .progress import StageView
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ STYLES = {"same teacher": "green", "other precision": "yellow", "different": "re
 )
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Where the teacher runs.  [default: auto]")
 @click.option("--batch-tokens", type=int, help="Tokens in one forward pass.  [default: 4096]")
-@click.option("--trust-remote-code", is_flag=True, help="Let the teacher's folder run Python code of its own.")
+@trust_option
 @json_option
 @debug_option
 def verify(cache: str, teacher: str | None, as_json: bool, **rest: Any) -> None:
@@ -69,9 +69,8 @@ def check(cache: str, as_json: bool) -> None:
     if as_json:
         print_json({"ok": report.ok, **asdict(report)})
     else:
-        table = Table(box=None, pad_edge=False)
-        for column in ("shard", "array", "chunk", "what is wrong"):
-            table.add_column(column, overflow="fold")
+        names = ("shard", "array", "chunk", "what is wrong")
+        table = plain_table(names, left=names, fold=True)
         for problem in report.problems:
             chunk = "" if problem.chunk is None else str(problem.chunk)
             table.add_row(problem.shard, problem.array, chunk, problem.what, style="red")
@@ -104,10 +103,8 @@ def audit(cache: str, teacher: str, given: dict[str, Any], as_json: bool) -> Non
 
 def show_audit(report: AuditReport) -> None:
     """A table of figures and the verdict."""
-    table = Table(box=None, pad_edge=False)
-    names = ("figure", "of blocks", "rows", "mean", "median", "99 %", "band", "limit", report.other_dtype or "")
-    for number, name in enumerate(names if report.other_dtype else names[:-1]):
-        table.add_column(name, justify="right" if number > 1 else "left", no_wrap=True)
+    names = ["figure", "of blocks", "rows", "mean", "median", "99 %", "band", "limit"]
+    table = plain_table([*names, report.other_dtype] if report.other_dtype else names, left=names[:2])
     for figure in report.figures:
         table.add_row(*_cells(figure), style="" if figure.verdict == "same teacher" else STYLES[figure.verdict])
     print_wide(table, WIDTH)

@@ -49,7 +49,7 @@ class PlannedCache:
         select, codec, container: how.
         cache: its folder; None where there is none yet.
         bytes: of all its files.
-        bytes_uncertainty: relative, two standard errors.
+        bytes_uncertainty: relative, two standard errors; docs/planning.md says what it covers.
         tokens_per_second: of the dump it comes from, by one worker.
         hours: from the start of that dump to its end, by all workers.
         gradient_angle: degrees between the gradient of the LM head from its rows and that of full distillation; None

@@ -176,7 +176,7 @@ class _Planner:
         else:
             num_bytes, error = (
                 model.num_bytes(identity, origin_of(self.dump)),
-                math.hypot(model.error, sample.uncertainty, sample.learnt_uncertainty),
+                math.hypot(model.uncertainty(identity), sample.uncertainty, sample.learnt_uncertainty),
             )
         # The trial was written with the dump's own codec.
         base = tried.sizes.get(self.dump.codec, model)

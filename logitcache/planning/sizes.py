@@ -65,11 +65,19 @@ class SizeModel:
     def num_bytes(self, identity: Identity, origin: Origin | None = None) -> float:
         """Of all files of a cache."""
         geometry = identity.geometry
-        pilot = geometry.tokens_in(0, min(geometry.chunk_blocks, geometry.num_blocks))
+        pilot = self._pilot(geometry)
         row, tables, gain = self.at(pilot)
         rows = geometry.num_tokens * row - pilot * gain
         shards = rows + _chunks(geometry) * self.chunk + geometry.num_units * self.file
         return shards + self.no_tables + tables + json_bytes(identity, origin or Origin())
+
+    def uncertainty(self, identity: Identity) -> float:
+        """Two relative standard errors of `num_bytes`: parts of the sample differ, and what tables counted from more
+        rows than the sample has will gain is as uncertain as it is large.
+        """
+        pilot = self._pilot(identity.geometry)
+        gain = -self.doubling * max(0.0, math.log2(pilot / self.half))
+        return math.hypot(self.error, gain / self.at(pilot)[0])
 
     def at(self, pilot: int) -> tuple[float, float, float]:
         """Bytes of a row, of the tables, and what a row of the pilot takes less, with tables of so many rows."""
@@ -79,6 +87,11 @@ class SizeModel:
         # Rows fit tables counted from them because there is an entry for what they hold: the fewer rows, the better.
         entries = 2 ** ((self.growth - 1) * doublings)
         return max(row, 0.5 * self.row), tables, min(self.pilot_gain * entries, 0.5 * self.row)
+
+    @staticmethod
+    def _pilot(geometry: Geometry) -> int:
+        """P: tokens of the first chunk."""
+        return geometry.tokens_in(0, min(geometry.chunk_blocks, geometry.num_blocks))
 
 
 def measure_sizes(cache: Cache, codec: RowCodec) -> SizeModel:

@@ -104,6 +104,7 @@ def dump_sample(
     Raises: as a dump.
     """
     root.mkdir()
+    progress.stage(f"dumping the sample with {', '.join(map(str, selections))}")
     job = _job(options, selections, teacher, corpus, root, progress)
     teacher.seconds = 0.0
     started = time.perf_counter()

@@ -81,7 +81,7 @@ def _kept_mass(axes: Axes, stats: CacheStats) -> None:
     share = np.cumsum(counts) / counts.sum()
     seen = np.flatnonzero(counts)
     axes.step([0, *(seen * stats.columns.kept.step), 1], [0, *share[seen], 1], where="post", color=BLUE, linewidth=1.6)
-    axes.axvline(stats.kept_mass.mean, color=ORANGE, linestyle="--", label=f"mean {stats.kept_mass.mean:.3f}")
+    _mean_line(axes, stats.kept_mass.mean, 3)
     axes.set(xlabel="mass kept of a row", ylabel="share of rows that keep at most so much", xlim=(0, 1))
     axes.set(ylim=(0, HEADROOM), yticks=[0, 0.2, 0.4, 0.6, 0.8, 1])
     axes.legend(loc="upper right", frameon=False)
@@ -89,7 +89,7 @@ def _kept_mass(axes: Axes, stats: CacheStats) -> None:
 
 
 def _entropy(axes: Axes, stats: CacheStats) -> None:
-    axes.set_title("what the teacher was sure of")
+    axes.set_title("how sure the teacher was")
     columns = {"entropy of the row": stats.columns.entropy, "surprise at the next token": stats.columns.surprise}
     known = {label: tally for label, tally in columns.items() if tally.count}
     if not known:
@@ -124,7 +124,7 @@ def _ids(axes: Axes, stats: CacheStats) -> None:
     bins = int(lengths[-1]) // per_bin + 1
     shares = tally.shares(per_bin, bins)
     axes.bar((np.arange(bins) + 0.5) * per_bin - 0.5, shares, width=0.8 * per_bin, color=BLUE)
-    axes.axvline(tally.mean, color=ORANGE, linestyle="--", label=f"mean {tally.mean:.1f}")
+    _mean_line(axes, tally.mean, 1)
     low, high = int(lengths[0]), int(lengths[-1])
     margin = max(2, 0.05 * (high - low))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -174,9 +174,11 @@ def _used_ids(axes: Axes, stats: CacheStats) -> None:
     places = np.arange(len(names))
     axes.barh(places - 0.2, [used.row_share for used in stats.top_ids], height=0.4, color=BLUE, label="share of rows")
     axes.barh(places + 0.2, [used.mean_weight for used in stats.top_ids], height=0.4, color=ORANGE, label="mean weight")
-    axes.set_yticks(places, names, fontsize=8)
+    # Without ticks, and spaced evenly, a comma is told from a full stop.
+    axes.set_yticks(places, names, fontsize=8.5, family="monospace", va="center_baseline")
+    axes.tick_params(axis="y", length=0)
     axes.invert_yaxis()
-    axes.set(xlabel=f"of all rows; {stats.distinct_ids:,} ids are kept by some row")
+    axes.set(xlabel=f"over all rows; {stats.distinct_ids:,} ids are kept by some row")
     axes.legend(frameon=False, loc="lower right")
     axes.grid(alpha=0.3, axis="x")
 
@@ -195,6 +197,11 @@ def _line(axes: Axes, middles: list[float], values: list[float | None], label: s
     known = [(middle, value) for middle, value in zip(middles, values, strict=True) if value is not None]
     if known:
         axes.plot(*zip(*known, strict=True), color=colour, label=label, marker="o", markersize=3, linewidth=1.4)
+
+
+def _mean_line(axes: Axes, mean: float, digits: int) -> None:
+    """Ends below the legend, which would hide it and which it would strike through."""
+    axes.axvline(mean, ymax=1 / HEADROOM, color=ORANGE, linestyle="--", label=f"mean {mean:.{digits}f}")
 
 
 def _nothing(axes: Axes, why: str) -> None:
