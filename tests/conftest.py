@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tests.rollouts import Rollouts
     from tests.s3 import Proxy
     from tests.teachers.serving import Serving
+    from tests.train_ranks import Nursery
 
 
 @pytest.fixture(scope="session")
@@ -40,6 +41,15 @@ def rollout_caches(tmp_path_factory: pytest.TempPathFactory) -> Rollouts:
     from tests.rollouts import make_rollouts
 
     return make_rollouts(tmp_path_factory.mktemp("rollouts"))
+
+
+@pytest.fixture(scope="session")
+def nursery() -> Iterator[Nursery]:
+    """Starts processes that train, in milliseconds."""
+    from tests.train_ranks import Nursery
+
+    with Nursery() as nursery:
+        yield nursery
 
 
 @pytest.fixture

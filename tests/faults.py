@@ -27,6 +27,7 @@ FAILPOINTS = (
     "manifest.written",
 )
 _STORE = ("zarr.storage", "zarr.codecs.numcodecs", "pyarrow")
+_TRAINING = ("logitcache.distill", "logitcache.cli.main", "matplotlib.pyplot")
 
 
 def flip_bit(path: Path, bit: int) -> None:
@@ -42,13 +43,15 @@ def random_bits(rng: np.random.Generator, path: Path, count: int) -> list[int]:
 
 
 def forkserver() -> BaseContext:
-    """A process that has imported what a dump needs and run nothing: children start from it in milliseconds.
+    """A process that has imported what a dump and a training run need and run nothing.
+
+    Children start from it in milliseconds.
 
     Forking this process itself would copy torch's thread pools without their threads. There is one such server for
     all tests, so whoever starts it must preload the same modules.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.test_dump", "transformers.models.llama.modeling_llama", *_STORE])
+    context.set_forkserver_preload(["tests.test_dump", "transformers.models.llama.modeling_llama", *_STORE, *_TRAINING])
     return context
 
 

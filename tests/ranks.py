@@ -12,13 +12,16 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from tests.faults import forkserver
+
 
 def run_ranks(work: Callable[..., Any], ranks: int, folder: Path, *args: Any) -> list[Any]:
     """`work(*args)` in `ranks` processes of one gloo group; what each returned, a tree of tensors and plain values.
 
     `work` lives in a module that the processes can import. What one of them raises is raised here.
     """
-    mp.start_processes(_enter, (work, ranks, str(folder), args), nprocs=ranks, start_method="spawn")
+    forkserver()
+    mp.start_processes(_enter, (work, ranks, str(folder), args), nprocs=ranks, start_method="forkserver")
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(ranks)]
 
 

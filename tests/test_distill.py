@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from logitcache import models
@@ -23,6 +22,7 @@ from logitcache.training.options import TrainOptions
 from logitcache.training.records import COMPLETE
 from tests.caches import BLOCK_LENGTH, Dumped, corpus_text, random_cache, student_yaml
 from tests.faults import forkserver, start
+from tests.runs import assert_same_weights, losses_of, result_of, rows_of, weights_of
 from tests.tiny import FAMILIES, save_tiny, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -62,25 +62,13 @@ def train(values: dict[str, Any], resume: bool = False, progress: Any = None, **
     return run_training(TrainOptions.build(values | changes), resume, progress)
 
 
-def metrics_of(out: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without wall-clock values."""
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in rows]
-
-
 def assert_same_run(one: Path, other: Path) -> None:
     """Equal in every bit: metrics, weights, config, tokenizer and result."""
-    assert metrics_of(one) == metrics_of(other)
-    mine, theirs = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
-    assert mine.keys() == theirs.keys()
-    for name in mine:
-        assert torch.equal(mine[name], theirs[name]), name
+    assert rows_of(one) == rows_of(other)
+    assert result_of(one) == result_of(other)
+    assert_same_weights(one, other)
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         assert json.loads((one / name).read_text()) == json.loads((other / name).read_text())
-    results = [json.loads((folder / "result.json").read_text()) for folder in (one, other)]
-    for result in results:
-        assert result.pop("tokens_per_second") > 0
-    assert results[0] == results[1]
 
 
 # ------------------------------------------------------------------------------------- children and kills
@@ -173,15 +161,15 @@ def test_equal_runs_are_equal(values: dict[str, Any], tmp_path: Path) -> None:
         "eval_ce", "eval_ece", "eval_kl", "eval_tokens", "eval_top1", "steps", "tokens", "tokens_per_second",
     }  # fmt: skip
     assert (results[0]["steps"], results[0]["tokens"]) == (STEPS, STEPS * 4 * BLOCK_LENGTH)
-    steps = [row["step"] for row in metrics_of(outs[0]) if "loss" in row]
+    steps = [row["step"] for row in rows_of(outs[0]) if "loss" in row]
     assert steps == [2, 4, 6, 8]
-    assert [row["step"] for row in metrics_of(outs[0]) if "eval_ce" in row] == [4, 8]
+    assert [row["step"] for row in rows_of(outs[0]) if "eval_ce" in row] == [4, 8]
 
 
 def test_another_seed_is_another_run(values: dict[str, Any], tmp_path: Path) -> None:
     for seed in (0, 1):
         train(values, out=str(tmp_path / str(seed)), seed=seed, max_steps=2)
-    losses = [metrics_of(tmp_path / str(seed))[0]["loss"] for seed in (0, 1)]
+    losses = [rows_of(tmp_path / str(seed))[0]["loss"] for seed in (0, 1)]
     assert losses[0] != losses[1]
 
 
@@ -266,7 +254,7 @@ def test_students_of_other_families(family: str, values: dict[str, Any], tmp_pat
     config = tmp_path / "other.json"
     config.write_text(json.dumps({"model_type": family, **fields}))
     train(values, student=str(config), max_steps=12)
-    losses = [row["loss"] for row in metrics_of(Path(values["out"])) if "loss" in row]
+    losses = losses_of(Path(values["out"]))
     assert losses[-1] < losses[0]
     assert models.load_model(values["out"], device="cpu").config.model_type == family
 
@@ -289,7 +277,7 @@ def test_students_of_other_families(family: str, values: dict[str, Any], tmp_pat
 def test_objectives(cache: str, changes: dict[str, Any], values: dict[str, Any], dumped: Dumped) -> None:
     """Each falls, on the training blocks and on those held out."""
     result = train(values, cache=str(getattr(dumped, cache)), max_steps=24, **changes)
-    rows = metrics_of(Path(values["out"]))
+    rows = rows_of(Path(values["out"]))
     assert ("divergence" in rows[0]) == (changes.get("objective") != "cross-entropy")
     shares = [row["blend"] for row in rows if "blend" in row]
     assert shares[-1:] == ([1] if changes.get("tail") == "blend" else [])
@@ -304,12 +292,12 @@ def test_objectives(cache: str, changes: dict[str, Any], values: dict[str, Any],
 def test_a_student_from_a_folder(values: dict[str, Any], dumped: Dumped) -> None:
     """The teacher itself as the student begins where it cannot get better."""
     train(values, student=str(dumped.teacher), max_steps=2, learning_rate=1e-9)
-    assert metrics_of(Path(values["out"]))[0]["divergence"] < 1e-3
+    assert rows_of(Path(values["out"]))[0]["divergence"] < 1e-3
 
 
 def test_weights_are_float32_whatever_the_config_says(values: dict[str, Any], tmp_path: Path) -> None:
     train(values, student=str(student_yaml(tmp_path / "half.yaml", dtype="bfloat16")), max_steps=2)
-    assert {value.dtype for value in load_file(Path(values["out"]) / "model.safetensors").values()} == {torch.float32}
+    assert {value.dtype for value in weights_of(Path(values["out"])).values()} == {torch.float32}
 
 
 def test_a_run_that_diverges_ends_with_an_error(values: dict[str, Any]) -> None:

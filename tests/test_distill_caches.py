@@ -18,6 +18,7 @@ from logitcache.selection import Selection
 from logitcache.training.options import TrainOptions
 from logitcache.training.run_data import RunData
 from tests.caches import BLOCK_LENGTH, Dumped, corpus_text, random_cache, student_yaml
+from tests.runs import losses_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -48,18 +49,13 @@ def values(dumped: Dumped, tmp_path: Path) -> dict[str, Any]:
     }
 
 
-def losses_of(out: str) -> list[float]:
-    lines = Path(out, "metrics.jsonl").read_text().splitlines()
-    return [row["loss"] for row in map(json.loads, lines) if "loss" in row]
-
-
 def test_a_teacher_averaged_with_itself_is_that_teacher(values: dict[str, Any], dumped: Dumped) -> None:
     """The order of two caches is another one, so all 108 blocks in one batch."""
     values |= {"held_out": 0, "max_steps": 1, "batch_tokens": 108 * BLOCK_LENGTH}
     copies = (str(dumped.top_k), str(dumped.top_k))
     run_training(TrainOptions.build(values | {"out": values["out"] + "1"}))
     run_training(TrainOptions.build(values | {"cache": copies, "out": values["out"] + "2"}))
-    assert losses_of(values["out"] + "1") == pytest.approx(losses_of(values["out"] + "2"), rel=1e-5)
+    assert losses_of(Path(values["out"] + "1")) == pytest.approx(losses_of(Path(values["out"] + "2")), rel=1e-5)
 
 
 def test_averaged_and_mixed(values: dict[str, Any], dumped: Dumped, other_text: Path) -> None:
@@ -107,7 +103,7 @@ def test_a_mix_resumes_exactly(values: dict[str, Any], dumped: Dumped, other_tex
     with pytest.raises(Stopped):
         run_training(broken, progress=stop)
     run_training(broken, resume=True)
-    assert losses_of(values["out"]) == losses_of(values["out"] + "2")
+    assert losses_of(Path(values["out"])) == losses_of(Path(values["out"] + "2"))
     turned = TrainOptions.build({**broken.model_dump(), "cache": broken.cache[::-1]})
     shutil.move(Path(broken.out, "result.json"), Path(broken.out, "was.json"))
     with pytest.raises(LogitcacheError, match="begun with other options"):

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
 
 from logitcache.distill import run_training
 from logitcache.errors import CacheError, TrainingError
 from logitcache.store import open_cache
 from logitcache.training.options import TrainOptions
 from tests.caches import BLOCK_LENGTH, Dumped, student_yaml
+from tests.runs import assert_same_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -90,8 +90,7 @@ def test_pinned_while_the_dump_goes_on(values: dict[str, Any], growing: Path, du
     finish(growing, dumped)
     assert train(values, resume=True)["eval_ce"] == result["eval_ce"]
 
-    mine, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "whole"))
-    assert all(mine[name].equal(theirs[name]) for name in theirs)
+    assert_same_weights(tmp_path / "out", tmp_path / "whole")
     assert json.loads((tmp_path / "out" / "run.json").read_text())["units"] == [UNITS]
 
 

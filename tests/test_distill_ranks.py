@@ -7,28 +7,21 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.caches import BLOCK_LENGTH, Dumped, corpus_text, student_yaml
+from tests.runs import result_of, rows_of, weights_of
 from tests.train_ranks import Job, Nursery
 
 ROOT = Path(__file__).parent.parent
 STEPS = 8
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
 TORCHRUN += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"]
-
-
-@pytest.fixture(scope="module")
-def nursery() -> Iterator[Nursery]:
-    with Nursery() as nursery:
-        yield nursery
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +57,6 @@ def alone(nursery: Nursery, options: dict[str, Any], tmp_path_factory: pytest.Te
     return folder / "out"
 
 
-def rows_of(out: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without wall-clock values."""
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in rows]
-
-
 def assert_same_run(out: Path, alone: Path) -> None:
     """Metrics and results to 1e-5, weights to what Adam makes of such gradients; the same files."""
     rows, expected = rows_of(out), rows_of(alone)
@@ -77,10 +64,8 @@ def assert_same_run(out: Path, alone: Path) -> None:
     assert len([row for row in rows if "eval_other_ce" in row]) == 2
     for row, theirs in zip(rows, expected, strict=True):
         assert row == pytest.approx(theirs, rel=1e-5)
-    result, theirs = (json.loads((folder / "result.json").read_text()) for folder in (out, alone))
-    del result["tokens_per_second"], theirs["tokens_per_second"]
-    assert result == pytest.approx(theirs, rel=1e-5)
-    weights, theirs = (load_file(folder / "model.safetensors") for folder in (out, alone))
+    assert result_of(out) == pytest.approx(result_of(alone), rel=1e-5)
+    weights, theirs = weights_of(out), weights_of(alone)
     assert weights.keys() == theirs.keys()
     for name, weight in weights.items():
         assert torch.allclose(weight, theirs[name], rtol=1e-5, atol=1e-5), name

@@ -15,7 +15,7 @@ from logitcache.store import open_cache
 from logitcache.training.options import TrainOptions
 from tests.caches import student_yaml
 from tests.rollouts import LENGTH, Rollouts, dump, everything, mask_of
-from tests.test_distill_ranks import rows_of
+from tests.runs import assert_same_weights, rows_of
 from tests.train_ranks import Job, Nursery
 
 LABELS: dict[str, Any] = {"objective": "policy-gradient", "alpha": 1.0}
@@ -35,10 +35,6 @@ def train(student: str, out: Path, *cache: Path, resume: bool = False, **changes
     return run_training(TrainOptions.build(values(student, out, cache, **changes)), resume=resume)
 
 
-def weights(out: Path) -> bytes:
-    return (out / "model.safetensors").read_bytes()
-
-
 @pytest.mark.parametrize("spec", ["label", "top-k:7"])
 def test_resume(spec: str, rollout_caches: Rollouts, student: str, tmp_path: Path, one_thread: None) -> None:
     cache, changes = rollout_caches.masked[spec], LABELS if spec == "label" else {"mask": "student-entropy:0.5"}
@@ -48,7 +44,7 @@ def test_resume(spec: str, rollout_caches: Rollouts, student: str, tmp_path: Pat
     shutil.rmtree(tmp_path / "begun" / "checkpoints" / "checkpoint-4")
     result = train(student, tmp_path / "begun", cache, save_every=2, resume=True, **changes)
     assert result["eval_ce"] > 0
-    assert weights(tmp_path / "begun") == weights(tmp_path / "whole")
+    assert_same_weights(tmp_path / "begun", tmp_path / "whole")
 
 
 @pytest.mark.parametrize(("spec", "changes"), [
@@ -56,14 +52,18 @@ def test_resume(spec: str, rollout_caches: Rollouts, student: str, tmp_path: Pat
     ("sample:11", {"mask": "teacher-entropy:0.5", "mask_rest": "nothing"}),
 ])  # fmt: skip
 def test_two_processes(
-    spec: str, changes: dict[str, Any], rollout_caches: Rollouts, student: str, tmp_path: Path
+    spec: str,
+    changes: dict[str, Any],
+    rollout_caches: Rollouts,
+    nursery: Nursery,
+    student: str,
+    tmp_path: Path,
 ) -> None:
     """Which tokens count and which a mask keeps is the same as for one: their parts of a batch hold unequally many."""
     cache = rollout_caches.masked[spec]
     train(student, tmp_path / "one", cache, **changes)
     job = Job(values(student, tmp_path / "two", [cache], **changes), folder=tmp_path)
-    with Nursery() as nursery:
-        assert nursery(job) == [0, 0], (tmp_path / "err0").read_text()
+    assert nursery(job) == [0, 0], (tmp_path / "err0").read_text()
     one, two = rows_of(tmp_path / "one"), rows_of(tmp_path / "two")
     assert [row.keys() for row in two] == [row.keys() for row in one]
     for mine, theirs in zip(two, one, strict=True):

@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import signal
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from logitcache.distill import run_training
 from logitcache.errors import UsageError
 from logitcache.training.options import TrainOptions
 from tests.caches import BLOCK_LENGTH, Dumped, student_yaml
+from tests.runs import assert_same_weights, result_of, rows_of
 from tests.train_ranks import Job, Nursery
 
 PATIENCE = 2
-
-
-@pytest.fixture(scope="module")
-def nursery() -> Iterator[Nursery]:
-    with Nursery() as nursery:
-        yield nursery
 
 
 @pytest.fixture(scope="module")
@@ -50,22 +41,6 @@ def stopped(nursery: Nursery, options: dict[str, Any], tmp_path_factory: pytest.
     folder = tmp_path_factory.mktemp("stopped")
     assert nursery(Job(options | {"out": str(folder / "out")}, world=0, folder=folder)) == [0]
     return folder / "out"
-
-
-def rows_of(out: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in rows]
-
-
-def result_of(out: Path) -> dict[str, Any]:
-    result = json.loads((out / "result.json").read_text())
-    del result["tokens_per_second"]
-    return dict(result)
-
-
-def assert_same_weights(one: Path, other: Path) -> None:
-    mine, theirs = (load_file(folder / "model.safetensors") for folder in (one, other))
-    assert all(torch.equal(mine[name], theirs[name]) for name in mine | theirs)
 
 
 def test_it_stops_and_keeps_the_best(stopped: Path) -> None:

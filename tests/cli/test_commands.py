@@ -19,6 +19,7 @@ from logitcache.store import open_cache
 from tests.caches import Dumped, corpus_text, student_yaml
 from tests.cli.conftest import Main
 from tests.golden.rows import DRAWS, HEADS_AND_TAILS, LONGEST
+from tests.runs import assert_same_weights, result_of
 from tests.tiny import tiny_tokenizer
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "v1"
@@ -249,11 +250,8 @@ def test_the_folder_of_a_run_repeats_it(logitcache: Main, dumped: Dumped, tmp_pa
     run, again = tmp_path / "run", tmp_path / "again"
     assert logitcache(*train_line(dumped, tmp_path), "--tail", "renormalised", "--eval-text", dumped.corpus).status == 0
     assert logitcache("train", "--config", run / "train.yaml", "--out", again).status == 0
-    results = [json.loads((folder / "result.json").read_text()) for folder in (run, again)]
-    for result in results:
-        del result["tokens_per_second"]
-    assert results[0] == results[1]
-    assert (run / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
+    assert result_of(run) == result_of(again)
+    assert_same_weights(run, again)
     record = json.loads((again / "run.json").read_text())
     assert record["command"][1:] == ["train", "--config", str(run / "train.yaml"), "--out", str(again)]
     assert record["world_size"] == 1

@@ -18,6 +18,7 @@ from logitcache.store import open_cache, push
 from tests.caches import Dumped, student_yaml
 from tests.cli.conftest import Main
 from tests.cli.test_commands import SCRIPT
+from tests.runs import rows_of
 from tests.s3 import Proxy
 from tests.store.caches import files_of
 
@@ -79,8 +80,7 @@ def test_train(logitcache: Main, url: str, dumped: Dumped, tmp_path: Path) -> No
         out = tmp_path / str(number)
         line = ["--student", student_yaml(tmp_path / "student.yaml"), "--out", out, "--max-steps", 2, "--device", "cpu"]
         assert logitcache("train", "--cache", place, *line).status == 0
-        rows = [json.loads(row) for row in (out / "metrics.jsonl").read_text().splitlines()]
-        losses.append([{name: row[name] for name in row if "second" not in name} for row in rows])
+        losses.append(rows_of(out))
         options = json.loads((out / "run.json").read_text())["options"]
         assert options["cache"] == [str(place)]
     assert losses[0] == losses[1]

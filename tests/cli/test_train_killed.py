@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from logitcache.training.records import COMPLETE
 from tests.caches import BLOCK_LENGTH, Dumped, student_yaml
 from tests.faults import forkserver, start
+from tests.runs import assert_same_weights, rows_of
 
 STEPS = 10
 # Processor time of a whole run, once everything is imported.
@@ -98,11 +98,6 @@ def train_line(dumped: Dumped, out: Path) -> list[str]:
     return [str(part) for part in line]
 
 
-def losses_of(out: Path) -> list[dict[str, float]]:
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in rows]
-
-
 @pytest.fixture(scope="module")
 def whole(train: Train, dumped: Dumped, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that was not interrupted."""
@@ -112,10 +107,9 @@ def whole(train: Train, dumped: Dumped, tmp_path_factory: pytest.TempPathFactory
 
 
 def assert_same(out: Path, whole: Path) -> None:
-    assert [row["step"] for row in losses_of(whole) if "loss" in row] == list(range(1, STEPS + 1))
-    assert losses_of(out) == losses_of(whole)
-    mine, theirs = load_file(out / "model.safetensors"), load_file(whole / "model.safetensors")
-    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    assert [row["step"] for row in rows_of(whole) if "loss" in row] == list(range(1, STEPS + 1))
+    assert rows_of(out) == rows_of(whole)
+    assert_same_weights(out, whole)
 
 
 @pytest.mark.parametrize("seed", [0, 1])

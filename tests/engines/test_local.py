@@ -24,23 +24,11 @@ from logitcache.engines.worker import UNIT_PREFIX, lease_of
 from logitcache.errors import CacheError, DamagedCacheError, PlanMismatchError, UsageError
 from logitcache.progress import Silent, Snapshot
 from logitcache.store import Layout, open_cache
-from tests.engines.dumps import await_state, content, dump, elsewhere, make_place, options
+from tests.engines.dumps import await_state, content, dump, elsewhere, options
 from tests.faults import forkserver, run_to_end, start
 from tests.store.caches import files_of
 
 children = forkserver()
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_place(tmp_path_factory.mktemp("place"))
-
-
-@pytest.fixture(scope="module")
-def whole(place: Path) -> Path:
-    """The cache that one worker makes."""
-    run_to_end(children, dump, options(place, place / "whole"))
-    return place / "whole"
 
 
 class Watched(Silent):

@@ -15,7 +15,7 @@ from logitcache.errors import ModelError
 from logitcache.progress import Silent
 from logitcache.store import verify
 from logitcache.teachers import TransformersTeacher
-from tests.engines.dumps import content, make_place, options
+from tests.engines.dumps import content, options
 
 
 def on_the_processor() -> None:
@@ -39,11 +39,6 @@ class Notes(Silent):
 
     def note(self, what: str) -> None:
         self.said.append(what)
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_place(tmp_path_factory.mktemp("place"))
 
 
 @pytest.fixture(scope="module")

@@ -17,12 +17,9 @@ from logitcache.engines.worker import lease_of
 from logitcache.errors import PlanMismatchError
 from logitcache.progress import Silent, Snapshot
 from logitcache.store import Layout, open_cache
-from tests.engines.dumps import content, dump, elsewhere, make_place, options
-from tests.faults import forkserver, run_to_end
+from tests.engines.dumps import content, elsewhere, options
 
 pytest.importorskip("ray", reason="Ray is not installed")
-
-children = forkserver()
 
 
 @pytest.fixture(scope="module")
@@ -61,17 +58,16 @@ class Loses(Silent):
             threading.Thread(target=self._other.__exit__, args=(None, None, None)).start()
 
 
-def test_a_node_is_lost_on_the_way(cluster: Any, tmp_path: Path) -> None:
+def test_a_node_is_lost_on_the_way(cluster: Any, place: Path, whole: Path, tmp_path: Path) -> None:
     """The dump ends with the bytes of a dump by one; an error of an actor is the dump's own."""
-    place, root = make_place(tmp_path), tmp_path / "cache"
-    run_to_end(children, dump, options(place, tmp_path / "whole"))
-    last = open_cache(tmp_path / "whole").manifest.identity.geometry.num_units - 1
+    root = tmp_path / "cache"
+    last = open_cache(whole).manifest.identity.geometry.num_units - 1
     with elsewhere(Leases(Layout(root).leases)) as other:
         other.claim([lease_of(last)])
         progress = Loses(cluster, root, other)
         report = run_dump(options(place, root, engine="ray", workers=2), progress)
     assert progress.lost
     assert report.tokens == open_cache(root).num_tokens
-    assert content(root) == content(tmp_path / "whole")
+    assert content(root) == content(whole)
     with pytest.raises(PlanMismatchError, match=r"--seed: the cache has 3, this run 4"):
         run_dump(options(place, root, engine="ray", seed=4), Silent())

@@ -13,24 +13,12 @@ from logitcache.engines.torchrun import Rank
 from logitcache.errors import UsageError
 from logitcache.progress import Silent, Snapshot
 from logitcache.store import open_cache
-from tests.engines.dumps import content, dump, make_place, options
-from tests.faults import forkserver, run_killed, run_to_end, start
+from tests.engines.dumps import content, options
+from tests.faults import forkserver, run_killed, start
 
 children = forkserver()
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
 SLURM = {"SLURM_PROCID": "2", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"}
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_place(tmp_path_factory.mktemp("place"))
-
-
-@pytest.fixture(scope="module")
-def whole(place: Path) -> Path:
-    """The cache that one worker makes."""
-    run_to_end(children, dump, options(place, place / "whole"))
-    return place / "whole"
 
 
 @pytest.mark.parametrize(

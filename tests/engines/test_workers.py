@@ -14,23 +14,11 @@ from logitcache.engines.watch import snapshot
 from logitcache.engines.worker import lease_of
 from logitcache.errors import CacheError, DamagedCacheError
 from logitcache.store import CacheWriter, Identity, Layout, open_cache, verify
-from tests.engines.dumps import await_state, await_stop, content, dump, elsewhere, let_expire, make_place, options
+from tests.engines.dumps import await_state, await_stop, content, dump, elsewhere, let_expire, options
 from tests.faults import forkserver, run_killed, run_to_end, start
 from tests.store.caches import files_of
 
 children = forkserver()
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_place(tmp_path_factory.mktemp("place"))
-
-
-@pytest.fixture(scope="module")
-def whole(place: Path) -> Path:
-    """The cache that one worker makes, uninterrupted."""
-    run_to_end(children, dump, options(place, place / "whole"))
-    return place / "whole"
 
 
 def test_workers_share_the_units(place: Path, whole: Path, tmp_path: Path) -> None:

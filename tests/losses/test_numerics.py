@@ -41,51 +41,62 @@ def assert_finite_and_right(
     impl: str = "auto",
     **options: float,
 ) -> None:
-    """Value and gradient of a confident row are those of the definition; finite where only the row's gap is left.
+    """Value and gradient of each confident row are those of the definition; finite where only the gap is left.
 
+    The gradients are those of the sum, which some implementations make in another way than those of a loss per row.
     `tolerance` is that of float32.
     """
-    logits = confident_logits(gap)
+    logits = confident_logits(gap).expand(len(labels), V)
     hidden, weight = one_hot_head(logits, dtype)
-    loss = distillation_loss(hidden, weight, labels, targets, objective, impl=impl, **options)
-    grad = torch.autograd.grad(loss, hidden)[0]
+    rows, total = (
+        distillation_loss(hidden, weight, labels, targets, objective, impl=impl, reduction=reduction, **options)
+        for reduction in ("none", "sum")
+    )
+    grad = torch.autograd.grad(total, hidden)[0]
     if gap >= 300:
-        assert torch.isfinite(loss)
+        assert torch.isfinite(rows).all()
+        assert torch.isfinite(total)
         assert torch.isfinite(grad).all()
         return
     exact_logits = logits.clone().requires_grad_()
-    exact = dense_loss(exact_logits, labels, targets.to_device(), objective, **options).sum()
-    exact_grad = torch.autograd.grad(exact, exact_logits)[0]
+    exact = dense_loss(exact_logits, labels, targets.to_device(), objective, **options)
+    exact_grad = torch.autograd.grad(exact.sum(), exact_logits)[0]
     tolerance = tolerance if dtype == torch.float32 else 1e-12
-    assert abs(loss.item() - exact.item()) <= tolerance * max(1.0, abs(exact.item()))
+    assert ((rows - exact).abs() <= tolerance * exact.abs().clamp(min=1.0)).all()
+    assert abs(total.item() - rows.sum().item()) <= len(labels) * tolerance * max(1.0, rows.abs().max().item())
     torch.testing.assert_close(grad.double(), exact_grad, rtol=10 * tolerance, atol=tolerance)
 
 
+CONFIDENT = [
+    ([3], [1.0]),
+    ([3, 5], [1.0, 0.0]),
+    ([3, 5], [0.5, 0.5]),
+    ([0, 1], [0.6, 0.4]),
+    ([], []),
+    ([3, 7], [1 - 1e-6, 1e-7]),
+]
+
+
 def targets_of(ids: list[int], weights: list[float], tail: str, **options: object) -> SparseTargets:
-    return from_rows([[np.array(ids, dtype=np.int64), np.array(weights)]], unbiased=tail == "unbiased", **options)
+    return rows_of([(ids, weights)], tail, **options)
+
+
+def rows_of(rows: list[tuple[list[int], list[float]]], tail: str, **options: object) -> SparseTargets:
+    made = [[np.array(ids, dtype=np.int64), np.array(weights)] for ids, weights in rows]
+    return from_rows(made, unbiased=tail == "unbiased", **options)
 
 
 @pytest.mark.parametrize("impl", EXACT)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize("gap", [0.0, 30.0, 60.0, 300.0])
-@pytest.mark.parametrize(
-    ("ids", "weights"),
-    [
-        ([3], [1.0]),
-        ([3, 5], [1.0, 0.0]),
-        ([3, 5], [0.5, 0.5]),
-        ([0, 1], [0.6, 0.4]),
-        ([], []),
-        ([3, 7], [1 - 1e-6, 1e-7]),
-    ],
-)
-def test_confident_rows_are_finite_and_right(impl, dtype, tail, gap, ids, weights):
-    targets = targets_of(ids, weights, tail)
-    objective = Objective.forward_kl(tail)
-    for label, alpha in itertools.product((3, 5, 9), (0.5, 1.0)):
-        labels = torch.tensor([label])
-        assert_finite_and_right(gap, dtype, labels, targets, objective, 1e-6, impl, alpha=alpha)
+def test_confident_rows_are_finite_and_right(impl, dtype, tail, gap):
+    """Each row with each label; one row alone, too."""
+    rows = [(row, label) for row in CONFIDENT for label in (3, 5, 9)]
+    for chosen, alpha in itertools.product((rows, rows[:1]), (0.5, 1.0)):
+        targets = rows_of([row for row, _ in chosen], tail)
+        labels = torch.tensor([label for _, label in chosen])
+        assert_finite_and_right(gap, dtype, labels, targets, Objective.forward_kl(tail), 1e-6, impl, alpha=alpha)
 
 
 @pytest.mark.parametrize("impl", EXACT)

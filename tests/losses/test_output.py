@@ -78,9 +78,20 @@ def test_without_a_graph(impl):
     torch.testing.assert_close(loss, problem.loss(impl=impl).detach())
 
 
-@pytest.mark.parametrize(("objective", "temperature"), [*OBJECTIVES[::4], (Objective.cross_entropy(), 1.0)])
-@pytest.mark.parametrize("impl", ["split", "chunk"])
-def test_compiles_without_a_graph_break(impl, objective, temperature):
+# What a loss does besides its divergence, whose every form tests/losses/test_compile.py compiles by itself.
+COMPILED = [
+    ("split", Objective.forward_kl("blend"), 1.0),
+    ("split", Objective.decoupled(), 2.0),
+    ("split", Objective.cross_entropy(), 1.0),
+    ("chunk", BUCKET, 1.0),
+    ("chunk", Objective.policy_gradient(), 1.0),
+]
+
+
+@pytest.mark.parametrize(("impl", "objective", "temperature"), COMPILED)
+def test_compiles_without_a_graph_break(impl, objective, temperature, monkeypatch):
+    # Two chunks, as each is traced.
+    monkeypatch.setattr(chunk, "chunk_rows", lambda rows, *_: 4)
     torch.compiler.reset()
     problem = Problem(objective, temperature)
     targets = problem.device_targets
