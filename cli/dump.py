@@ -9,7 +9,7 @@ import click
 from rich.table import Table
 
 from .console import counted, debug_option, json_option, out, print_json
-from .options import cache_options, field_options, server_of, server_options, teacher_options
+from .options import cache_options, device_map_option, field_options, server_of, server_options, teacher_options
 from .plan_table import show_plan
 from .progress import DumpView
 from .watch import Watchable
@@ -69,6 +69,7 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
     type=click.Choice(["auto", "cpu", "cuda"]),
     help="Where the teacher runs.",
 )
+@device_map_option
 @click.option(
     "--batch-tokens", default=4096, show_default=True, help="Tokens in one forward pass, or asked for together."
 )

@@ -25,6 +25,15 @@ def teacher_options(command: Command) -> Command:
     )(command)
 
 
+def device_map_option(command: Command) -> Command:
+    """Add `--device-map`."""
+    return click.option(
+        "--device-map",
+        metavar="MAP",
+        help="Spread the teacher over all GPUs: auto, balanced, sequential, or a JSON file {module: device}.",
+    )(command)
+
+
 def field_options(command: Command) -> Command:
     """Add `--text-field` and the others that say what records of a corpus hold."""
     helps = {

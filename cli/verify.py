@@ -12,6 +12,7 @@ from rich.text import Text
 from logitcache.errors import UsageError
 
 from .console import counted, debug_option, json_option, out, print_json, print_wide
+from .options import device_map_option
 from .progress import StageView
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ STYLES = {"same teacher": "green", "other precision": "yellow", "different": "re
     help="Of the teacher.  [default: auto, that of the dump]",
 )
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Where the teacher runs.  [default: auto]")
+@device_map_option
 @click.option("--batch-tokens", type=int, help="Tokens in one forward pass.  [default: 4096]")
 @click.option("--trust-remote-code", is_flag=True, help="Let the teacher's folder run Python code of its own.")
 @json_option

@@ -24,7 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging as transformers_logging
 
 from logitcache.errors import ModelError, UsageError
-from logitcache.models.placement import DeviceMap, check_names, keep_head, offloaded_share, read_device_map
+from logitcache.models.placement import DeviceMap, fitted, keep_head, offloaded_share, read_device_map
 
 _logger = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ def _placement(given: str, folder: Path, gguf_file: str | None, trust_remote_cod
                 folder, gguf_file=gguf_file, trust_remote_code=trust_remote_code, local_files_only=True
             )
             bare = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-        check_names(given, device_map, bare)
+        return fitted(given, device_map, bare)
     return device_map
 
 
@@ -277,6 +277,11 @@ def _explained(folder: Path, gguf_file: str | None, what: str) -> Iterator[None]
         damaged = None if gguf_file or what == "tokenizer" else _damaged_file(folder)
         if damaged is not None:
             message = f"the weight file {damaged} is damaged or incomplete ({reason}); fetch or save the model again"
+        elif "`offload_folder`" in str(error):
+            message = (
+                f"--device-map keeps only weights of safetensors files on disk, and those of {folder} would have to be "
+                "rewritten; map all of it to cpu or other devices, or save it with save_pretrained"
+            )
         elif what == "tokenizer" and gguf_file is None and not any(folder.glob("*token*")):
             message = f"{folder} has no tokenizer file such as tokenizer.json; save the model's tokenizer there"
         elif what == "tokenizer":

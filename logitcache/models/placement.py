@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,23 +57,30 @@ def _check_device(path: Path, module: str, device: int | str) -> None:
         return
     try:
         # The one question that is right for every kind of device; an integer is an index of the accelerator's.
-        torch.empty(0, device=torch.device(device))
-    except (RuntimeError, AssertionError) as error:
+        there = torch.empty(0, device=torch.device(device)).device.type != "meta"
+    except (RuntimeError, AssertionError):
+        there = False
+    if not there:
         raise UsageError(
             f"the device map {path} puts {module!r} on {device!r}, which is no device here; torch sees "
             f"{torch.accelerator.device_count()} accelerators, and there are cpu and disk"
-        ) from error
+        )
 
 
-def check_names(given: str, device_map: DeviceMap, model: Any) -> None:
-    """Raise UsageError unless every name of the map is one of the model's, and every weight has a device.
+def fitted(given: str, device_map: DeviceMap, model: Any) -> DeviceMap:
+    """The map in entries that do not contain each other, which accelerate does not always get right.
 
     Args:
         given: the map's file, for messages.
         device_map: as read.
         model: the model, with or without memory.
+
+    Raises:
+        UsageError: a name is none of the model's, or a weight has no device, or two.
     """
     weights = list(model.state_dict())
+    from accelerate.utils import find_tied_parameters
+
     known = {name for name, _ in (*model.named_modules(), *model.named_parameters(), *model.named_buffers())}
     unknown = [name for name in device_map if name not in known and name not in weights]
     if unknown:
@@ -80,12 +88,30 @@ def check_names(given: str, device_map: DeviceMap, model: Any) -> None:
             f"the device map {given} names {unknown[0]!r}, which is no module of {type(model).__name__}; its parts are "
             f"{', '.join(_parts(model))}"
         )
-    homeless = [name for name in weights if not any(_within(name, place) for place in device_map)]
+    homeless = [name for name in weights if not _places(name, device_map)]
     if homeless:
         raise UsageError(
             f"the device map {given} says no device for {len(homeless)} weights of {type(model).__name__}, such as "
             f'{homeless[0]}; add them, or an entry "" for all that is not named'
         )
+    for group in find_tied_parameters(model):
+        devices = {name: device_map[max(_places(name, device_map), key=len)] for name in group}
+        if len(set(devices.values())) > 1:
+            said = " and ".join(f"{name} on {device}" for name, device in devices.items())
+            raise UsageError(f"the device map {given} puts {said}, which are one weight; give both the same device")
+    return dict(_entries("", model, device_map, None))
+
+
+def _entries(name: str, part: Any, device_map: DeviceMap, device: int | str | None) -> Iterator[tuple[str, int | str]]:
+    """Entries for a module (or a weight) inside one that is on `device`."""
+    device = device_map.get(name, device)
+    inside = f"{name}." if name else ""
+    if isinstance(part, torch.nn.Module) and any(key != name and key.startswith(inside) for key in device_map):
+        for inner in (part.named_children(), part.named_parameters(recurse=False), part.named_buffers(recurse=False)):
+            for key, child in inner:
+                yield from _entries(inside + key, child, device_map, device)
+    elif device is not None:
+        yield name, device
 
 
 def _parts(model: Any) -> list[str]:
@@ -95,8 +121,9 @@ def _parts(model: Any) -> list[str]:
     return [*inner, *(name for name, _ in model.named_children() if name != body)]
 
 
-def _within(name: str, place: str) -> bool:
-    return place in ("", name) or name.startswith(f"{place}.")
+def _places(name: str, device_map: DeviceMap) -> list[str]:
+    """The entries that hold a weight; the longest counts."""
+    return [place for place in device_map if place in ("", name) or name.startswith(f"{place}.")]
 
 
 def keep_head(model: Any) -> None:
