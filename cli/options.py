@@ -43,6 +43,15 @@ def teacher_options(command: Command) -> Command:
     )(command)
 
 
+def device_map_option(command: Command) -> Command:
+    """Add `--device-map`."""
+    return click.option(
+        "--device-map",
+        metavar="MAP",
+        help="Spread the teacher over all GPUs: auto, balanced, sequential, or a JSON file {module: device}.",
+    )(command)
+
+
 def running_options(command: Command) -> Command:
     """Add what says how much of the corpus a dump's teacher reads, in what pieces and how it computes."""
     return together(
@@ -50,6 +59,7 @@ def running_options(command: Command) -> Command:
         click.option("--max-tokens", type=int, help="Stop the corpus after so many tokens."),
         choice("--dtype", "auto", "float32", "bfloat16", "float16", help="auto: as the teacher is stored."),
         choice("--device", "auto", "cpu", "cuda", help="Where the teacher runs."),
+        device_map_option,
         click.option(
             "--batch-tokens", default=4096, show_default=True, help="Tokens in one forward pass, or asked for together."
         ),

@@ -11,7 +11,7 @@ from rich.text import Text
 from logitcache.errors import UsageError
 
 from .console import counted, debug_option, json_option, out, plain_table, print_json, print_wide
-from .options import trust_option
+from .options import device_map_option, trust_option
 from .progress import StageView
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ STYLES = {"same teacher": "green", "other precision": "yellow", "different": "re
     help="Of the teacher.  [default: auto, that of the dump]",
 )
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Where the teacher runs.  [default: auto]")
+@device_map_option
 @click.option("--batch-tokens", type=int, help="Tokens in one forward pass.  [default: 4096]")
 @trust_option
 @json_option

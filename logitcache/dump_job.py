@@ -29,6 +29,7 @@ def load_teacher(options: DumpOptions) -> Teacher:
         options.device,
         options.trust_remote_code,
         options.tokenizer,
+        options.device_map,
     )
 
 

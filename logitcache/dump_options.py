@@ -61,6 +61,7 @@ class DumpOptions:
         gguf_file: name of a GGUF file in the teacher's folder.
         dtype: "auto" (as stored), "float32", "bfloat16" or "float16".
         device: "auto", "cpu" or "cuda".
+        device_map: spread the teacher over the devices of a machine, as `models.load_model`; None for one device.
         block_length: tokens in a block.
         max_tokens: stop the corpus after so many tokens.
         batch_tokens: tokens in one forward pass.
@@ -85,6 +86,7 @@ class DumpOptions:
     gguf_file: str | None = None
     dtype: str = "auto"
     device: str = "auto"
+    device_map: str | None = None
     block_length: int = 1024
     max_tokens: int | None = None
     batch_tokens: int = 4096
@@ -129,6 +131,7 @@ class DumpOptions:
         if not 0 <= self.seed < 1 << 62:
             raise UsageError(f"seed is {self.seed}; it must lie between 0 and 2^62 - 1")
         self._check_server()
+        self._check_device_map()
 
     def _check_server(self) -> None:
         """What belongs to a server is given for one, and only then; what belongs to a model here is not."""
@@ -141,11 +144,27 @@ class DumpOptions:
             return
         if self.tokenizer is None:
             raise UsageError("a server's teacher needs its tokenizer here; give its folder or hub id with --tokenizer")
-        given = {"gguf-file": self.gguf_file, "trust-remote-code": self.trust_remote_code}
+        given = {
+            "gguf-file": self.gguf_file,
+            "device-map": self.device_map,
+            "trust-remote-code": self.trust_remote_code,
+        }
         given |= {name: getattr(self, name) != "auto" for name in ("dtype", "device")}
         wrong = [name for name, value in given.items() if value]
         if wrong:
             raise UsageError(f"--{wrong[0]} says how a teacher runs here, and this one runs at a server; leave it out")
+
+    def _check_device_map(self) -> None:
+        if self.device_map is None:
+            return
+        if self.device != "auto":
+            raise UsageError("--device-map says where the parts of the teacher run; leave --device out")
+        if self.engine == "ray":
+            raise UsageError("the engine ray gives a worker one GPU, and --device-map needs several; use torchrun")
+        if self.engine == "local" and (self.workers or 1) > 1:
+            raise UsageError(
+                f"with --device-map one worker takes all GPUs of this machine, not {self.workers}; leave --workers out"
+            )
 
     @property
     def served(self) -> bool:

@@ -22,6 +22,7 @@ class AuditOptions:
         seed: of their choice.
         dtype: "auto" (that of the dump, or as stored), "float32", "bfloat16" or "float16".
         device: "auto", "cpu" or "cuda".
+        device_map: spread the teacher over several devices, as `models.load_model`; None for one.
         batch_tokens: tokens in one forward pass; at least two blocks go into one.
         trust_remote_code: let a teacher run Python code of its own.
 
@@ -36,6 +37,7 @@ class AuditOptions:
     seed: int = 0
     dtype: str = "auto"
     device: str = "auto"
+    device_map: str | None = None
     batch_tokens: int = 4096
     trust_remote_code: bool = False
 
@@ -48,6 +50,8 @@ class AuditOptions:
         for name in ("rows", "batch_tokens"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
+        if self.device_map is not None and self.device != "auto":
+            raise UsageError("--device-map says where the parts of the teacher run; leave --device out")
         if self.seed < 0:
             raise UsageError(f"seed is {self.seed}; it must be at least 0")
 

@@ -48,7 +48,7 @@ def audit_cache(location: str | Path, options: AuditOptions, progress: Progress 
         CacheError: there is no cache, it holds no rows yet, or nothing in them can be compared.
         DamagedCacheError, RemoteError: rows cannot be read.
         ModelError: the teacher cannot be loaded, has another tokenizer or vocabulary, or gives NaN.
-        UsageError: an unknown dtype or device.
+        UsageError: an unknown dtype, device or device map.
     """
     progress = progress or Silent()
     cache = open_cache(location, partial=True)
@@ -211,7 +211,9 @@ def _blocks_off(figures: Sequence[Figure], found: Measured, picked: PickedRows) 
 def _load(options: AuditOptions, dtype: str) -> TransformersTeacher:
     """The teacher, without a tokenizer: the tokens are the cache's."""
     models.resolve_source(options.teacher, options.gguf_file)
-    model = models.load_model(options.teacher, options.gguf_file, dtype, options.device, options.trust_remote_code)
+    model = models.load_model(
+        options.teacher, options.gguf_file, dtype, options.device, options.trust_remote_code, options.device_map
+    )
     return TransformersTeacher(model, None, {})
 
 

@@ -50,14 +50,20 @@ def run_torchrun(options: DumpOptions, progress: Progress) -> DumpReport:
     """Be one worker of a dump until every unit is committed, by whomever; the first rank speaks for all.
 
     Raises:
-        UsageError: neither torchrun nor SLURM started this process.
+        UsageError: neither torchrun nor SLURM started this process, or workers with a device map share a machine.
         Others: as `run_dump`.
     """
     if options.workers is not None:
         raise UsageError("the engine torchrun has as many workers as torchrun or srun started; leave --workers out")
     me = Rank.of_environment(os.environ)
     array = os.environ.get("SLURM_ARRAY_TASK_ID")
-    take_device(options.device, me.place)
+    if options.device_map is None:
+        take_device(options.device, me.place)
+    elif me.place and "SLURM_GPUS_PER_TASK" not in os.environ:
+        raise UsageError(
+            f"with --device-map a worker takes all GPUs it sees, and this is worker {me.place + 1} of its machine; "
+            "start one on each, or let srun --gpus-per-task divide the GPUs"
+        )
     roots = [output.root for output in options.outputs]
     watcher = Watcher(roots, options.lease_seconds, progress) if me.rank == 0 else None
     report = run_worker(options, _View(progress, watcher), label=f"{array}/{me.rank}" if array else str(me.rank))

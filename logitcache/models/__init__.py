@@ -15,10 +15,12 @@ from logitcache.models.loading import (
     weight_files,
 )
 from logitcache.models.operands import causal_lm, inside_forward, with_head
+from logitcache.models.placement import DEVICE_MAPS, input_device
 from logitcache.models.saving import convert_gguf, save_model
 
 __all__ = [
     "DEVICES",
+    "DEVICE_MAPS",
     "DTYPES",
     "LMHead",
     "body_hidden",
@@ -28,6 +30,7 @@ __all__ = [
     "convert_gguf",
     "errors_only",
     "head_logits",
+    "input_device",
     "inside_forward",
     "load_model",
     "load_tokenizer",

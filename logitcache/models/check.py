@@ -9,6 +9,7 @@ import torch
 from logitcache.errors import ModelError
 from logitcache.models.head import LMHead, body_hidden, check_place, head_logits
 from logitcache.models.operands import causal_lm, with_head
+from logitcache.models.placement import input_device
 
 
 @torch.no_grad()
@@ -53,7 +54,7 @@ def _odd_tokens(model: Any) -> torch.Tensor:
     embedding = model.get_input_embeddings().weight
     head = getattr(model.get_output_embeddings(), "weight", None)
     rows = embedding.shape[0] if head is None else min(embedding.shape[0], head.shape[0])
-    ids = (torch.arange(8, device=embedding.device) * max(1, rows // 11) % rows).repeat(2, 1)
+    ids = (torch.arange(8, device=input_device(model)) * max(1, rows // 11) % rows).repeat(2, 1)
     ids[1, -1] = (ids[0, -1] + 1) % rows
     return ids
 
@@ -81,5 +82,5 @@ def _loud_logits(model: Any, ids: torch.Tensor, hidden: torch.Tensor) -> tuple[f
 def _close(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
     if one.shape != other.shape:
         return False
-    one, other = one.float(), other.float()
+    one, other = one.to(other.device).float(), other.float()
     return bool((one - other).abs().max() <= tolerance * max(float(other.abs().max()), 1e-6))

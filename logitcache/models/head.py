@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from logitcache.errors import ModelError
+from logitcache.models.placement import is_spread
 
 _SCALES = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
@@ -43,7 +44,7 @@ def split_model(model: Any) -> tuple[Any, LMHead]:
     Nothing is computed; `check_split` tells whether the two really make the model's logits.
 
     Raises:
-        ModelError: the model has no plain linear head, wears an adapter, or lies on several devices.
+        ModelError: the model has no plain linear head, wears an adapter, or lies on several devices without a map.
     """
     name = type(model).__name__
     if hasattr(model, "get_base_model"):
@@ -78,7 +79,9 @@ def plain_linear(name: str, linear: Any) -> tuple[torch.Tensor, torch.Tensor | N
 
 
 def check_place(model: Any) -> None:
-    """Raise ModelError unless all of the model lies on one device, with memory."""
+    """Raise ModelError unless all of the model lies on one device, with memory, or was spread by a device map."""
+    if is_spread(model):
+        return
     places = sorted({str(parameter.device) for parameter in model.parameters()})
     if len(places) > 1 or places == ["meta"]:
         raise ModelError(f"{type(model).__name__} lies on {', '.join(places)}; load it whole on one device")

@@ -19,11 +19,12 @@ import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
 from logitcache.errors import ModelError, UsageError
+from logitcache.models.placement import DeviceMap, fitted, keep_head, offloaded_share, read_device_map
 
 _logger = logging.getLogger(__name__)
 
@@ -42,8 +43,9 @@ def load_model(
     dtype: str = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
+    device_map: str | None = None,
 ) -> Any:
-    """A causal language model, in eval mode, whole on one device.
+    """A causal language model, in eval mode, whole on one device or spread over several.
 
     Args:
         source: a local folder, or a hub id such as `HuggingFaceTB/SmolLM2-135M`.
@@ -51,9 +53,11 @@ def load_model(
         dtype: "auto" (as stored), "float32", "bfloat16" or "float16".
         device: "auto" (CUDA where there is one), "cpu" or "cuda".
         trust_remote_code: run Python code that comes with the model.
+        device_map: spread the model: "auto", "balanced", "balanced_low_0", "sequential" or a JSON file
+            {module: device}, as of transformers' `device_map`. The head then stays on a device of its own.
 
     Raises:
-        UsageError: an unknown dtype or device.
+        UsageError: an unknown dtype or device, or a map that does not fit the model or the machine.
         ModelError: the model is missing, damaged, incomplete or of a kind that cannot be loaded.
     """
     torch_dtype, torch_device = _chosen_dtype(dtype), choose_device(device)
@@ -61,6 +65,7 @@ def load_model(
     if gguf_file is None:
         _check_config(folder, trust_remote_code)
         weight_files(folder)
+    spread = None if device_map is None else _placement(device_map, folder, gguf_file, trust_remote_code)
     with quiet(), _explained(folder, gguf_file, "model"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -70,11 +75,36 @@ def load_model(
             local_files_only=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
+            device_map=spread,
         )
     model, info = loaded
     _check_loaded(folder, info)
     with _explained(folder, gguf_file, "model"):
-        return model.to(torch_device).eval()
+        if device_map is None:
+            return model.to(torch_device).eval()
+        away = offloaded_share(model)
+        if away and isinstance(spread, str):
+            _logger.warning(
+                "%.0f %% of the weights of %s do not fit on the devices here and are fetched for every batch, which is "
+                "slow",
+                100 * away,
+                folder,
+            )
+        keep_head(model)
+        return model.eval()
+
+
+def _placement(given: str, folder: Path, gguf_file: str | None, trust_remote_code: bool) -> str | DeviceMap:
+    """The device map, compared with the model before anything is read into memory."""
+    device_map = read_device_map(given)
+    if isinstance(device_map, dict):
+        with quiet(), _explained(folder, gguf_file, "model"), torch.device("meta"):
+            config = AutoConfig.from_pretrained(
+                folder, gguf_file=gguf_file, trust_remote_code=trust_remote_code, local_files_only=True
+            )
+            bare = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        return fitted(given, device_map, bare)
+    return device_map
 
 
 def _check_loaded(folder: Path, info: dict[str, Any]) -> None:
@@ -247,6 +277,11 @@ def _explained(folder: Path, gguf_file: str | None, what: str) -> Iterator[None]
         damaged = None if gguf_file or what == "tokenizer" else _damaged_file(folder)
         if damaged is not None:
             message = f"the weight file {damaged} is damaged or incomplete ({reason}); fetch or save the model again"
+        elif "`offload_folder`" in str(error):
+            message = (
+                f"--device-map keeps only weights of safetensors files on disk, and those of {folder} would have to be "
+                "rewritten; map all of it to cpu or other devices, or save it with save_pretrained"
+            )
         elif what == "tokenizer" and gguf_file is None and not any(folder.glob("*token*")):
             message = f"{folder} has no tokenizer file such as tokenizer.json; save the model's tokenizer there"
         elif what == "tokenizer":

@@ -250,7 +250,9 @@ class _Positions:
 
 
 def _device(teacher: TransformersTeacher) -> str:
+    places = sorted({str(place) for place in getattr(teacher.model, "hf_device_map", {}).values()})
+    spread = f"; the teacher spread over {', '.join(places)}" if len(places) > 1 else ""
     if teacher.device.type == "cuda":
-        return torch.cuda.get_device_name(teacher.device)
+        return torch.cuda.get_device_name(teacher.device) + spread
     threads = torch.get_num_threads()
-    return f"cpu, {threads} {'thread' if threads == 1 else 'threads'}"
+    return f"cpu, {threads} {'thread' if threads == 1 else 'threads'}{spread}"

@@ -45,9 +45,9 @@ class RememberedBody(RowsFromLogits):
             hidden, seconds = self._known[key]
             self.seconds += seconds
             return hidden
-        started = _now()
+        started = _now(self._teacher.device)
         hidden = self._teacher.hidden(tokens)
-        self._known[key] = hidden, _now() - started
+        self._known[key] = hidden, _now(self._teacher.device) - started
         return hidden
 
 
@@ -155,8 +155,8 @@ def _finish(job: Job) -> tuple[list[Cache], list[Manifest]]:
     return [open_cache(writer.layout.root) for writer in job.writers], manifests
 
 
-def _now() -> float:
+def _now(device: torch.device) -> float:
     """Seconds, once the device has done what it was told."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return time.perf_counter()

@@ -31,7 +31,7 @@ class TransformersTeacher(RowsFromLogits):
     Attributes:
         model, tokenizer: as loaded.
         head: the `LMHead` that makes logits of hidden states.
-        device: torch.device of all weights.
+        device: torch.device of the head, where logits are made; the body may be spread over others.
         vocab_size: V, rows of the LM head; the softmax runs over all of them, as in the model itself.
         blocks_at_once: 1: a single block keeps it busy.
     """
@@ -46,6 +46,7 @@ class TransformersTeacher(RowsFromLogits):
         self.device: torch.device = self.head.weight.device
         self.vocab_size = int(self.head.weight.shape[0])
         self._config = model.config.get_text_config()
+        self._input_device = models.input_device(model)
         self._embedded = int(model.get_input_embeddings().weight.shape[0])
 
     @classmethod
@@ -57,6 +58,7 @@ class TransformersTeacher(RowsFromLogits):
         device: str = "auto",
         trust_remote_code: bool = False,
         tokenizer: str | Path | None = None,
+        device_map: str | None = None,
     ) -> TransformersTeacher:
         """Load and check a teacher; arguments as `models.load_model`.
 
@@ -64,7 +66,7 @@ class TransformersTeacher(RowsFromLogits):
             tokenizer: folder or hub id of the tokenizer, if it is not beside the model.
 
         Raises:
-            UsageError: an unknown dtype or device.
+            UsageError: an unknown dtype or device, or a device map that does not fit.
             ModelError: model or tokenizer cannot be loaded, or the architecture is not understood.
         """
         # Before the tokenizer: whoever names a GGUF folder must hear about the GGUF first.
@@ -73,7 +75,7 @@ class TransformersTeacher(RowsFromLogits):
             loaded_tokenizer = models.load_tokenizer(source, gguf_file, trust_remote_code)
         else:
             loaded_tokenizer = models.load_tokenizer(tokenizer, trust_remote_code=trust_remote_code)
-        model = models.load_model(source, gguf_file, dtype, device, trust_remote_code)
+        model = models.load_model(source, gguf_file, dtype, device, trust_remote_code, device_map)
         return cls(model, loaded_tokenizer, models.model_identity(source, gguf_file))
 
     def identity(self) -> dict[str, Any]:
@@ -110,8 +112,8 @@ class TransformersTeacher(RowsFromLogits):
         """
         ids = torch.from_numpy(np.array(tokens, dtype=np.int64)) if isinstance(tokens, np.ndarray) else tokens.long()
         self._check_ids(ids)
-        hidden = models.body_hidden(self.model, ids.to(self.device))
-        return hidden.reshape(-1, hidden.shape[-1])
+        hidden = models.body_hidden(self.model, ids.to(self._input_device))
+        return hidden.reshape(-1, hidden.shape[-1]).to(self.device)
 
     @torch.inference_mode()
     def logits(self, hidden_rows: torch.Tensor) -> torch.Tensor:
