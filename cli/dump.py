@@ -12,6 +12,7 @@ from .console import counted, debug_option, json_option, out, print_json
 from .options import cache_options, field_options, server_of, server_options, teacher_options
 from .plan_table import show_plan
 from .progress import DumpView
+from .results import left_out_line
 from .watch import Watchable
 
 EXAMPLE = """
@@ -74,6 +75,13 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 )
 @click.option("--unit-tokens", type=int, help="Tokens committed at once; default: about 1/32 of the corpus.")
 @click.option("--seed", default=0, show_default=True, help="Of sampled selections.")
+@click.option(
+    "--nonfinite",
+    default="fail",
+    show_default=True,
+    type=click.Choice(["fail", "mask"]),
+    help="Where the teacher's logits are NaN or infinite: end the dump, or leave that row out and count it.",
+)
 @field_options
 @click.option(
     "--bos",
@@ -140,6 +148,7 @@ def dump(root: Path, select: str, also: tuple[tuple[str, str], ...], as_json: bo
             "tokens": report.tokens,
             "bytes": (num_bytes := open_cache(output.root).num_bytes),
             "bytes_per_token": num_bytes / report.tokens,
+            **({"nonfinite": manifest.counters["nonfinite"]} if "nonfinite" in manifest.counters else {}),
             "fingerprint": manifest.fingerprint,
         }
         for output, manifest in zip(outputs, report.manifests, strict=True)
@@ -152,6 +161,8 @@ def dump(root: Path, select: str, also: tuple[tuple[str, str], ...], as_json: bo
         line = f"Corpus: {counted(read['documents'], 'document')} in {counted(len(read['files']), 'file')}"
         learnt = f", {counters['counted']:,} of {report.tokens:,} tokens to learn" if "counted" in counters else ""
         out.print(line + learnt)
+        if "nonfinite" in counters:
+            out.print(left_out_line(counters["nonfinite"]), style="yellow" if counters["nonfinite"] else None)
 
 
 def _print_table(facts: list[dict[str, Any]], report: Any) -> None:
