@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 
 from logitcache import models
-from logitcache.algebra import Derivation, derive_cache, merge_caches
+from logitcache.algebra import BlockRanges, Derivation, derive_cache, merge_caches, subset_cache
 from logitcache.audit import AuditOptions, audit_cache
-from logitcache.dump import DumpOptions, run_dump
+from logitcache.dump import run_dump
 from logitcache.errors import ModelError, PlanMismatchError, UsageError
 from logitcache.losses import Objective, distillation_loss
 from logitcache.reader import CacheDataset, ReaderOptions
@@ -24,7 +24,7 @@ from tests.corpus.files import write_records
 from tests.faults import forkserver, run_killed, start
 from tests.rollouts import pairs
 from tests.store.caches import rewrite
-from tests.teachers.serving import serving
+from tests.teachers.serving import Serving
 from tests.test_dump import LENGTH, SPECS, content_of, dump_job, options, write_corpus
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -211,9 +211,11 @@ def test_what_is_made_of_such_a_cache(place: Path, caches: dict[str, Path], tmp_
     assert open_cache(tmp_path / "arrow").num_nonfinite == source.num_nonfinite
     for name in ("arrow", "derived"):
         np.testing.assert_array_equal(everything(tmp_path / name).counted, everything(source.root).counted)
-    merge_caches([source.root, source.root], tmp_path / "twice")
-    assert open_cache(tmp_path / "twice").num_counted == 2 * source.num_counted
-    everything(tmp_path / "twice")
+    subset_cache(source.root, tmp_path / "part", BlockRanges.parse("2:9"))
+    merge_caches([source.root, tmp_path / "part"], tmp_path / "both")
+    counted = everything(source.root).counted
+    assert counted is not None
+    np.testing.assert_array_equal(everything(tmp_path / "both").counted, np.concatenate([counted, counted[2:9]]))
     card = dataset_card(source.manifest, source.num_bytes, "cache")
     assert f"| left out | {source.num_nonfinite} rows, logits NaN or infinite |" in card
 
@@ -235,18 +237,15 @@ def test_verify_counts_what_is_missing(place: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("flavour", ["vllm", "echo", "sglang"])
 @pytest.mark.parametrize("spec", ["top-k:7", "sample:11"])
-def test_a_server_that_says_null(tmp_path: Path, flavour: str, spec: str) -> None:
+def test_a_server_that_says_null(server: Serving, served_model: Path, tmp_path: Path, flavour: str, spec: str) -> None:
     """After `<eos>`, where its numbers have overflown; `sample` needs all of its distribution."""
-    models.save_model(tiny_model(), tmp_path / "teacher", tiny_tokenizer())
     write_corpus(tmp_path / "corpus")
-    with serving(tmp_path / "teacher") as server:
-        server.set(flavour=flavour, spoil="null", most=300)
-        there = {"teacher": server.url, "tokenizer": str(tmp_path / "teacher"), "device": "auto"}
-        served: DumpOptions = options(tmp_path, (spec, tmp_path / "cache"), **there, **MASK)
-        with pytest.raises(ModelError, match=r"block \d+, position \d+ cannot be used: it says NaN"):
-            run_dump(options(tmp_path, (spec, tmp_path / "failed"), **there))
-        run_dump(served)
-    run_dump(options(tmp_path, (spec, tmp_path / "here"), **MASK))
+    server.set(flavour=flavour, spoil="null", most=300)
+    there = {"teacher": server.url, "tokenizer": str(served_model), "device": "auto"}
+    with pytest.raises(ModelError, match=r"block \d+, position \d+ cannot be used: it says NaN"):
+        run_dump(options(tmp_path, (spec, tmp_path / "failed"), **there))
+    run_dump(options(tmp_path, (spec, tmp_path / "cache"), **there, **MASK))
+    run_dump(options(tmp_path, (spec, tmp_path / "here"), teacher=str(served_model), **MASK))
     blocks, here = everything(tmp_path / "cache"), everything(tmp_path / "here")
     eos = blocks.tokens == 0
     assert 2 <= (followed(blocks) & eos).sum() == open_cache(tmp_path / "cache").num_nonfinite

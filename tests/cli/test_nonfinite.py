@@ -18,6 +18,7 @@ def test_how_many_rows_were_left_out(tmp_path: Path, logitcache: Main) -> None:
     line += ["--select", "top-k:7", "--block-length", LENGTH, "--nonfinite", "mask"]
     planned = logitcache(*line, "--dry-run")
     assert planned.status == 0, planned.err
+    assert "the angle is not known: the teacher's logits are NaN or infinite where it is measured" in planned.out
     made = logitcache(*line)
     count = open_cache(root).num_nonfinite
     said = f"Left out, as the teacher's logits are NaN or infinite there: {count} rows"
