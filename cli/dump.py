@@ -22,7 +22,7 @@ from .options import (
 )
 from .plan_table import show_plan
 from .progress import DumpView
-from .results import print_speed
+from .results import left_out_line, print_speed
 from .watch import Watchable
 
 EXAMPLE = """
@@ -65,6 +65,12 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 )
 @click.option("--also", nargs=2, multiple=True, metavar="SPEC CACHE", help="Write another cache from the same run.")
 @running_options
+@choice(
+    "--nonfinite",
+    "fail",
+    "mask",
+    help="Where the teacher's logits are NaN or infinite: end the dump, or leave that row out and count it.",
+)
 @field_options
 @special_token_options
 @cache_options
@@ -112,6 +118,7 @@ def dump(root: Path, select: str, also: tuple[tuple[str, str], ...], as_json: bo
             "tokens": report.tokens,
             "bytes": (num_bytes := open_cache(output.root).num_bytes),
             "bytes_per_token": num_bytes / report.tokens,
+            **({"nonfinite": manifest.counters["nonfinite"]} if "nonfinite" in manifest.counters else {}),
             "fingerprint": manifest.fingerprint,
         }
         for output, manifest in zip(outputs, report.manifests, strict=True)
@@ -124,6 +131,8 @@ def dump(root: Path, select: str, also: tuple[tuple[str, str], ...], as_json: bo
         line = f"Corpus: {counted(read['documents'], 'document')} in {counted(len(read['files']), 'file')}"
         learnt = f", {counters['counted']:,} of {report.tokens:,} tokens to learn" if "counted" in counters else ""
         out.print(line + learnt)
+        if "nonfinite" in counters:
+            out.print(left_out_line(counters["nonfinite"]), style="yellow" if counters["nonfinite"] else None)
 
 
 def _print_table(facts: list[dict[str, Any]], report: Any) -> None:

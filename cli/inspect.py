@@ -81,6 +81,7 @@ def show_facts(cache: Cache, as_json: bool) -> None:
         **({} if identity.mean_tail_mass is None else {"tail mass left out": identity.mean_tail_mass}),
         "tokens": tokens,
         **({"counted tokens": cache.num_counted} if cache.masked else {}),
+        **({} if cache.num_nonfinite is None else {"rows left out (NaN or infinite)": cache.num_nonfinite}),
         "blocks": cache.num_blocks,
         "block length": cache.block_length,
         "documents": identity.corpus.get("documents"),
@@ -177,16 +178,21 @@ def show_position(cache: Cache, position: int, decoder: Decoder, rows: int, as_j
     out.print(table)
     if row.unbiased and cache.has_exact_head:
         out.print(Text("= the teacher's own probability; the others are sampled, all with one weight", style="dim"))
-    _print_row_facts(facts, len(listed))
+    _print_row_facts(facts, len(listed), _reason(cache))
 
 
-def _print_row_facts(facts: dict[str, Any], listed: int) -> None:
+def _reason(cache: Cache) -> str:
+    """Why a position does not count, after `is not one to learn`."""
+    return ", or the teacher's logits were NaN or infinite" if cache.num_nonfinite else ""
+
+
+def _print_row_facts(facts: dict[str, Any], listed: int, reason: str) -> None:
     if facts["entries"] > listed:
         more = counted(facts["entries"] - listed, "more entry", "more entries")
         out.print(Text(f"{more}; see all with --rows", style="dim"))
     label = facts["label_logprob"]
     if not facts.get("counted", True):
-        out.print("nothing is stored here: the next token is not one to learn, as in a prompt")
+        out.print(f"nothing is stored here: the next token is not one to learn, as in a prompt{reason}", soft_wrap=True)
         return
     if facts["next_id"] is None:
         out.print("there is no next token here: the block or the corpus ends")
@@ -221,7 +227,8 @@ def show_block(cache: Cache, block: int, decoder: Decoder, as_json: bool) -> Non
     out.print(Text(f"block {block}, {counted(facts['tokens'], 'token')}", style="bold"))
     out.print(Text(str(facts["text"])))
     if not stored.any():
-        out.print("nothing is stored of this block: none of its tokens is one to learn, as inside a prompt")
+        what = f"none of its tokens is one to learn, as inside a prompt{_reason(cache)}"
+        out.print(f"nothing is stored of this block: {what}", soft_wrap=True)
         return
     out.print(
         f"teacher's cross entropy {_nats(facts['cross_entropy'])}, entropy {_nats(facts['entropy'])}, "

@@ -1,10 +1,10 @@
-"""How commands that write a cache say what they wrote: `dump`, `derive`, `merge` and `subset`."""
+"""How commands that write a cache say what they wrote, and lines that several commands have."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .console import out, plain_table, print_json
+from .console import counted, out, plain_table, print_json
 
 if TYPE_CHECKING:
     from logitcache.algebra import Result
@@ -55,6 +55,11 @@ def ancestry_line(step: Ancestor) -> str:
     arguments = " ".join(f"{name}={_short(value)}" for name, value in sorted(step.arguments.items()))
     parents = ", ".join(parent[:12] for parent in step.parents)
     return " ".join(part for part in (step.operation, arguments, "of", parents) if part)
+
+
+def left_out_line(rows: int) -> str:
+    """What `--nonfinite mask` left out."""
+    return f"Left out, as the teacher's logits are NaN or infinite there: {counted(rows, 'row')}"
 
 
 def _short(value: Any) -> str:

@@ -13,6 +13,7 @@ from logitcache.errors import UsageError
 from .console import counted, debug_option, json_option, out, plain_table, print_json, print_wide
 from .options import device_map_option, trust_option
 from .progress import StageView
+from .results import left_out_line
 
 if TYPE_CHECKING:
     from logitcache.audit import AuditReport, Figure
@@ -81,6 +82,8 @@ def check(cache: str, as_json: bool) -> None:
         finished = ", unfinished (run the same dump again to finish it)" if report.unfinished else ""
         checked = f"{counted(report.shards, 'shard')}, {report.tokens:,} tokens checked"
         out.print(f"{cache}: {state}; {checked}{finished}")
+        if report.nonfinite is not None:
+            out.print(left_out_line(report.nonfinite))
         if not report.ok and "://" not in cache:
             out.print("`logitcache repair` lists what must be computed again", soft_wrap=True)
     if not report.ok:

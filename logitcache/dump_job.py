@@ -167,9 +167,11 @@ def origin_of(options: DumpOptions) -> Origin:
 def identity_of(options: DumpOptions, output: Output, teacher: Teacher, corpus: Corpus) -> Identity:
     """What determines the cache that `output` is to become."""
     selection = output.selection
-    codec = RowCodec.for_selection(selection.method, selection.size, selection.exponent, options.codec, corpus.masked)
+    left_out = {} if options.nonfinite == "fail" else {"nonfinite": options.nonfinite}
+    masked = corpus.masked or bool(left_out)
+    codec = RowCodec.for_selection(selection.method, selection.size, selection.exponent, options.codec, masked)
     return Identity(
-        teacher=teacher.identity(),
+        teacher={**teacher.identity(), **left_out},
         tokenizer=corpus.tokenizer,
         vocab_size=teacher.vocab_size,
         corpus=corpus.record,

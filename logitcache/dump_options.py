@@ -11,7 +11,7 @@ from logitcache.corpus import CorpusFields, PackingPolicy
 from logitcache.errors import UsageError
 from logitcache.selection import Selection
 from logitcache.store import ContainerKind, Wording
-from logitcache.teachers import ServerOptions, is_url
+from logitcache.teachers import Nonfinite, ServerOptions, is_url
 
 SETTLED_BY = {
     "codec.layout": "--codec",
@@ -34,6 +34,7 @@ SETTLED_BY = {
     "teacher.dtype": "--dtype",
     "teacher.files": "--teacher",
     "teacher.name": "--teacher",
+    "teacher.nonfinite": "--nonfinite",
     "teacher.revision": "--teacher",
     "teacher.served": "--teacher",
     "tokenizer": "--teacher",
@@ -71,6 +72,8 @@ class DumpOptions:
         bos, eos: packing policy, "auto" or as in `PackingPolicy`. Messages and token ids have their own special
             tokens, so there "auto" is "none".
         container: kind of file the shards are, "zarr" or "arrow".
+        nonfinite: what becomes of a row whose logits are NaN or infinite: "fail" ends the dump, "mask" leaves the row
+            out and counts it; the cache is then a masked one.
         trust_remote_code: let a teacher run Python code of its own.
         codec: "small" stores the fewest bytes, "fast" is decoded several times as fast.
         engine: who starts the workers; see `logitcache.engines`.
@@ -101,6 +104,7 @@ class DumpOptions:
     bos: str = "auto"
     eos: str = "auto"
     container: ContainerKind = "zarr"
+    nonfinite: Nonfinite = "fail"
     trust_remote_code: bool = False
     codec: LayoutName = "small"
     engine: Engine = "local"
@@ -126,6 +130,8 @@ class DumpOptions:
                 raise UsageError(f"{name.replace('_', '-')} is {value}; it must be at least 1")
         if self.engine not in get_args(Engine):
             raise UsageError(f"the engine must be one of {', '.join(get_args(Engine))}, not {self.engine!r}")
+        if self.nonfinite not in get_args(Nonfinite):
+            raise UsageError(f"nonfinite must be {' or '.join(get_args(Nonfinite))}, not {self.nonfinite!r}")
         if self.lease_seconds < 1:
             raise UsageError(f"lease-seconds is {self.lease_seconds:g}; it must be at least 1")
         if not 0 <= self.seed < 1 << 62:

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from logitcache.codec import Planes
+from logitcache.dump_corpus import counted_of
 from logitcache.dump_job import Job
 from logitcache.errors import ModelError
 from logitcache.selection import Selection
@@ -35,7 +36,7 @@ def process_unit(job: Job, unit: int, await_tables: Callable[[], None] | None = 
         await_tables: returns when they are there; by default the pilot's unit is processed first.
 
     Raises:
-        ModelError: the teacher's logits are not finite, or one block is too much for the memory.
+        ModelError: the teacher's logits are not finite, nor to be masked, or one block is too much for the memory.
         TargetsError, CacheError: rows cannot be stored, or files not written.
     """
     wanting = job.lacking(unit)
@@ -47,19 +48,34 @@ def process_unit(job: Job, unit: int, await_tables: Callable[[], None] | None = 
     chunks: list[list[Planes]] = [[] for _ in wanting]
     # Every output's chunks divide the longest ones.
     step = max(writer.geometry.chunk_blocks for writer, _ in wanting)
+    left_out = 0
     for begin in range(first, stop, step):
         end = min(begin + step, stop)
-        tokens, counted = job.corpus.read(begin, end), job.corpus.read_counted(begin, end)
+        tokens, counted = job.corpus.read(begin, end), _counted(job, begin, end)
         rows = _capture(job, tokens, counted, begin, selections)
         if unit != PILOT_UNIT and any(writer.codebook() is None for writer, _ in wanting):
             # Its rows were computed while another worker made them.
             (await_tables or (lambda: process_unit(job, PILOT_UNIT)))()
         count = geometry.tokens_in(begin, end)
         real, mask = tokens.reshape(-1)[:count], None if counted is None else counted.reshape(-1)[:count]
+        if mask is not None and job.options.nonfinite == "mask":
+            mask, wanted = mask & ~np.isnan(rows[0].label_logprob), mask
+            left_out += int(wanted.sum() - mask.sum())
         for (writer, _), targets, planes in zip(wanting, rows, chunks, strict=True):
             planes += _encode(writer, begin, end, real, targets, mask)
+    counters = {"nonfinite": left_out} if job.options.nonfinite == "mask" else None
     for (writer, _), planes in zip(wanting, chunks, strict=True):
-        job.meter.committed(writer.commit_unit(unit, planes))
+        job.meter.committed(writer.commit_unit(unit, planes, counters))
+
+
+def _counted(job: Job, first: int, stop: int) -> Mask | None:
+    """bool [B, L]: the positions that rows are wanted of; None for all."""
+    counted = job.corpus.read_counted(first, stop)
+    if counted is not None or job.options.nonfinite == "fail":
+        return counted
+    # Where rows may be left out the cache has a mask, and that is of positions with a next token.
+    length = job.options.block_length
+    return counted_of(np.arange((stop - first) * length).reshape(-1, length) < job.geometry.tokens_in(first, stop))
 
 
 def _encode(
@@ -111,7 +127,7 @@ def _captured_or_halved(
 ) -> list[SparseTargets] | None:
     """Rows of one batch; None where it was too much for the memory, and batches are half as large from now on."""
     try:
-        return job.teacher.rows(batch, first_block, num_rows, selections, job.options.seed, mask)
+        return job.teacher.rows(batch, first_block, num_rows, selections, job.options.seed, mask, job.options.nonfinite)
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise

@@ -116,7 +116,7 @@ class _Planner:
             tokenising_seconds=sample.tokenising_seconds,
             gradient_positions=yardstick.positions if yardstick else 0,
             together=self.options.together,
-            notes=self._notes(sample),
+            notes=self._notes(sample, yardstick is not None),
         )  # fmt: skip
 
     def _load(self) -> TransformersTeacher:
@@ -146,7 +146,9 @@ class _Planner:
         count = max(1, min(whole, fitting // length))
         chosen = ((np.arange(count) + 0.5) * whole / count).astype(np.int64)
         tokens_BL = sample.corpus.blocks.tokens_BL[chosen, :length]
-        return _Positions(Yardstick(self.teacher, tokens_BL), tokens_BL.size)
+        yardstick = Yardstick(self.teacher, tokens_BL)
+        # Rows of logits that are not finite may be left out of a dump, but not here.
+        return _Positions(yardstick, tokens_BL.size) if bool(yardstick.full.isfinite().all()) else None
 
     def _try(self, selection: Selection, number: int, trial: Trial, yardstick: _Positions | None) -> _Tried:
         cache = trial.caches[number]
@@ -209,7 +211,7 @@ class _Planner:
         here = min(self.dump.workers or 1, torch.cuda.device_count()) if self.teacher.device.type == "cuda" else 1
         return self.options.machines * max(1, here)
 
-    def _notes(self, sample: Sample) -> list[str]:
+    def _notes(self, sample: Sample, measured: bool) -> list[str]:
         """What is assumed rather than measured."""
         notes, dump = [], self.dump
         if sample.whole:
@@ -219,7 +221,9 @@ class _Planner:
                 f"the sample fills no batch of {dump.batch_tokens:,} tokens; larger batches may be faster "
                 "(--sample-tokens)"
             )
-        if dump.fields.masked and any(selection.keeps_ids for selection in self.options.selections):
+        if not measured and any(selection.keeps_ids for selection in self.options.selections):
+            notes.append("the angle is not known: the teacher's logits are NaN or infinite where it is measured")
+        elif dump.fields.masked and measured:
             notes.append("the angle is that of all positions, of prompts, too")
         workers = dump.workers or 1
         if self.teacher.device.type == "cpu" and workers > 1:

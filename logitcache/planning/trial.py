@@ -129,7 +129,7 @@ def forward_seconds(teacher: RememberedBody, corpus: SampleCorpus, batch_blocks:
         counted = None
     teacher.seconds = 0.0
     started = time.perf_counter()
-    teacher.rows(batch, 0, rows, [], 0, counted)
+    teacher.rows(batch, 0, rows, [], 0, counted, "mask")
     return (time.perf_counter() - started + teacher.seconds) / rows
 
 

@@ -134,6 +134,11 @@ class Cache:
         return self.manifest.counters.get("counted", 0) if self.masked else self.num_tokens
 
     @property
+    def num_nonfinite(self) -> int | None:
+        """Rows that were left out because the teacher's logits were NaN or infinite; None where that was an error."""
+        return self.manifest.counters.get("nonfinite")
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of all files that belong to the cache and are there; of remote shards the manifest's sizes."""
         return self.files.num_bytes(self.manifest.shards)

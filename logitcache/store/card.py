@@ -69,6 +69,7 @@ def dataset_card(manifest: Manifest, num_bytes: int, location: str) -> str:
     entries = sum(shard.num_entries for shard in manifest.shards)
     title = f"{teacher.rstrip('/').rpartition('/')[2]}, {spec}"
     began = "import" if "imported_from" in identity.teacher else "dump"
+    left_out = manifest.counters.get("nonfinite")
     facts: dict[str, Any] = {
         "teacher": f"{teacher} ({_known(identity.teacher, 'revision', 'dtype')})",
         "tokenizer": f"SHA-256 `{identity.tokenizer.get('sha256', 'unknown')}`",
@@ -76,6 +77,7 @@ def dataset_card(manifest: Manifest, num_bytes: int, location: str) -> str:
         "corpus": f"{len(corpus.get('files', [])):,} files ({_known(corpus, 'documents', 'sha256')})",
         "selection": f"`{spec}`" + (", unbiased" if selection.unbiased else ""),
         **({"counted": f"{manifest.counters['counted']:,} tokens"} if "counted" in manifest.counters else {}),
+        **({"left out": f"{left_out:,} rows, logits NaN or infinite"} if left_out else {}),
         "tokens": f"{tokens:,} in {geometry.num_blocks:,} blocks of {geometry.block_length}",
         "ids a token": f"{entries / tokens:.1f}",
         "size": f"{num_bytes:,} bytes, {num_bytes / tokens:.1f} bytes a token, {len(manifest.shards)} shards",

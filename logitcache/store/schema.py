@@ -198,7 +198,8 @@ class Identity(Document):
     """All that determines what a cache means. `dump` resumes only when every field is equal.
 
     Args:
-        teacher: name, revision, files with hashes, dtype, attention and engine versions.
+        teacher: name, revision, files with hashes, dtype, attention and engine versions; `nonfinite` is "mask" where
+            rows of NaN or infinite logits are left out.
         tokenizer: sha256 and size, and where it was loaded from.
         vocab_size: rows of the teacher's LM head; every id is below it.
         corpus: files with hashes, documents, packing policy, sha256 of the token stream.
@@ -268,8 +269,8 @@ class Shard(Document):
 class Commit(Shard):
     """commits/<unit>.json: exists if and only if the unit is complete.
 
-    `counters` hold what was met on the way (masked rows, NaN rows). Nothing here depends on when or where the unit was
-    computed, so that equal content is equal bytes.
+    `counters` hold what was met on the way (`counted` positions, `nonfinite` rows). Nothing here depends on when or
+    where the unit was computed, so that equal content is equal bytes.
     """
 
     kind: Literal["logitcache-commit"] = "logitcache-commit"

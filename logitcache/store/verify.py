@@ -37,6 +37,8 @@ class Report:
         shards: shards that were checked.
         tokens: tokens of those that are whole.
         counted: those of them whose next token is one to learn; in a cache without a mask all.
+        nonfinite: rows that the manifest says were left out as the teacher's logits were not finite; None where that
+            was an error.
         num_bytes: of all files that were checked: shards, tables, commit records, plan and manifest.
         unfinished: whether units are still to be committed.
     """
@@ -45,6 +47,7 @@ class Report:
     shards: int = 0
     tokens: int = 0
     counted: int = 0
+    nonfinite: int | None = None
     num_bytes: int = 0
     unfinished: bool = False
 
@@ -81,6 +84,7 @@ def verify(location: str | Path) -> Report:
 def _check(cache: Cache, report: Report) -> None:
     """Check tables and shards."""
     report.unfinished, report.num_bytes = not cache.manifest.complete, cache.num_bytes
+    report.nonfinite = cache.num_nonfinite
     readable = _check_codebook(cache, report)
     for number, shard in enumerate(cache.manifest.shards):
         report.shards += 1
@@ -91,6 +95,21 @@ def _check(cache: Cache, report: Report) -> None:
         cache.close()
     if readable and cache.masked and report.ok and report.counted != cache.num_counted:
         what = f"{report.counted} positions count, not the {cache.num_counted} that the manifest's counters say"
+        report.problems.append(Problem("", "counted", None, what))
+    elif readable and report.ok:
+        _check_left_out(cache, report)
+
+
+def _check_left_out(cache: Cache, report: Report) -> None:
+    """Where nothing else masks positions, those that do not count and have a next token were left out."""
+    identity = cache.manifest.identity
+    if report.nonfinite is None or "mask_sha256" in identity.corpus or identity.ancestry:
+        return
+    # In a dumped cache each block's last token is the only one without a next.
+    followed = report.tokens - sum(shard.num_blocks for shard in cache.manifest.shards)
+    if report.counted + report.nonfinite != followed:
+        missing = followed - report.counted
+        what = f"{missing} rows are missing, not the {report.nonfinite} that the manifest's counters say were left out"
         report.problems.append(Problem("", "counted", None, what))
 
 

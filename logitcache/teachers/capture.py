@@ -17,6 +17,7 @@ from logitcache.selection import Selection, block_uniforms
 from logitcache.selection.distribution import Distribution
 from logitcache.selection.select import select
 from logitcache.targets import SparseTargets
+from logitcache.teachers.teacher import Nonfinite
 
 # Softmax, entropy and selection walk their rows several times: on a CPU the rows should stay in its caches.
 _CPU_STATISTICS_BYTES = 12 << 20
@@ -49,9 +50,10 @@ class RowsFromLogits:
         selections: Sequence[Selection],
         seed: int,
         counted_BL: NDArray[np.bool_] | None = None,
+        nonfinite: Nonfinite = "fail",
     ) -> list[SparseTargets]:
         """One forward pass for all selections. Raises ModelError as `capture_blocks`."""
-        return capture_blocks(self, tokens_BL, first_block, num_rows, selections, seed, counted_BL)
+        return capture_blocks(self, tokens_BL, first_block, num_rows, selections, seed, counted_BL, nonfinite)
 
 
 @torch.inference_mode()
@@ -63,13 +65,15 @@ def capture_blocks(
     selections: Sequence[Selection],
     seed: int,
     counted_BL: NDArray[np.bool_] | None = None,
+    nonfinite: Nonfinite = "fail",
 ) -> list[SparseTargets]:
     """The teacher's distributions at the first `num_rows` positions of consecutive blocks, once for each selection.
 
     Arguments as of `Teacher.rows`.
 
     Raises:
-        ModelError: a logit is NaN or +inf; the message names block and position.
+        ModelError: a logit is NaN or +inf, or all are -inf, and `nonfinite` is "fail"; the message names block and
+            position.
     """
     blocks, length = tokens_BL.shape
     counted_R = np.ones(num_rows, dtype=bool) if counted_BL is None else counted_BL.reshape(-1)[:num_rows]
@@ -88,24 +92,32 @@ def capture_blocks(
         hidden_RD = hidden_RD[torch.from_numpy(wanted).to(hidden_RD.device)]
     parts: list[list[SparseTargets]] = [[] for _ in selections]
     label_logprobs, entropies = [], []
+    finite_R = np.ones(num_rows, dtype=bool)
     for outer in teacher.row_slices(wanted.size):
         pieces = _pieces(outer, teacher)
         # The logits live only as long as this call: two slices at once would double the memory.
         for rows, dist in _distributions(teacher.logits(hidden_RD[outer]), pieces):
-            _check_finite(dist, first_block * length + wanted[rows], length)
+            lost_n = ~torch.isfinite(dist.lse)
+            if bool(lost_n.any()):
+                lost = wanted[rows][lost_n.cpu().numpy()]
+                _refuse_unless_masked(nonfinite, first_block * length + int(lost[0]), length)
+                finite_R[lost] = False
+                dist = Distribution.from_logits(dist.logits.masked_fill(lost_n.unsqueeze(1), 0))
             label_logprobs.append(dist.label_logprob(labels_R[rows].to(teacher.device)).cpu())
             entropies.append(dist.entropy().cpu())
             for selection, uniform, part in zip(selections, uniforms, parts, strict=True):
                 part.append(select(selection, dist, None if uniform is None else uniform[rows]))
             del dist
     label_logprob, entropy = torch.cat(label_logprobs).numpy(), torch.cat(entropies).numpy()
-    return [
+    kept = [
         SparseTargets.concatenate(part)
         # Beside a label's log-probability the entropy would take as many bytes again.
         .with_columns(label_logprob, entropy if selection.keeps_ids else np.full_like(entropy, np.nan))
-        .spread(counted_R)
         for part, selection in zip(parts, selections, strict=True)
     ]
+    if not finite_R.all():
+        kept = [targets.take(np.flatnonzero(finite_R[wanted])) for targets in kept]
+    return [targets.spread(counted_R & finite_R) for targets in kept]
 
 
 def _nothing(selection: Selection) -> SparseTargets:
@@ -135,11 +147,11 @@ def _labels(tokens_BL: NDArray[np.int64], num_rows: int) -> NDArray[np.int64]:
     return flat
 
 
-def _check_finite(dist: Distribution, positions: NDArray[np.int64], length: int) -> None:
-    bad = ~torch.isfinite(dist.lse)
-    if bool(bad.any()):
-        block, position = divmod(int(positions[int(bad.nonzero()[0])]), length)
-        raise ModelError(
-            f"the teacher's logits hold NaN or infinity at block {block}, position {position}; try --dtype float32, "
-            "or check the model's weights"
-        )
+def _refuse_unless_masked(nonfinite: Nonfinite, row: int, length: int) -> None:
+    if nonfinite == "mask":
+        return
+    block, position = divmod(row, length)
+    raise ModelError(
+        f"the teacher's logits hold NaN or infinity at block {block}, position {position}; try --dtype float32, check "
+        "the model's weights, or leave such rows out: --nonfinite mask, into a new folder"
+    )

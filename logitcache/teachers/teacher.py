@@ -6,13 +6,16 @@ Legend: B blocks of L tokens, R real rows (positions before the corpus' end).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from logitcache.selection import Selection
 from logitcache.targets import SparseTargets
+
+# What becomes of a row whose numbers are NaN or infinite.
+Nonfinite = Literal["fail", "mask"]
 
 
 class Teacher(Protocol):
@@ -45,6 +48,7 @@ class Teacher(Protocol):
         selections: Sequence[Selection],
         seed: int,
         counted_BL: NDArray[np.bool_] | None = None,
+        nonfinite: Nonfinite = "fail",
     ) -> list[SparseTargets]:
         """The teacher's distributions at the first `num_rows` positions of consecutive blocks, once a selection.
 
@@ -55,6 +59,8 @@ class Teacher(Protocol):
             selections: what to keep; each gives one SparseTargets of R rows.
             seed: of the sampled selections.
             counted_BL: bool [B, L], positions that rows are wanted of; the others' rows are empty. None: all.
+            nonfinite: "fail" raises where the teacher's numbers are NaN or infinite; with "mask" such a row is empty,
+                and its label_logprob NaN, which that of a row with a next token otherwise never is.
 
         Raises:
             ModelError: there are no rows to be had; the message names block and position, or the server.

@@ -31,8 +31,8 @@ class Settings:
         faults: what happens to the next requests for log-probabilities, one after another: `status` (with
             `retry_after`) is answered; `do` is "hang up", "break off", "stall" or "die"; {} is none.
         spoil: what is done to answers: "forget" (asked again, the first positions are missing), "shorten", "shift"
-            (other tokens come back), "nan", "logits", "noise", "few" (too few entries), "counted" (the
-            token that was sent is one of those asked for), "html".
+            (other tokens come back), "nan", "null" (after the token `<eos>`), "logits", "noise", "few" (too few
+            entries), "counted" (the token that was sent is one of those asked for), "html".
         together: answer only when so many requests are waiting.
     """
 
@@ -216,6 +216,11 @@ class Handler(BaseHTTPRequestHandler):
             rows = [row and {number: value + shift for number, value in row.items()} for row in rows]
         if spoil == "nan" and rows[2]:
             rows[2] = dict.fromkeys(rows[2], float("nan"))
+        if spoil == "null":
+            rows = [
+                dict.fromkeys(row, float("nan")) if row and prompt[position] == 0 else row
+                for position, row in enumerate(rows, -1)
+            ]
         if spoil == "logits":
             rows = [row and {number: value + 30 for number, value in row.items()} for row in rows]
         if spoil == "shift":
@@ -229,7 +234,10 @@ class Handler(BaseHTTPRequestHandler):
         return rows
 
     def answer(self, document: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        self.send(json.dumps(document).encode(), status, {"Content-Type": "application/json", **(headers or {})})
+        text = json.dumps(document)
+        # As serialisers do that have no NaN.
+        text = text.replace("NaN", "null") if self.state.settings.spoil == "null" else text
+        self.send(text.encode(), status, {"Content-Type": "application/json", **(headers or {})})
 
     def send(self, data: bytes, status: int, headers: dict[str, str]) -> None:
         self.send_response(status)

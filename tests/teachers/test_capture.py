@@ -137,3 +137,32 @@ def test_logits_that_are_not_finite_are_named(value: float) -> None:
     with pytest.raises(ModelError, match=message):
         capture_blocks(teacher, tokens, 40, 27, SELECTIONS, 0)
     capture_blocks(teacher, tokens[:1], 40, 9, SELECTIONS, 0)
+
+
+@pytest.mark.parametrize("statistics_bytes", [1, 5000, 12 << 20])
+@pytest.mark.parametrize("partly", [False, True])
+def test_rows_that_are_not_finite_can_be_left_out(
+    statistics_bytes: int, partly: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are empty and say nothing; all others are, bit for bit, what they were."""
+    monkeypatch.setattr(capture_module, "_CPU_STATISTICS_BYTES", statistics_bytes)
+    teacher, tokens = teacher_of(), blocks_of(300, 3, 9)
+    counted = np.random.default_rng(1).random((3, 9)) < 0.7 if partly else None
+    selections = [*SELECTIONS, Selection.parse("label")]
+    whole = capture_blocks(teacher, tokens, 40, 25, selections, 0, counted)
+    lost = np.zeros(27, dtype=bool)
+    lost[[0, 5, 13, 14, 23]] = True
+    values = torch.tensor([torch.nan, torch.inf, -torch.inf, torch.nan, torch.inf]).unsqueeze(1)
+
+    def poison(_module: Any, _inputs: Any, output: Any) -> None:
+        output.last_hidden_state.view(27, -1)[lost] = values
+
+    teacher.model.base_model.register_forward_hook(poison)
+    captured = capture_blocks(teacher, tokens, 40, 25, selections, 0, counted, "mask")
+    kept = ~lost[:25] & (True if counted is None else counted.ravel()[:25])
+    for targets, wanted in zip(captured, whole, strict=True):
+        assert_equal(targets, wanted.take(np.flatnonzero(kept)).spread(kept))
+    assert np.isnan(captured[0].label_logprob[:25][~kept]).all()
+    if partly:
+        # Where no row is wanted nobody looks.
+        capture_blocks(teacher, tokens, 40, 25, selections, 0, counted & ~lost.reshape(3, 9))

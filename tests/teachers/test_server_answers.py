@@ -36,15 +36,25 @@ def test_however_a_server_writes_log_0(zero: float) -> None:
         ([{2: -1.0, 3: -1.0}], None, "tells of 1 positions of 2"),
         ([{2: -1.0, 3: -1.0}, {4: -1.0, 5: -1.0}], 1, "does not know id 3, the token that was sent"),
         ([{2: -1.0}, {3: -1.0, 4: -2.0}], 0, "tells 1 of 2 entries"),
-        ([{2: -1.0, 4: math.nan}, {3: -1.0, 4: -2.0}], 0, "says NaN"),
+        ([{2: -1.0, 4: -2.0}, {3: -1.0, 4: math.nan}], 1, "says NaN"),
+        ([{2: None, 4: -1.0}, {3: -1.0, 4: -2.0}], 0, "says NaN"),
         ([{2: -1.0, 4: -2.0}, {3: 0.5, 4: -2.0}], 1, "says numbers above 0"),
         ([{2: -1.0, 4: -2.0}, {3: -0.1, 4: -0.2}], 1, "more than all of the probability"),
     ],
 )
-def test_what_cannot_be_used(rows: list[dict[int, float]], position: int | None, said: str) -> None:
+def test_what_cannot_be_used(rows: list[dict[int, Any]], position: int | None, said: str) -> None:
     with pytest.raises(AnswerError, match=said) as caught:
-        PromptLogprobs.of(rows, [1, 2, 3], 2, 10)
+        PromptLogprobs.of(rows, [1, 2, 3], 2, 10).check_known()
     assert caught.value.position == position
+
+
+def test_a_row_with_a_number_that_is_unknown_is_unknown_whole() -> None:
+    rows: list[dict[int, Any]] = [{2: -1.0, 4: None, 5: -0.7}, {3: -1.0, 4: -2.0}]
+    found = PromptLogprobs.of(rows, [1, 2, 3], 2, 10)
+    np.testing.assert_array_equal(found.unknown, [True, False])
+    assert np.isnan(found.logprobs[0]).all()
+    np.testing.assert_array_equal(found.sent, [math.nan, -1.0])
+    np.testing.assert_array_equal(found.logprobs[1], [-1.0, -2.0])
 
 
 @pytest.mark.parametrize("number", [10, -1])

@@ -36,7 +36,7 @@ class PromptLogprobs:
     Args:
         ids: int64 [R, K], distinct in a row.
         logprobs: float64 [R, K], nats, falling in each row.
-        sent: float64 [R], log p of the token that stands next in the prompt, nats.
+        sent: float64 [R], log p of the token that stands next in the prompt, nats; NaN in a row that is unknown.
         spare: whether a row came with more than K entries, the token that was sent being one more.
         text: the server's own reading of the prompt's tokens behind the first, if it tells.
     """
@@ -59,6 +59,8 @@ class PromptLogprobs:
             entries: K that was asked for.
             vocab_size: every id must be below it.
 
+        A row with a number that is null or NaN is unknown: all of it becomes NaN.
+
         Raises:
             AnswerError: a position, the token that was sent or an entry is missing, or they are no log-probabilities.
             VocabularyError: an id is too large.
@@ -76,11 +78,23 @@ class PromptLogprobs:
         ids[filled] = [number for row in rows for number in row]
         logprobs[filled] = [value for row in rows for value in row.values()]
         sent = np.array([row[token] for row, token in zip(rows, prompt[1:], strict=True)], dtype=np.float64)
+        unknown = np.isnan(logprobs).any(1)
+        logprobs[unknown] = sent[unknown] = np.nan
         _check(ids, logprobs, vocab_size)
         order = np.argsort(-logprobs, axis=1, kind="stable")[:, :entries]
         falling = np.take_along_axis(logprobs, order, 1)
         spare = bool(lengths.max() > entries)
         return cls(np.take_along_axis(ids, order, 1), _with_infinities(falling), _with_infinities(sent), spare)
+
+    @property
+    def unknown(self) -> NDArray[np.bool_]:
+        """bool [R]: rows of which the server says null or NaN."""
+        return np.isnan(self.sent)
+
+    def check_known(self) -> None:
+        """Raise AnswerError if a row is unknown."""
+        if self.unknown.any():
+            raise AnswerError("says NaN, so its model's numbers have overflown", int(np.argmax(self.unknown)))
 
     @property
     def counts_the_sent(self) -> bool:
@@ -99,7 +113,6 @@ def _check(ids_RK: NDArray[np.int64], logprobs_RK: NDArray[np.float64], vocab_si
     with np.errstate(over="ignore"):
         mass_R = np.exp(logprobs_RK).sum(1)
     for bad_R, what in (
-        (np.isnan(logprobs_RK).any(1), "says NaN, so its model's numbers have overflown"),
         ((logprobs_RK > SUM_TOLERANCE).any(1), "says numbers above 0, which are logits or no log-probabilities"),
         (mass_R > 1 + SUM_TOLERANCE, "gives the most probable ids more than all of the probability"),
     ):

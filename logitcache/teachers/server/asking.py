@@ -28,7 +28,12 @@ class Asking:
     vocab_size: int
 
     def ask(
-        self, prompts: Sequence[list[int]], entries: int, attempts: int | None = None, text: bool = False
+        self,
+        prompts: Sequence[list[int]],
+        entries: int,
+        attempts: int | None = None,
+        text: bool = False,
+        known: bool = True,
     ) -> list[PromptLogprobs]:
         """The `entries` most probable ids after each token but the last of each prompt.
 
@@ -37,6 +42,7 @@ class Asking:
             entries: K.
             attempts: how often each is asked; by default as the client's options say.
             text: whether the server's reading of the tokens is wanted, too.
+            known: whether every row must be, or some may be null or NaN.
 
         Raises:
             RefusedError: the server says no.
@@ -47,7 +53,10 @@ class Asking:
 
         def read(number: int, answer: Any) -> PromptLogprobs:
             try:
-                return self.dialect.read(answer, prompts[number], entries, self.vocab_size)
+                found = self.dialect.read(answer, prompts[number], entries, self.vocab_size)
+                if known:
+                    found.check_known()
+                return found
             except AnswerError as error:
                 error.prompt = number
                 raise

@@ -26,6 +26,7 @@ from logitcache.teachers.server.answers import AnswerError, PromptLogprobs
 from logitcache.teachers.server.asking import Asking
 from logitcache.teachers.server.client import Client, RefusedError
 from logitcache.teachers.server.options import ServerOptions, checked_url, key_from_environment
+from logitcache.teachers.teacher import Nonfinite
 
 # Behind a block stand a token to ask what comes before it, and the one that the server generates.
 EXTRA_TOKENS = 2
@@ -112,6 +113,7 @@ class ServerTeacher:
         selections: Sequence[Selection],
         seed: int,
         counted_BL: NDArray[np.bool_] | None = None,
+        nonfinite: Nonfinite = "fail",
     ) -> list[SparseTargets]:
         """As `Teacher.rows`; a request for each block that rows are wanted of, several at once.
 
@@ -119,13 +121,17 @@ class ServerTeacher:
             ModelError: the server fails for good, or answers what cannot be used; the message names the block.
         """
         length = tokens_BL.shape[1]
-        counted_R = np.ones(num_rows, dtype=bool) if counted_BL is None else counted_BL.reshape(-1)[:num_rows]
+        counted_R = np.ones(num_rows, dtype=bool) if counted_BL is None else counted_BL.reshape(-1)[:num_rows].copy()
         places = [block for block in range(-(-num_rows // length)) if counted_R[block * length :][:length].any()]
         prompts = [tokens_BL[block, : num_rows - block * length].tolist() for block in places]
-        told = self._ask(prompts, [first_block + block for block in places], self._entries(selections))
+        numbers = [first_block + block for block in places]
+        told = self._ask(prompts, numbers, self._entries(selections), nonfinite == "fail")
         parts = [[SparseTargets([0], [], [], unbiased=selection.unbiased)] for selection in selections]
         for block, answer in zip(places, told, strict=True):
-            wanted = np.flatnonzero(counted_R[block * length :][:length])
+            # A view: what is unknown is not kept.
+            mask = counted_R[block * length :][:length]
+            mask &= ~answer.unknown
+            wanted = np.flatnonzero(mask)
             rows = self._rows_of(answer, first_block + block, length, selections, seed)
             for part, targets in zip(parts, rows, strict=True):
                 part.append(targets.take(wanted))
@@ -139,11 +145,13 @@ class ServerTeacher:
         """K: draws need all V, and labels alone one, as no server tells fewer."""
         return max(1, *(self.vocab_size if selection.draws else selection.size for selection in selections))
 
-    def _ask(self, blocks: Sequence[list[int]], numbers: Sequence[int], entries: int) -> list[PromptLogprobs]:
+    def _ask(
+        self, blocks: Sequence[list[int]], numbers: Sequence[int], entries: int, known: bool
+    ) -> list[PromptLogprobs]:
         # The token that asks what follows a block's last one may be any.
         prompts = [[*block, block[0]] for block in blocks]
         try:
-            return self._asking.ask(prompts, entries)
+            return self._asking.ask(prompts, entries, known=known)
         except ModelError as error:
             raise ModelError(f"{error}; {RESUME}") from error
         except RefusedError as error:
@@ -161,15 +169,17 @@ class ServerTeacher:
         self, told: PromptLogprobs, block: int, length: int, selections: Sequence[Selection], seed: int
     ) -> list[SparseTargets]:
         """Rows of one block, once a selection."""
+        # Rows that are unknown are left out in the end; until then they are even.
+        logprobs_RK = np.where(told.unknown[:, None], -np.log(self.vocab_size), told.logprobs)
         label_logprob = told.sent.copy()
         label_logprob[-1] = np.nan
         if told.ids.shape[1] < self.vocab_size:
             unknown = np.full(len(label_logprob), np.nan)
             return [
-                select_ranked(selection, told.ids, told.logprobs).with_columns(label_logprob, unknown)
+                select_ranked(selection, told.ids, logprobs_RK).with_columns(label_logprob, unknown)
                 for selection in selections
             ]
-        dist = _whole(told, self.vocab_size)
+        dist = _whole(told.ids, logprobs_RK)
         entropy, kept = dist.entropy().numpy(), []
         unknown = np.full_like(entropy, np.nan)
         for selection in selections:
@@ -179,10 +189,10 @@ class ServerTeacher:
         return kept
 
 
-def _whole(told: PromptLogprobs, vocab_size: int) -> Distribution:
-    """The distributions [R, V] of which all entries were told."""
-    logprobs_RV = np.empty((len(told.ids), vocab_size), dtype=np.float32)
-    np.put_along_axis(logprobs_RV, told.ids, told.logprobs.astype(np.float32), axis=1)
+def _whole(ids_RV: NDArray[np.int64], told_RV: NDArray[np.float64]) -> Distribution:
+    """The distributions [R, V] of which all entries were told, in whatever order."""
+    logprobs_RV = np.empty(ids_RV.shape, dtype=np.float32)
+    np.put_along_axis(logprobs_RV, ids_RV, told_RV.astype(np.float32), axis=1)
     return Distribution.from_logits(torch.from_numpy(logprobs_RV))
 
 
