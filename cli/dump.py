@@ -48,11 +48,19 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 
 @click.command(cls=Watchable, epilog=EXAMPLE)
 @teacher_options
-@click.option("--out", "root", required=True, type=click.Path(path_type=Path), metavar="CACHE", help="Cache folder.")
+@click.option(
+    "--out", "root", required=True, type=click.Path(), metavar="CACHE", help="Cache folder, or s3://bucket/prefix."
+)
 @click.option(
     "--select", required=True, metavar="SPEC", help="What to keep, for example sample:50, varopt:12 or label."
 )
 @click.option("--also", nargs=2, multiple=True, metavar="SPEC CACHE", help="Write another cache from the same run.")
+@click.option(
+    "--staging",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Where to work on caches in a bucket; default: below ~/.cache/logitcache. Removed when they are complete.",
+)
 @click.option("--block-length", default=1024, show_default=True, help="Tokens in a block.")
 @click.option("--max-tokens", type=int, help="Stop the corpus after so many tokens.")
 @click.option(
@@ -114,15 +122,26 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 @click.option("--trust-remote-code", is_flag=True, help="Let the teacher's folder run Python code of its own.")
 @json_option
 @debug_option
-def dump(root: Path, select: str, also: tuple[tuple[str, str], ...], as_json: bool, dry_run: bool, **rest: Any) -> None:
+def dump(
+    root: str,
+    select: str,
+    also: tuple[tuple[str, str], ...],
+    staging: Path | None,
+    as_json: bool,
+    dry_run: bool,
+    **rest: Any,
+) -> None:
     """Run a teacher over a corpus once and store its sparse distributions."""
     from logitcache.selection import Selection
 
-    selections = [(Selection.parse(spec), Path(folder)) for spec, folder in [(select, str(root)), *also]]
+    selections = [(Selection.parse(spec), place) for spec, place in [(select, root), *also]]
     from logitcache.dump import DumpOptions, Output, run_dump
+    from logitcache.errors import UsageError
     from logitcache.store import open_cache
 
-    outputs = tuple(Output(selection, folder) for selection, folder in selections)
+    outputs = tuple(Output.at(selection, place, staging) for selection, place in selections)
+    if staging is not None and not any(output.url for output in outputs):
+        raise UsageError("--staging is for caches in a bucket, and no --out is one; leave it out")
     options = DumpOptions(outputs=outputs, server=server_of(rest), **rest)
     if dry_run:
         from logitcache.planning import PlanOptions
@@ -135,10 +154,10 @@ def dump(root: Path, select: str, also: tuple[tuple[str, str], ...], as_json: bo
         return
     facts = [
         {
-            "cache": str(output.root),
+            "cache": output.location,
             "select": str(output.selection),
             "tokens": report.tokens,
-            "bytes": (num_bytes := open_cache(output.root).num_bytes),
+            "bytes": (num_bytes := open_cache(output.location).num_bytes),
             "bytes_per_token": num_bytes / report.tokens,
             "fingerprint": manifest.fingerprint,
         }
