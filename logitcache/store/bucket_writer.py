@@ -20,7 +20,7 @@ from logitcache.store.card import CARD, dataset_card
 from logitcache.store.commits import COMMIT_NAME, manifest_of, matching
 from logitcache.store.container import Plane
 from logitcache.store.differences import Wording
-from logitcache.store.documents import MANIFEST, PLAN, read_document, read_manifest, shard_name
+from logitcache.store.documents import MANIFEST, MARKER, PLAN, read_document, read_manifest, shard_name
 from logitcache.store.files import MAX_JSON_BYTES, checked_json, failpoint, sha256_of_file
 from logitcache.store.garbage import SHARD_NAME
 from logitcache.store.layout import Layout, unit_name, writing
@@ -28,7 +28,6 @@ from logitcache.store.lock import held_alone
 from logitcache.store.objects import FETCHES, PIECE_BYTES, Objects, open_objects, pause
 from logitcache.store.schema import Commit, Identity, Manifest, Origin, Plan, Shard
 from logitcache.store.staging import WORK, keep_copy, refuse_transfer
-from logitcache.store.transfer import MARKER
 from logitcache.store.writer import MAX_CODEBOOK_INTEGERS, CacheWriter, refuse_other_plan
 
 # Records on their way at once.

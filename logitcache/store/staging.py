@@ -15,13 +15,12 @@ from pathlib import Path
 
 from logitcache.errors import CacheError, LogitcacheError
 from logitcache.store.card import CARD
-from logitcache.store.documents import MANIFEST, PLAN, read_document
+from logitcache.store.documents import MANIFEST, MARKER, PLAN, read_document
 from logitcache.store.files import replace, write_temporary_bytes
 from logitcache.store.layout import Layout, refuse_inside_cache, writing
 from logitcache.store.location import S3Location, cache_home
 from logitcache.store.objects import Objects, open_objects
 from logitcache.store.schema import Manifest, Plan
-from logitcache.store.transfer import MARKER
 from logitcache.store.writer import check_folder
 
 WORK = "work/"

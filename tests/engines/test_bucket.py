@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from itertools import count
@@ -86,3 +87,82 @@ def test_the_bytes_of_a_dump_to_a_folder(
     run_to_end(children, dump_there, environment(), given, tmp_path / "log")
     assert (tmp_path / "log").read_text() == "0"
     assert list((tmp_path / "staging").iterdir()) == []
+
+
+FAILPOINTS = {
+    "plan.written": 0,
+    "codebook.written": 0,
+    "bucket.before_upload": 0,
+    "bucket.shard_sent": 0,
+    "bucket.committed": 1,
+    "bucket.before_manifest": None,
+    "bucket.manifest_written": None,
+}
+
+
+@pytest.mark.parametrize("failpoint", FAILPOINTS)
+def test_a_kill_at_a_failpoint(
+    failpoint: str, place: Path, whole: dict[str, bytes], url: str, proxy: Proxy, tmp_path: Path
+) -> None:
+    """Nothing that is half there counts, and another machine, which has nothing of the first, goes on."""
+    run_killed(children, dump_there, environment(), to_bucket(place, url, tmp_path / "one"), failpoint=failpoint)
+    found = there(proxy, url)
+    units = [name for name in whole if name.startswith("commits/")]
+    expected = len(units) if FAILPOINTS[failpoint] is None else FAILPOINTS[failpoint]
+    assert sum(name.startswith("commits/") for name in found) == expected
+    assert ("manifest.json" in found) == (failpoint == "bucket.manifest_written")
+    if "manifest.json" not in found:
+        with pytest.raises(CacheError, match="is unfinished; run the `logitcache dump` that began it again"):
+            open_cache(url)
+    proxy.log.clear()
+    run_to_end(children, dump_there, environment(), to_bucket(place, url, tmp_path / "two"), tmp_path / "log")
+    assert int((tmp_path / "log").read_text()) == _tokens_of(whole, missing=expected)
+    assert proxy.count("PUT .*/commits/") == len(units) - expected
+    found = there(proxy, url)
+    del found[CARD]
+    assert found == whole
+    assert verify(url).ok
+    # What the killed run left on the first machine stands in nobody's way.
+    run_to_end(children, dump_there, environment(), to_bucket(place, url, tmp_path / "one"))
+    assert list((tmp_path / "one").iterdir()) == []
+
+
+def _tokens_of(files: dict[str, bytes], missing: int) -> int:
+    """Tokens of all units but the first `missing`."""
+    commits = sorted(name for name in files if name.startswith("commits/"))[missing:]
+    return sum(json.loads(files[name])["num_tokens"] for name in commits)
+
+
+FAULTS = [{"status": 500}, {"status": 503}, {"lose": True}, {"flip_sent": 40}]
+WRITTEN = ("plan.json", "codebook/", "shards/", "commits/", "manifest.json")
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=str)
+def test_what_passes_is_survived(
+    fault: dict[str, Any], place: Path, whole: dict[str, bytes], url: str, proxy: Proxy, tmp_path: Path
+) -> None:
+    """An answer that is lost, too, whose request the server has carried out; and bytes changed on their way."""
+    for name in WRITTEN:
+        proxy.fail(f"PUT .*/{name}", **fault)
+    if "status" in fault:
+        proxy.fail("PUT .*/commits/", status=409)
+        proxy.fail("GET .*list-type", **fault)
+        proxy.fail("HEAD", **fault)
+    run_to_end(children, dump_there, environment(), to_bucket(place, url, tmp_path / "staging"))
+    assert all(fault.met for fault in proxy.faults)
+    found = there(proxy, url)
+    del found[CARD]
+    assert found == whole
+
+
+def test_an_outage_ends_the_run_which_goes_on_later(
+    place: Path, whole: dict[str, bytes], url: str, proxy: Proxy, tmp_path: Path
+) -> None:
+    given = to_bucket(place, url, tmp_path / "staging")
+    outage = proxy.fail("PUT .*/commits/000002", status=500, times=99)
+    with pytest.raises(RemoteError, match=r"commits/000002.json cannot be written: .* answers 500 .*again and again"):
+        run_worker(given, Silent())
+    outage.times = 0
+    run_to_end(children, dump_there, environment(), given, tmp_path / "log")
+    assert int((tmp_path / "log").read_text()) == _tokens_of(whole, missing=2)
+    assert open_cache(url).is_whole
