@@ -59,18 +59,20 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 
 @click.command(cls=Watchable, epilog=EXAMPLE)
 @teacher_options
-@click.option("--out", "root", required=True, type=click.Path(path_type=Path), metavar="CACHE", help="Cache folder.")
+@click.option(
+    "--out", "root", required=True, type=click.Path(), metavar="CACHE", help="Cache folder, or s3://bucket/prefix."
+)
 @click.option(
     "--select", required=True, metavar="SPEC", help="What to keep, for example sample:50, varopt:12 or label."
 )
 @click.option("--also", nargs=2, multiple=True, metavar="SPEC CACHE", help="Write another cache from the same run.")
-@running_options
-@choice(
-    "--nonfinite",
-    "fail",
-    "mask",
-    help="Where the teacher's logits are NaN or infinite: end the dump, or leave that row out and count it.",
+@click.option(
+    "--staging",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Where to work on caches in a bucket; default: below ~/.cache/logitcache. Removed when they are complete.",
 )
+@running_options
 @field_options
 @special_token_options
 @cache_options
@@ -92,15 +94,26 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 @trust_option
 @json_option
 @debug_option
-def dump(root: Path, select: str, also: tuple[tuple[str, str], ...], as_json: bool, dry_run: bool, **rest: Any) -> None:
+def dump(
+    root: str,
+    select: str,
+    also: tuple[tuple[str, str], ...],
+    staging: Path | None,
+    as_json: bool,
+    dry_run: bool,
+    **rest: Any,
+) -> None:
     """Run a teacher over a corpus once and store its sparse distributions."""
     from logitcache.selection import Selection
 
-    selections = [(Selection.parse(spec), Path(folder)) for spec, folder in [(select, str(root)), *also]]
+    selections = [(Selection.parse(spec), place) for spec, place in [(select, root), *also]]
     from logitcache.dump import DumpOptions, Output, run_dump
+    from logitcache.errors import UsageError
     from logitcache.store import open_cache
 
-    outputs = tuple(Output(selection, folder) for selection, folder in selections)
+    outputs = tuple(Output.at(selection, place, staging) for selection, place in selections)
+    if staging is not None and not any(output.url for output in outputs):
+        raise UsageError("--staging is for caches in a bucket, and no --out is one; leave it out")
     options = DumpOptions(outputs=outputs, server=server_of(rest), **rest)
     if dry_run:
         from logitcache.planning import PlanOptions
@@ -113,10 +126,10 @@ def dump(root: Path, select: str, also: tuple[tuple[str, str], ...], as_json: bo
         return
     facts = [
         {
-            "cache": str(output.root),
+            "cache": output.location,
             "select": str(output.selection),
             "tokens": report.tokens,
-            "bytes": (num_bytes := open_cache(output.root).num_bytes),
+            "bytes": (num_bytes := open_cache(output.location).num_bytes),
             "bytes_per_token": num_bytes / report.tokens,
             **({"nonfinite": manifest.counters["nonfinite"]} if "nonfinite" in manifest.counters else {}),
             "fingerprint": manifest.fingerprint,

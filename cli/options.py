@@ -65,6 +65,12 @@ def running_options(command: Command) -> Command:
         ),
         click.option("--unit-tokens", type=int, help="Tokens committed at once; default: about 1/32 of the corpus."),
         click.option("--seed", default=0, show_default=True, help="Of sampled selections."),
+        choice(
+            "--nonfinite",
+            "fail",
+            "mask",
+            help="Where the teacher's logits are NaN or infinite: end the dump, or leave that row out and count it.",
+        ),
     )(command)
 
 

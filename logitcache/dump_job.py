@@ -13,7 +13,7 @@ from logitcache.dump_options import DumpOptions, Output
 from logitcache.errors import PlanMismatchError
 from logitcache.progress import Progress
 from logitcache.selection import Selection
-from logitcache.store import CacheWriter, Geometry, Identity, Layout, Manifest, Origin, StoredSelection
+from logitcache.store import CacheWriter, Geometry, Identity, Layout, Manifest, Origin, StoredSelection, open_writer
 from logitcache.teachers import ServerTeacher, Teacher, TransformersTeacher
 
 
@@ -123,13 +123,17 @@ class Job:
         """
         corpus = Corpus.prepare(options, files, teacher.tokenizer, teacher.vocab_size, once)
         origin = origin_of(options)
-        planned = [(output.root, identity_of(options, output, teacher, corpus)) for output in options.outputs]
+        planned = [(output, identity_of(options, output, teacher, corpus)) for output in options.outputs]
+
+        def opened(output: Output, identity: Identity) -> CacheWriter:
+            return open_writer(output.root, identity, origin, options.wording, output.url)
+
         try:
             # First those that exist: a mismatch must be found before a new folder is begun.
-            for root, identity in planned:
-                if Layout(root).plan.exists():
-                    CacheWriter.open(root, identity, origin, options.wording)
-            writers = [CacheWriter.open(root, identity, origin, options.wording) for root, identity in planned]
+            for output, identity in planned:
+                if Layout(output.root).plan.exists():
+                    opened(output, identity)
+            writers = [opened(output, identity) for output, identity in planned]
         except PlanMismatchError:
             corpus.discard_new()
             raise

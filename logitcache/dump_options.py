@@ -10,7 +10,8 @@ from logitcache.codec import LayoutName
 from logitcache.corpus import CorpusFields, PackingPolicy
 from logitcache.errors import UsageError
 from logitcache.selection import Selection
-from logitcache.store import ContainerKind, Wording
+from logitcache.store import ContainerKind, Wording, staging_folder
+from logitcache.store.location import S3Location, parse_location
 from logitcache.teachers import Nonfinite, ServerOptions, is_url
 
 SETTLED_BY = {
@@ -45,10 +46,33 @@ FOLLOWS = ("codec", "corpus", "geometry", "teacher.sha256", "vocab_size")
 
 @dataclass(frozen=True)
 class Output:
-    """One cache to write."""
+    """One cache to write.
+
+    Args:
+        selection: what it keeps.
+        root: its folder; of a cache in a bucket the folder that its workers work in, which is removed in the end.
+        url: `s3://bucket/prefix` of a cache in a bucket.
+    """
 
     selection: Selection
     root: Path
+    url: str | None = None
+
+    @classmethod
+    def at(cls, selection: Selection, location: str | Path, staging: Path | None = None) -> Output:
+        """A cache in a folder or at a URL; its workers then work below `staging`, by default below `cache_home()`.
+
+        Raises CacheError for a URL that is not one of a place in a bucket.
+        """
+        place = parse_location(location)
+        if isinstance(place, S3Location):
+            return cls(selection, staging_folder(place, staging), str(place))
+        return cls(selection, place)
+
+    @property
+    def location(self) -> str:
+        """Path or URL of the cache."""
+        return self.url or str(self.root)
 
 
 @dataclass(frozen=True)

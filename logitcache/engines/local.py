@@ -24,7 +24,7 @@ from logitcache.engines.watch import Watcher
 from logitcache.engines.worker import run_worker, sweep
 from logitcache.errors import CacheError
 from logitcache.progress import Progress, Silent
-from logitcache.store import Layout, check_folder
+from logitcache.store import check_place
 
 _VIEW_SECONDS = 0.5
 # What a worker may take to end by itself: it finishes one forward of the teacher first.
@@ -41,7 +41,7 @@ def run_local(options: DumpOptions, progress: Progress, context: BaseContext | N
         Others: as `run_dump`.
     """
     for output in options.outputs:
-        check_folder(Layout(output.root))
+        check_place(output.root, output.url)
     expand_paths(options.corpus)
     fleet = Fleet(options, progress, context or multiprocessing.get_context("spawn"))
     try:

@@ -18,7 +18,7 @@ from logitcache.engines.watch import Watcher
 from logitcache.engines.worker import run_worker, sweep
 from logitcache.errors import LogitcacheError, UsageError
 from logitcache.progress import Progress, Silent
-from logitcache.store import Layout, check_folder
+from logitcache.store import check_place
 
 _VIEW_SECONDS = 0.5
 # What the other workers may take to find that nothing is left.
@@ -38,7 +38,7 @@ def run_ray(options: DumpOptions, progress: Progress) -> DumpReport:
     if importlib.util.find_spec("ray") is None:
         raise UsageError('the engine ray needs Ray; run: pip install "logitcache[ray]"')
     for output in options.outputs:
-        check_folder(Layout(output.root))
+        check_place(output.root, output.url)
     expand_paths(options.corpus)
     import ray
 

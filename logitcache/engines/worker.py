@@ -16,7 +16,7 @@ from logitcache.dump_unit import PILOT_UNIT, process_unit
 from logitcache.engines.leases import Leases
 from logitcache.errors import DamagedCacheError
 from logitcache.progress import RUNNING, Progress
-from logitcache.store import Layout, check_folder
+from logitcache.store import Layout, prepare_place, remove_staging
 from logitcache.store.layout import unit_name
 from logitcache.teachers import Teacher
 
@@ -31,7 +31,7 @@ def run_worker(options: DumpOptions, progress: Progress, teacher: Teacher | None
     Raises: as `run_dump`.
     """
     for output in options.outputs:
-        check_folder(Layout(output.root))
+        prepare_place(output.root, output.url)
     files = expand_paths(options.corpus)
     if teacher is None:
         progress.stage("loading the teacher")
@@ -56,7 +56,9 @@ def sweep(options: DumpOptions) -> None:
     """Remove what workers left that were ended while they looked for more work in finished caches."""
     for output in options.outputs:
         layout = Layout(output.root)
-        if layout.manifest.exists():
+        if output.url is not None:
+            remove_staging(output.root, output.url)
+        elif layout.manifest.exists():
             shutil.rmtree(layout.work, ignore_errors=True)
 
 

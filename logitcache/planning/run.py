@@ -23,7 +23,7 @@ from logitcache.planning.student import student_rate
 from logitcache.planning.trial import RememberedBody, Trial, dump_sample, forward_seconds, warm_up
 from logitcache.progress import Progress, Silent
 from logitcache.selection import Selection, chunk_uniforms
-from logitcache.store import Layout, check_folder
+from logitcache.store import check_place
 from logitcache.teachers import TransformersTeacher
 
 SAMPLE_TOKENS, SAMPLE_TOKENS_CUDA = 8192, 65_536
@@ -69,7 +69,7 @@ class _Planner:
     ) -> None:
         self.options, self.dump, self.progress, self.folder = options, options.dump, progress, folder
         for output in self.dump.outputs:
-            check_folder(Layout(output.root))
+            check_place(output.root, output.url)
         started = time.perf_counter()
         self.teacher = teacher or self._load()
         self.loading_seconds = time.perf_counter() - started
@@ -193,7 +193,7 @@ class _Planner:
             select=str(output.selection),
             codec=codec,
             container=self.dump.container,
-            cache=str(output.root) if self.options.together else None,
+            cache=output.location if self.options.together else None,
             bytes=round(num_bytes),
             bytes_uncertainty=error,
             bytes_per_token=per_token_bytes,

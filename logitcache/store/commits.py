@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from logitcache.errors import DamagedCacheError
@@ -31,12 +32,16 @@ def commit_paths(layout: Layout) -> list[Path]:
 
 def read_commit(path: Path, plan: Plan) -> Commit:
     """One commit record. Raises DamagedCacheError when it does not belong to this plan."""
-    unit, geometry = int(path.stem), plan.identity.geometry
-    commit = load_document(path, Commit)
+    return matching(load_document(path, Commit), int(path.stem), plan, path)
+
+
+def matching(commit: Commit, unit: int, plan: Plan, where: str | Path) -> Commit:
+    """The commit found at `where`. Raises DamagedCacheError when it is not of this unit of the plan."""
+    geometry = plan.identity.geometry
     first, stop = geometry.unit_range(unit)
     expected = (plan.fingerprint, unit_name(unit), first, stop - first, geometry.tokens_in(first, stop))
     if (commit.plan, commit.unit, commit.first_block, commit.num_blocks, commit.num_tokens) != expected:
-        raise DamagedCacheError(f"{path} belongs to another cache or unit; restore the right file")
+        raise DamagedCacheError(f"{where} belongs to another cache or unit; restore the right file")
     return commit
 
 
@@ -47,13 +52,15 @@ def read_commits(layout: Layout, plan: Plan) -> list[Commit]:
 
 def assemble_manifest(layout: Layout, plan: Plan) -> Manifest:
     """The manifest of all units committed so far; `complete` says whether none is missing."""
-    commits = read_commits(layout, plan)
     codebook_sha256 = sha256_of_file(layout.codebook) if layout.codebook.exists() else "0" * 64
+    return manifest_of(plan, read_commits(layout, plan), codebook_sha256, layout.codebook)
+
+
+def manifest_of(plan: Plan, commits: Sequence[Commit], codebook_sha256: str, codebook: str | Path) -> Manifest:
+    """The manifest of these commits, in unit order, and of the tables at `codebook`. Raises DamagedCacheError."""
     strays = [commit.unit for commit in commits if commit.codebook_sha256 != codebook_sha256]
     if strays:
-        raise DamagedCacheError(
-            f"{layout.codebook} is not the table that unit {strays[0]} was encoded with; restore it"
-        )
+        raise DamagedCacheError(f"{codebook} is not the table that unit {strays[0]} was encoded with; restore it")
     shards = [Shard.of(commit) for commit in commits]
     counters: dict[str, int] = {}
     for commit in commits:

@@ -12,6 +12,8 @@ from logitcache.store.objects import FETCHES, Objects, pause
 from logitcache.store.schema import Commit, Document, Manifest, Plan, Shard, parse_document
 
 MANIFEST, PLAN = "manifest.json", "plan.json"
+# Which cache is being copied here; removed when the copy is whole.
+MARKER = "transfer.json"
 
 Model = TypeVar("Model", bound=Document)
 

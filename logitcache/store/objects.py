@@ -109,8 +109,8 @@ class Objects(ABC):
         """Remove an object, if it is there and may be removed."""
 
     @abstractmethod
-    def sizes(self) -> Iterator[tuple[str, int]]:
-        """Name and bytes of every object there is."""
+    def sizes(self, under: str = "") -> Iterator[tuple[str, int]]:
+        """Name and bytes of every object there is whose name begins with `under`: nothing, or ending in a slash."""
 
 
 class LocalObjects(Objects):
@@ -162,8 +162,8 @@ class LocalObjects(Objects):
             (self.root / name).unlink(missing_ok=True)
             fsync_folder(self.root)
 
-    def sizes(self) -> Iterator[tuple[str, int]]:
-        for folder, _, names in os.walk(self.root):
+    def sizes(self, under: str = "") -> Iterator[tuple[str, int]]:
+        for folder, _, names in os.walk(self.root / under):
             for name in names:
                 path = Path(folder) / name
                 yield path.relative_to(self.root).as_posix(), path.lstat().st_size

@@ -20,7 +20,7 @@ from logitcache.errors import CacheError, DamagedCacheError, LogitcacheError, Re
 from logitcache.store.access import CacheFiles, check_shard_file
 from logitcache.store.cache import Cache
 from logitcache.store.container import Container, open_container
-from logitcache.store.documents import MANIFEST, PLAN, read_manifest, shard_name
+from logitcache.store.documents import MANIFEST, MARKER, PLAN, read_manifest, shard_name
 from logitcache.store.files import sha256_of_file
 from logitcache.store.layout import Layout
 from logitcache.store.location import S3Location, cache_home
@@ -194,7 +194,8 @@ def _open(objects: Objects, folder: NodeFolder) -> Cache:
     manifest = read_manifest(objects)
     if manifest is None:
         if objects.size(PLAN) is not None:
-            raise CacheError(f"{objects.location} is unfinished; run the `logitcache push` that began it again")
+            began = "push" if objects.size(MARKER) is not None else "dump"
+            raise CacheError(f"{objects.location} is unfinished; run the `logitcache {began}` that began it again")
         raise CacheError(f"{objects.location} is not a logitcache cache: it has no {MANIFEST}; check bucket and prefix")
     files = RemoteFiles(objects, manifest, folder)
     return Cache(files.root, manifest, files=files)

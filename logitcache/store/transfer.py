@@ -20,6 +20,7 @@ from logitcache.store.cache import open_cache, uncontradicted
 from logitcache.store.card import CARD, dataset_card
 from logitcache.store.documents import (
     MANIFEST,
+    MARKER,
     PLAN,
     commit_name,
     read_commit,
@@ -35,7 +36,6 @@ from logitcache.store.lock import hold_shared
 from logitcache.store.objects import LocalObjects, Objects, Source, open_objects
 from logitcache.store.schema import Document, Manifest, Sha256, Shard
 
-MARKER = "transfer.json"
 # Files on their way at once.
 STREAMS = 4
 

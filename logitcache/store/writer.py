@@ -81,13 +81,7 @@ class CacheWriter:
                 publish(write_temporary_bytes(root, "plan.json", plan_json), layout.plan)
             failpoint("plan.written")
         plan = load_document(layout.plan, Plan)
-        differences = diff_identities(plan.identity, identity)
-        if differences:
-            lines = "".join(f"\n  {line}" for line in (wording or Wording()).lines(plan.identity, identity))
-            raise PlanMismatchError(
-                f"{root} was begun with other arguments; repeat those or choose another --out. The difference:{lines}",
-                differences,
-            )
+        refuse_other_plan(root, plan, identity, wording)
         return cls(layout, plan)
 
     @property
@@ -152,12 +146,16 @@ class CacheWriter:
                 "tables",
                 lambda path: write_container(self.identity.container, path, [planes], attributes),
             )
-            publish(temporary, self.layout.codebook)
-            fsync_folder(self.layout.root)
+            self._publish_tables(temporary)
         failpoint("codebook.written")
         stored = self.read_codebook()
         assert stored is not None
         return stored
+
+    def _publish_tables(self, temporary: Path) -> None:
+        """Give the file of the tables its name, unless there are some."""
+        publish(temporary, self.layout.codebook)
+        fsync_folder(self.layout.root)
 
     def encode(
         self,
@@ -308,6 +306,17 @@ class CacheWriter:
 
     def _attributes(self, role: str, **more: Any) -> dict[str, Any]:
         return {"format_version": FORMAT_VERSION, "role": role, "plan": self.plan.fingerprint, **more}
+
+
+def refuse_other_plan(where: str | Path, plan: Plan, identity: Identity, wording: Wording | None = None) -> None:
+    """Raise PlanMismatchError unless the plan found at `where` is for a cache of this identity."""
+    differences = diff_identities(plan.identity, identity)
+    if differences:
+        lines = "".join(f"\n  {line}" for line in (wording or Wording()).lines(plan.identity, identity))
+        raise PlanMismatchError(
+            f"{where} was begun with other arguments; repeat those or choose another --out. The difference:{lines}",
+            differences,
+        )
 
 
 def _check_integers(what: str, chunks: Sequence[Mapping[str, Plane]], limit: int) -> None:
