@@ -1,12 +1,13 @@
 """One unit of a dump: run the teacher over its blocks, encode the rows, commit them to every output that lacks it.
 
 This is all that any engine repeats. It is idempotent: what is committed is not computed again, and of two workers with
-the same unit one commits.
+the same unit one commits. Encoding and committing run beside the teacher's next forward pass, in a `Pipeline`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from logitcache.codec import Planes
 from logitcache.dump_job import Job
+from logitcache.dump_pipeline import Pipeline
 from logitcache.errors import ModelError
 from logitcache.selection import Selection
 from logitcache.store import CacheWriter
@@ -26,40 +28,89 @@ PILOT_UNIT = 0
 _CPU_OUT_OF_MEMORY = ("not enough memory", "can't allocate memory")
 
 
-def process_unit(job: Job, unit: int, await_tables: Callable[[], None] | None = None) -> None:
-    """Compute one unit and commit it to every output that lacks it.
+def process_unit(
+    job: Job,
+    unit: int,
+    pipeline: Pipeline,
+    await_tables: Callable[[], object] | None = None,
+    then: Callable[[], object] = lambda: None,
+) -> None:
+    """Compute one unit; `pipeline` encodes it and commits it to every output that lacks it.
+
+    On return the end of that may be under way: the next unit can be begun meanwhile.
 
     Args:
         job: what to compute it with.
         unit: its number; `PILOT_UNIT` makes the tables that all others are encoded with.
+        pipeline: the worker's, for all units.
         await_tables: returns when they are there; by default the pilot's unit is processed first.
+        then: called when the unit is committed, by the pipeline's thread.
 
     Raises:
         ModelError: the teacher's logits are not finite, or one block is too much for the memory.
-        TargetsError, CacheError: rows cannot be stored, or files not written.
+        TargetsError, CacheError: rows cannot be stored, or files not written; perhaps of the unit before.
     """
-    wanting = job.lacking(unit)
-    if not wanting:
+    coded = _Coded(job, unit)
+    if not coded.wanting:
+        then()
         return
-    geometry = job.geometry
-    first, stop = geometry.unit_range(unit)
-    selections = [selection for _, selection in wanting]
-    chunks: list[list[Planes]] = [[] for _ in wanting]
+    first, stop = job.geometry.unit_range(unit)
     # Every output's chunks divide the longest ones.
-    step = max(writer.geometry.chunk_blocks for writer, _ in wanting)
+    step = max(writer.geometry.chunk_blocks for writer, _ in coded.wanting)
     for begin in range(first, stop, step):
         end = min(begin + step, stop)
         tokens, counted = job.corpus.read(begin, end), job.corpus.read_counted(begin, end)
-        rows = _capture(job, tokens, counted, begin, selections)
-        if unit != PILOT_UNIT and any(writer.codebook() is None for writer, _ in wanting):
+        rows = _capture(job, tokens, counted, begin, coded.selections, pipeline)
+        pipeline.drain()
+        if unit != PILOT_UNIT and any(writer.codebook() is None for writer, _ in coded.wanting):
             # Its rows were computed while another worker made them.
-            (await_tables or (lambda: process_unit(job, PILOT_UNIT)))()
-        count = geometry.tokens_in(begin, end)
+            (await_tables or (lambda: process_unit(job, PILOT_UNIT, pipeline)))()
+        last = then if end == stop else None
+        pipeline.submit(partial(coded.add, begin, end, tokens, counted, rows, last), job.meter.committed_later())
+
+
+class _Coded:
+    """A unit's planes, chunk by chunk; after its beginning a matter of the pipeline's thread alone.
+
+    Args:
+        job, unit: as of `process_unit`.
+
+    Attributes:
+        wanting: the outputs that lack the unit, with their selections.
+    """
+
+    def __init__(self, job: Job, unit: int) -> None:
+        self._geometry, self._unit = job.geometry, unit
+        self.wanting = job.lacking(unit)
+        self._chunks: list[list[Planes]] = [[] for _ in self.wanting]
+
+    @property
+    def selections(self) -> list[Selection]:
+        """Of the outputs that lack the unit."""
+        return [selection for _, selection in self.wanting]
+
+    def add(
+        self,
+        begin: int,
+        end: int,
+        tokens: NDArray[np.int64],
+        counted: Mask | None,
+        rows: Sequence[SparseTargets],
+        then: Callable[[], object] | None,
+    ) -> int:
+        """Encode the rows of blocks [begin, end); with a `then` they are the last: commit. Returns bytes committed."""
+        count = self._geometry.tokens_in(begin, end)
         real, mask = tokens.reshape(-1)[:count], None if counted is None else counted.reshape(-1)[:count]
-        for (writer, _), targets, planes in zip(wanting, rows, chunks, strict=True):
+        for (writer, _), targets, planes in zip(self.wanting, rows, self._chunks, strict=True):
             planes += _encode(writer, begin, end, real, targets, mask)
-    for (writer, _), planes in zip(wanting, chunks, strict=True):
-        job.meter.committed(writer.commit_unit(unit, planes))
+        if then is None:
+            return 0
+        num_bytes = sum(
+            writer.commit_unit(self._unit, planes)
+            for (writer, _), planes in zip(self.wanting, self._chunks, strict=True)
+        )
+        then()
+        return num_bytes
 
 
 def _encode(
@@ -81,12 +132,18 @@ def _encode(
 
 
 def _capture(
-    job: Job, tokens: NDArray[np.int64], counted: Mask | None, first_block: int, selections: Sequence[Selection]
+    job: Job,
+    tokens: NDArray[np.int64],
+    counted: Mask | None,
+    first_block: int,
+    selections: Sequence[Selection],
+    pipeline: Pipeline,
 ) -> list[SparseTargets]:
     """Rows of consecutive blocks, batch by batch, once for each selection."""
     parts: list[list[SparseTargets]] = [[] for _ in selections]
     start = 0
     while start < tokens.shape[0]:
+        pipeline.check()
         batch = tokens[start : start + job.batch_blocks]
         mask = None if counted is None else counted[start : start + job.batch_blocks]
         begin = first_block + start
