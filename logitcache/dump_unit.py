@@ -20,6 +20,7 @@ from logitcache.errors import ModelError
 from logitcache.selection import Selection
 from logitcache.store import CacheWriter
 from logitcache.targets import SparseTargets
+from logitcache.teachers import PendingRows
 
 Mask = NDArray[np.bool_]
 # The unit whose first chunk is the pilot that a cache's tables are counted from.
@@ -60,13 +61,13 @@ def process_unit(
     for begin in range(first, stop, step):
         end = min(begin + step, stop)
         tokens, counted = job.corpus.read(begin, end), job.corpus.read_counted(begin, end)
-        rows = _capture(job, tokens, counted, begin, coded.selections, pipeline)
+        batches = _capture(job, tokens, counted, begin, coded.selections, pipeline)
         pipeline.drain()
         if unit != PILOT_UNIT and any(writer.codebook() is None for writer, _ in coded.wanting):
             # Its rows were computed while another worker made them.
             (await_tables or (lambda: process_unit(job, PILOT_UNIT, pipeline)))()
         last = then if end == stop else None
-        pipeline.submit(partial(coded.add, begin, end, tokens, counted, rows, last), job.meter.committed_later())
+        pipeline.submit(partial(coded.add, begin, end, tokens, counted, batches, last), job.meter.committed_later())
 
 
 class _Coded:
@@ -95,14 +96,15 @@ class _Coded:
         end: int,
         tokens: NDArray[np.int64],
         counted: Mask | None,
-        rows: Sequence[SparseTargets],
+        batches: Sequence[PendingRows],
         then: Callable[[], object] | None,
     ) -> int:
         """Encode the rows of blocks [begin, end); with a `then` they are the last: commit. Returns bytes committed."""
         count = self._geometry.tokens_in(begin, end)
         real, mask = tokens.reshape(-1)[:count], None if counted is None else counted.reshape(-1)[:count]
-        for (writer, _), targets, planes in zip(self.wanting, rows, self._chunks, strict=True):
-            planes += _encode(writer, begin, end, real, targets, mask)
+        parts = zip(*[rows() for rows in batches], strict=True)
+        for (writer, _), part, planes in zip(self.wanting, parts, self._chunks, strict=True):
+            planes += _encode(writer, begin, end, real, SparseTargets.concatenate(part), mask)
         if then is None:
             return 0
         num_bytes = sum(
@@ -138,9 +140,9 @@ def _capture(
     first_block: int,
     selections: Sequence[Selection],
     pipeline: Pipeline,
-) -> list[SparseTargets]:
-    """Rows of consecutive blocks, batch by batch, once for each selection."""
-    parts: list[list[SparseTargets]] = [[] for _ in selections]
+) -> list[PendingRows]:
+    """Rows of consecutive blocks, batch by batch."""
+    batches: list[PendingRows] = []
     start = 0
     while start < tokens.shape[0]:
         pipeline.check()
@@ -151,11 +153,10 @@ def _capture(
         captured = _captured_or_halved(job, batch, mask, begin, num_rows, selections)
         if captured is None:
             continue
-        for part, targets in zip(parts, captured, strict=True):
-            part.append(targets)
+        batches.append(captured)
         start += batch.shape[0]
         job.meter.computed_rows(num_rows)
-    return [SparseTargets.concatenate(part) for part in parts]
+    return batches
 
 
 def _captured_or_halved(
@@ -165,10 +166,10 @@ def _captured_or_halved(
     first_block: int,
     num_rows: int,
     selections: Sequence[Selection],
-) -> list[SparseTargets] | None:
+) -> PendingRows | None:
     """Rows of one batch; None where it was too much for the memory, and batches are half as large from now on."""
     try:
-        return job.teacher.rows(batch, first_block, num_rows, selections, job.options.seed, mask)
+        return job.teacher.begin_rows(batch, first_block, num_rows, selections, job.options.seed, mask)
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise

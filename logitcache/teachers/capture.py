@@ -6,6 +6,7 @@ Legend: B blocks of L tokens, R real rows (positions before the corpus' end), n 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -15,8 +16,10 @@ from numpy.typing import NDArray
 from logitcache.errors import ModelError
 from logitcache.selection import Selection, block_uniforms
 from logitcache.selection.distribution import Distribution
-from logitcache.selection.select import select
+from logitcache.selection.kept import Kept
+from logitcache.selection.select import keep
 from logitcache.targets import SparseTargets
+from logitcache.teachers.teacher import PendingRows
 
 # Softmax, entropy and selection walk their rows several times: on a CPU the rows should stay in its caches.
 _CPU_STATISTICS_BYTES = 12 << 20
@@ -39,7 +42,19 @@ class LogitsTeacher(Protocol):
 
 
 class RowsFromLogits:
-    """`Teacher.rows` for a `LogitsTeacher`."""
+    """`Teacher.begin_rows` and `Teacher.rows` for a `LogitsTeacher`."""
+
+    def begin_rows(
+        self: LogitsTeacher,
+        tokens_BL: NDArray[np.int64],
+        first_block: int,
+        num_rows: int,
+        selections: Sequence[Selection],
+        seed: int,
+        counted_BL: NDArray[np.bool_] | None = None,
+    ) -> PendingRows:
+        """One forward pass for all selections, as `begin_capture`."""
+        return begin_capture(self, tokens_BL, first_block, num_rows, selections, seed, counted_BL)
 
     def rows(
         self: LogitsTeacher,
@@ -54,7 +69,6 @@ class RowsFromLogits:
         return capture_blocks(self, tokens_BL, first_block, num_rows, selections, seed, counted_BL)
 
 
-@torch.inference_mode()
 def capture_blocks(
     teacher: LogitsTeacher,
     tokens_BL: NDArray[np.int64],
@@ -71,14 +85,35 @@ def capture_blocks(
     Raises:
         ModelError: a logit is NaN or +inf; the message names block and position.
     """
+    return begin_capture(teacher, tokens_BL, first_block, num_rows, selections, seed, counted_BL)()
+
+
+@torch.inference_mode()
+def begin_capture(
+    teacher: LogitsTeacher,
+    tokens_BL: NDArray[np.int64],
+    first_block: int,
+    num_rows: int,
+    selections: Sequence[Selection],
+    seed: int,
+    counted_BL: NDArray[np.bool_] | None = None,
+) -> PendingRows:
+    """As `capture_blocks`; what it returns is to be called, by any thread, for the rows.
+
+    A GPU may still be at work when this returns: the copies to the processor are under way behind it, and the next
+    batch can be begun. Calling waits for them, checks and assembles; the teacher is not needed for that.
+    """
     blocks, length = tokens_BL.shape
     counted_R = np.ones(num_rows, dtype=bool) if counted_BL is None else counted_BL.reshape(-1)[:num_rows]
     wanted = np.flatnonzero(counted_R)
     if not wanted.size:
-        return [_nothing(selection).spread(counted_R) for selection in selections]
-    labels_R = torch.from_numpy(_labels(tokens_BL, num_rows)[wanted])
+        return lambda: [_nothing(selection).spread(counted_R) for selection in selections]
+    device = teacher.device
+    labels_R = torch.from_numpy(_labels(tokens_BL, num_rows)[wanted]).to(device)
     uniforms = [
-        block_uniforms(seed, range(first_block, first_block + blocks), length, selection.draws)[wanted]
+        torch.from_numpy(
+            block_uniforms(seed, range(first_block, first_block + blocks), length, selection.draws)[wanted]
+        ).to(device)
         if selection.draws
         else None
         for selection in selections
@@ -86,26 +121,75 @@ def capture_blocks(
     hidden_RD = teacher.hidden(tokens_BL)[:num_rows]
     if counted_BL is not None:
         hidden_RD = hidden_RD[torch.from_numpy(wanted).to(hidden_RD.device)]
-    parts: list[list[SparseTargets]] = [[] for _ in selections]
-    label_logprobs, entropies = [], []
+    kept: list[list[Kept]] = [[] for _ in selections]
+    columns: list[torch.Tensor] = []
     for outer in teacher.row_slices(wanted.size):
         pieces = _pieces(outer, teacher)
         # The logits live only as long as this call: two slices at once would double the memory.
         for rows, dist in _distributions(teacher.logits(hidden_RD[outer]), pieces):
-            _check_finite(dist, first_block * length + wanted[rows], length)
-            label_logprobs.append(dist.label_logprob(labels_R[rows].to(teacher.device)).cpu())
-            entropies.append(dist.entropy().cpu())
-            for selection, uniform, part in zip(selections, uniforms, parts, strict=True):
-                part.append(select(selection, dist, None if uniform is None else uniform[rows]))
+            columns.append(torch.stack([dist.lse, dist.label_logprob(labels_R[rows]), dist.entropy()]))
+            for selection, uniform, part in zip(selections, uniforms, kept, strict=True):
+                part.append(keep(selection, dist, None if uniform is None else uniform[rows]))
             del dist
-    label_logprob, entropy = torch.cat(label_logprobs).numpy(), torch.cat(entropies).numpy()
-    return [
-        SparseTargets.concatenate(part)
-        # Beside a label's log-probability the entropy would take as many bytes again.
-        .with_columns(label_logprob, entropy if selection.keeps_ids else np.full_like(entropy, np.nan))
-        .spread(counted_R)
-        for part, selection in zip(parts, selections, strict=True)
-    ]
+    return _Captured(
+        torch.cat(columns, 1).to("cpu", non_blocking=True),
+        [Kept.concatenate(part).to_host() for part in kept],
+        _now_on(device),
+        selections,
+        counted_R,
+        (first_block, length),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Captured:
+    """What was begun to be copied of a batch's R rows, of which `counted_R` are wanted; called, the rows.
+
+    Args:
+        columns_3R: float32, lse, label_logprob and entropy.
+        kept: of each selection.
+        ready: when the copies are there; None where they are.
+        place: the first block, and a block's length.
+    """
+
+    columns_3R: torch.Tensor
+    kept: list[Kept]
+    ready: torch.cuda.Event | None
+    selections: Sequence[Selection]
+    counted_R: NDArray[np.bool_]
+    place: tuple[int, int]
+
+    def __call__(self) -> list[SparseTargets]:
+        if self.ready is not None:
+            self.ready.synchronize()
+        lse, label_logprob, entropy = self.columns_3R.numpy()
+        self._check_finite(lse)
+        return [
+            kept.targets()
+            # Beside a label's log-probability the entropy would take as many bytes again.
+            .with_columns(label_logprob, entropy if selection.keeps_ids else np.full_like(entropy, np.nan))
+            .spread(self.counted_R)
+            for kept, selection in zip(self.kept, self.selections, strict=True)
+        ]
+
+    def _check_finite(self, lse: NDArray[np.float32]) -> None:
+        bad = np.flatnonzero(~np.isfinite(lse))
+        if bad.size:
+            first_block, length = self.place
+            block, position = divmod(int(np.flatnonzero(self.counted_R)[bad[0]]), length)
+            raise ModelError(
+                f"the teacher's logits hold NaN or infinity at block {first_block + block}, position {position}; "
+                "try --dtype float32, or check the model's weights"
+            )
+
+
+def _now_on(device: torch.device) -> torch.cuda.Event | None:
+    """The moment when a GPU has done what it was told by now; None for a device that is never behind."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event
 
 
 def _nothing(selection: Selection) -> SparseTargets:
@@ -133,13 +217,3 @@ def _labels(tokens_BL: NDArray[np.int64], num_rows: int) -> NDArray[np.int64]:
     flat = labels.reshape(-1)[:num_rows]
     flat[-1] = -1
     return flat
-
-
-def _check_finite(dist: Distribution, positions: NDArray[np.int64], length: int) -> None:
-    bad = ~torch.isfinite(dist.lse)
-    if bool(bad.any()):
-        block, position = divmod(int(positions[int(bad.nonzero()[0])]), length)
-        raise ModelError(
-            f"the teacher's logits hold NaN or infinity at block {block}, position {position}; try --dtype float32, "
-            "or check the model's weights"
-        )
