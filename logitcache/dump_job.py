@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -43,6 +43,8 @@ class DumpReport:
         seconds: wall time of the capture loop, loading and tokenising not counted.
         manifests: of the outputs, in their order.
         speaks: whether this process is the one of several that tells the user.
+        encode_seconds: that this process encoded, wrote and committed, beside the teacher's forward passes.
+        waited_seconds: that the teacher waited for that.
     """
 
     tokens: int
@@ -50,6 +52,8 @@ class DumpReport:
     seconds: float
     manifests: list[Manifest] = field(default_factory=list)
     speaks: bool = True
+    encode_seconds: float = 0.0
+    waited_seconds: float = 0.0
 
 
 class Meter:
@@ -69,16 +73,22 @@ class Meter:
         """So many tokens went through the teacher."""
         self.computed += rows
         self.in_unit += rows
-        self._tell()
+        self._tell(self.computed)
 
-    def committed(self, num_bytes: int) -> None:
-        """So many bytes were committed."""
-        self._bytes += num_bytes
-        self._tell()
+    def committed_later(self) -> Callable[[int], None]:
+        """To be called with the bytes that were committed of what is computed by now."""
+        computed = self.computed
 
-    def _tell(self) -> None:
+        def committed(num_bytes: int) -> None:
+            self._bytes += num_bytes
+            if num_bytes:
+                self._tell(computed)
+
+        return committed
+
+    def _tell(self, computed: int) -> None:
         total = self._geometry.num_tokens
-        self._progress.advance(min(self._elsewhere + self.in_unit, total), total, self.computed, self._bytes)
+        self._progress.advance(min(self._elsewhere + self.in_unit, total), total, computed, self._bytes)
 
 
 @dataclass
@@ -153,10 +163,14 @@ class Job:
         """Units that at least one output lacks, ascending."""
         return sorted(set().union(*(writer.pending_units() for writer in self.writers)))
 
-    def finish(self, seconds: float) -> DumpReport:
-        """Write the manifests, unless another worker did. Raises CacheError when a unit is missing."""
+    def finish(self, seconds: float, encoding: tuple[float, float]) -> DumpReport:
+        """Write the manifests, unless another worker did; times as of `DumpReport`.
+
+        Raises:
+            CacheError: a unit is missing.
+        """
         manifests = [writer.finalize() for writer in self.writers]
-        return DumpReport(self.geometry.num_tokens, self.meter.computed, seconds, manifests)
+        return DumpReport(self.geometry.num_tokens, self.meter.computed, seconds, manifests, True, *encoding)
 
 
 def origin_of(options: DumpOptions) -> Origin:

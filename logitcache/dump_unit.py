@@ -1,12 +1,13 @@
 """One unit of a dump: run the teacher over its blocks, encode the rows, commit them to every output that lacks it.
 
 This is all that any engine repeats. It is idempotent: what is committed is not computed again, and of two workers with
-the same unit one commits.
+the same unit one commits. Encoding and committing run beside the teacher's next forward pass, in a `Pipeline`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,10 +16,12 @@ from numpy.typing import NDArray
 from logitcache.codec import Planes
 from logitcache.dump_corpus import counted_of
 from logitcache.dump_job import Job
+from logitcache.dump_pipeline import Pipeline
 from logitcache.errors import ModelError
 from logitcache.selection import Selection
 from logitcache.store import CacheWriter
 from logitcache.targets import SparseTargets
+from logitcache.teachers import PendingRows
 
 Mask = NDArray[np.bool_]
 # The unit whose first chunk is the pilot that a cache's tables are counted from.
@@ -27,45 +30,95 @@ PILOT_UNIT = 0
 _CPU_OUT_OF_MEMORY = ("not enough memory", "can't allocate memory")
 
 
-def process_unit(job: Job, unit: int, await_tables: Callable[[], None] | None = None) -> None:
-    """Compute one unit and commit it to every output that lacks it.
+def process_unit(
+    job: Job,
+    unit: int,
+    pipeline: Pipeline,
+    await_tables: Callable[[], object] | None = None,
+    then: Callable[[], object] = lambda: None,
+) -> None:
+    """Compute one unit; `pipeline` encodes it and commits it to every output that lacks it.
+
+    On return the end of that may be under way: the next unit can be begun meanwhile.
 
     Args:
         job: what to compute it with.
         unit: its number; `PILOT_UNIT` makes the tables that all others are encoded with.
+        pipeline: the worker's, for all units.
         await_tables: returns when they are there; by default the pilot's unit is processed first.
+        then: called when the unit is committed, by the pipeline's thread.
 
     Raises:
         ModelError: the teacher's logits are not finite, nor to be masked, or one block is too much for the memory.
-        TargetsError, CacheError: rows cannot be stored, or files not written.
+        TargetsError, CacheError: rows cannot be stored, or files not written; perhaps of the unit before.
     """
-    wanting = job.lacking(unit)
-    if not wanting:
+    coded = _Coded(job, unit)
+    if not coded.wanting:
+        then()
         return
-    geometry = job.geometry
-    first, stop = geometry.unit_range(unit)
-    selections = [selection for _, selection in wanting]
-    chunks: list[list[Planes]] = [[] for _ in wanting]
+    first, stop = job.geometry.unit_range(unit)
     # Every output's chunks divide the longest ones.
-    step = max(writer.geometry.chunk_blocks for writer, _ in wanting)
-    left_out = 0
+    step = max(writer.geometry.chunk_blocks for writer, _ in coded.wanting)
     for begin in range(first, stop, step):
         end = min(begin + step, stop)
         tokens, counted = job.corpus.read(begin, end), _counted(job, begin, end)
-        rows = _capture(job, tokens, counted, begin, selections)
-        if unit != PILOT_UNIT and any(writer.codebook() is None for writer, _ in wanting):
+        batches = _capture(job, tokens, counted, begin, coded.selections, pipeline)
+        pipeline.drain()
+        if unit != PILOT_UNIT and any(writer.codebook() is None for writer, _ in coded.wanting):
             # Its rows were computed while another worker made them.
-            (await_tables or (lambda: process_unit(job, PILOT_UNIT)))()
-        count = geometry.tokens_in(begin, end)
+            (await_tables or (lambda: process_unit(job, PILOT_UNIT, pipeline)))()
+        last = then if end == stop else None
+        pipeline.submit(partial(coded.add, begin, end, tokens, counted, batches, last), job.meter.committed_later())
+
+
+class _Coded:
+    """A unit's planes, chunk by chunk; after its beginning a matter of the pipeline's thread alone.
+
+    Args:
+        job, unit: as of `process_unit`.
+
+    Attributes:
+        wanting: the outputs that lack the unit, with their selections.
+    """
+
+    def __init__(self, job: Job, unit: int) -> None:
+        self._geometry, self._unit = job.geometry, unit
+        self.wanting = job.lacking(unit)
+        self._chunks: list[list[Planes]] = [[] for _ in self.wanting]
+        self._masks, self._left_out = job.options.nonfinite == "mask", 0
+
+    @property
+    def selections(self) -> list[Selection]:
+        """Of the outputs that lack the unit."""
+        return [selection for _, selection in self.wanting]
+
+    def add(
+        self,
+        begin: int,
+        end: int,
+        tokens: NDArray[np.int64],
+        counted: Mask | None,
+        batches: Sequence[PendingRows],
+        then: Callable[[], object] | None,
+    ) -> int:
+        """Encode the rows of blocks [begin, end); with a `then` they are the last: commit. Returns bytes committed."""
+        count = self._geometry.tokens_in(begin, end)
         real, mask = tokens.reshape(-1)[:count], None if counted is None else counted.reshape(-1)[:count]
-        if mask is not None and job.options.nonfinite == "mask":
-            mask, wanted = mask & ~np.isnan(rows[0].label_logprob), mask
-            left_out += int(wanted.sum() - mask.sum())
-        for (writer, _), targets, planes in zip(wanting, rows, chunks, strict=True):
-            planes += _encode(writer, begin, end, real, targets, mask)
-    counters = {"nonfinite": left_out} if job.options.nonfinite == "mask" else None
-    for (writer, _), planes in zip(wanting, chunks, strict=True):
-        job.meter.committed(writer.commit_unit(unit, planes, counters))
+        parts = [SparseTargets.concatenate(part) for part in zip(*[rows() for rows in batches], strict=True)]
+        if mask is not None and self._masks:
+            mask, wanted = mask & ~np.isnan(parts[0].label_logprob), mask
+            self._left_out += int(wanted.sum() - mask.sum())
+        for (writer, _), part, planes in zip(self.wanting, parts, self._chunks, strict=True):
+            planes += _encode(writer, begin, end, real, part, mask)
+        if then is None:
+            return 0
+        counters = {"nonfinite": self._left_out} if self._masks else None
+        num_bytes = sum(
+            writer.commit_unit(self._unit, planes, counters)
+            for (writer, _), planes in zip(self.wanting, self._chunks, strict=True)
+        )
+        then()
+        return num_bytes
 
 
 def _counted(job: Job, first: int, stop: int) -> Mask | None:
@@ -97,12 +150,18 @@ def _encode(
 
 
 def _capture(
-    job: Job, tokens: NDArray[np.int64], counted: Mask | None, first_block: int, selections: Sequence[Selection]
-) -> list[SparseTargets]:
-    """Rows of consecutive blocks, batch by batch, once for each selection."""
-    parts: list[list[SparseTargets]] = [[] for _ in selections]
+    job: Job,
+    tokens: NDArray[np.int64],
+    counted: Mask | None,
+    first_block: int,
+    selections: Sequence[Selection],
+    pipeline: Pipeline,
+) -> list[PendingRows]:
+    """Rows of consecutive blocks, batch by batch."""
+    batches: list[PendingRows] = []
     start = 0
     while start < tokens.shape[0]:
+        pipeline.check()
         batch = tokens[start : start + job.batch_blocks]
         mask = None if counted is None else counted[start : start + job.batch_blocks]
         begin = first_block + start
@@ -110,11 +169,10 @@ def _capture(
         captured = _captured_or_halved(job, batch, mask, begin, num_rows, selections)
         if captured is None:
             continue
-        for part, targets in zip(parts, captured, strict=True):
-            part.append(targets)
+        batches.append(captured)
         start += batch.shape[0]
         job.meter.computed_rows(num_rows)
-    return [SparseTargets.concatenate(part) for part in parts]
+    return batches
 
 
 def _captured_or_halved(
@@ -124,10 +182,12 @@ def _captured_or_halved(
     first_block: int,
     num_rows: int,
     selections: Sequence[Selection],
-) -> list[SparseTargets] | None:
+) -> PendingRows | None:
     """Rows of one batch; None where it was too much for the memory, and batches are half as large from now on."""
     try:
-        return job.teacher.rows(batch, first_block, num_rows, selections, job.options.seed, mask, job.options.nonfinite)
+        return job.teacher.begin_rows(
+            batch, first_block, num_rows, selections, job.options.seed, mask, job.options.nonfinite
+        )
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise

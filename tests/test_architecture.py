@@ -19,7 +19,7 @@ RANKS = [
     {"training", "stats"},
     {"dump_options"},
     {"dump_corpus"},
-    {"dump_job"},
+    {"dump_job", "dump_pipeline"},
     {"dump_unit"},
     {"engines"},
     {"dump", "distill"},

@@ -40,7 +40,9 @@ def snapshot(roots: Sequence[Path], term: float = TERM_SECONDS) -> Snapshot:
     geometry, done = _geometry(first), set[int]()
     if geometry is not None:
         done = set.intersection(*(committed_units(layout) for layout in layouts))
-    under_way = sum(_in_unit(lease, done) for lease in seen if not lease.expired(now, term))
+    alive = [lease for lease in seen if not lease.expired(now, term)]
+    under_way = sum(_in_unit(lease, done) for lease in alive)
+    under_way += _tokens(geometry, set().union(*(_committing(lease) for lease in alive)) - done)
     total = geometry.num_tokens if geometry else None
     finished = min(_tokens(geometry, done) + under_way, total or 0)
     return Snapshot(
@@ -122,6 +124,12 @@ def _in_unit(lease: LeaseFile, done: set[int]) -> int:
     """Tokens that a worker computed of a unit that is not committed yet."""
     unit = lease.owner.get("unit")
     return 0 if unit is None or unit in done else int(_number(lease.owner.get("in_unit")))
+
+
+def _committing(lease: LeaseFile) -> set[int]:
+    """Units whose rows a worker has computed, and which it commits now."""
+    said = lease.owner.get("committing")
+    return {unit for unit in said if isinstance(unit, int)} if isinstance(said, list) else set()
 
 
 def _number(value: object) -> float:

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import shutil
 import time
+from functools import partial
 from typing import Any
 
 from logitcache.corpus import expand_paths
 from logitcache.dump_job import DumpReport, Job, load_teacher
 from logitcache.dump_options import DumpOptions
+from logitcache.dump_pipeline import Pipeline
 from logitcache.dump_unit import PILOT_UNIT, process_unit
-from logitcache.engines.leases import Leases
+from logitcache.engines.leases import Lease, Leases
 from logitcache.errors import DamagedCacheError
 from logitcache.progress import RUNNING, Progress
 from logitcache.store import Layout, prepare_place, remove_staging
@@ -73,33 +75,45 @@ class _Worker:
 
     def __init__(self, job: Job, leases: Leases) -> None:
         self._job, self._leases = job, leases
+        self._pipeline = Pipeline()
         self._stage, self._unit = "waiting", -1
+        # What was claimed here and is not committed yet: a unit that is computed, and one that is encoded.
+        self._held: dict[int, Lease] = {}
         self._began, self._waited = time.perf_counter(), 0.0
         leases.status = self._status
 
     def run(self) -> DumpReport:
         job = self._job
-        pending = job.pending()
-        job.progress.stage(RUNNING if pending else "nothing left to compute")
+        job.progress.stage(RUNNING if job.pending() else "nothing left to compute")
         self._began = time.perf_counter()
-        while pending:
-            job.meter.begin(pending)
-            self._work_on(pending)
-            pending = job.pending()
-        return job.finish(time.perf_counter() - self._began)
+        with self._pipeline:
+            while True:
+                # Looked at first: a unit that is committed meanwhile is not pending, either.
+                held = set(self._held)
+                pending = [unit for unit in job.pending() if unit not in held]
+                job.meter.begin(pending)
+                if pending:
+                    self._work_on(pending)
+                elif not self._pipeline.drain():
+                    break
+        return job.finish(time.perf_counter() - self._began, (self._pipeline.busy, self._pipeline.waited))
 
     def _work_on(self, pending: list[int]) -> None:
         """Process the first unit that nobody holds, or wait for those who hold the rest."""
         claimed = self._leases.claim(lease_of(unit) for unit in pending)
         if claimed is None:
-            self._wait()
+            if not self._pipeline.drain():
+                self._wait()
             return
-        before = self._unit
-        with claimed:
-            self._unit = int(claimed.name.removeprefix(UNIT_PREFIX))
-            self._stage = "computing"
-            process_unit(self._job, self._unit, self._await_tables)
+        before, unit = self._unit, int(claimed.name.removeprefix(UNIT_PREFIX))
+        self._held[unit] = claimed
+        self._unit, self._stage = unit, "computing"
+        process_unit(self._job, unit, self._pipeline, self._await_tables, partial(self._release, unit))
         self._unit = before
+
+    def _release(self, unit: int) -> None:
+        """A unit is committed; told by the pipeline's thread."""
+        self._leases.release(self._held.pop(unit))
 
     def _wait(self) -> None:
         began, self._stage = time.perf_counter(), "waiting"
@@ -117,13 +131,22 @@ class _Worker:
                         "dump again"
                     )
             self._work_on([PILOT_UNIT])
+            # The writers' tables are read here again: nobody may be at them.
+            self._pipeline.drain()
 
     def _status(self) -> dict[str, Any]:
         """What those who watch are told; asked by another thread."""
         meter = self._job.meter
         working = {"unit": self._unit, "in_unit": meter.in_unit} if self._unit >= 0 else {}
+        committing = [unit for unit in list(self._held) if unit != self._unit]
         seconds = time.perf_counter() - self._began - self._waited
-        return {"stage": self._stage, **working, "computed": meter.computed, "seconds": seconds}
+        return {
+            "stage": self._stage,
+            **working,
+            "committing": committing,
+            "computed": meter.computed,
+            "seconds": seconds,
+        }
 
 
 def lease_of(unit: int) -> str:

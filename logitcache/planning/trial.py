@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from logitcache.dump_job import Job, identity_of, origin_of
 from logitcache.dump_options import DumpOptions, Output
+from logitcache.dump_pipeline import Pipeline
 from logitcache.dump_unit import process_unit
 from logitcache.planning.sample import SampleCorpus
 from logitcache.progress import Progress, Silent
@@ -75,7 +76,8 @@ def warm_up(options: DumpOptions, teacher: TransformersTeacher, corpus: SampleCo
     root.mkdir()
     block = corpus.one()
     job = _job(options, [output.selection for output in options.outputs], teacher, block, root, Silent())
-    process_unit(job, 0)
+    with Pipeline() as pipeline:
+        process_unit(job, 0, pipeline)
     cache = _finish(job)[0][0]
     tokens, coded = cache.read_coded(cache.chunks[0])
     again = _writer(options, options.outputs[0].selection, teacher, block, root / "again")
@@ -108,8 +110,9 @@ def dump_sample(
     job = _job(options, selections, teacher, corpus, root, progress)
     teacher.seconds = 0.0
     started = time.perf_counter()
-    for unit in job.pending():
-        process_unit(job, unit)
+    with Pipeline() as pipeline:
+        for unit in job.pending():
+            process_unit(job, unit, pipeline)
     seconds = time.perf_counter() - started + teacher.seconds
     of_units = unit_seconds * len(selections)
     caches, manifests = _finish(job)

@@ -81,12 +81,19 @@ def largest(logits_nV: torch.Tensor, size: int) -> torch.Tensor:
     return ids_nC.gather(1, torch.topk(candidates_nC, size, dim=-1).indices)
 
 
-def sorted_rows(
-    ids_nK: torch.Tensor, weights_nK: torch.Tensor
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
-    """Entries of weight above 0 as `offsets`, `ids` and `weights` of SparseTargets: ascending ids in each row."""
-    keep_nK = weights_nK > 0
-    order_nK = torch.where(keep_nK, ids_nK, torch.iinfo(ids_nK.dtype).max).argsort(1)
-    kept = keep_nK.gather(1, order_nK).cpu().numpy()
-    ids, weights = ids_nK.gather(1, order_nK).cpu().numpy(), weights_nK.gather(1, order_nK).cpu().numpy()
+def ascending(ids_nK: torch.Tensor, weights_nK: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Entries with ascending ids in each row, those of weight 0 last: the arrays that `entries_of` reads."""
+    kept_nK = weights_nK > 0
+    order_nK = torch.where(kept_nK, ids_nK, torch.iinfo(ids_nK.dtype).max).argsort(1)
+    return {
+        "kept": kept_nK.gather(1, order_nK),
+        "ids": ids_nK.gather(1, order_nK).to(torch.int32),
+        "weights": weights_nK.gather(1, order_nK),
+    }
+
+
+def entries_of(
+    kept: NDArray[np.bool_], ids: NDArray[np.int32], weights: NDArray[np.float32]
+) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float32]]:
+    """What `ascending` made, as `offsets`, `ids` and `weights` of SparseTargets."""
     return offsets_of(kept.sum(1)), ids[kept], weights[kept]

@@ -6,12 +6,14 @@ Legend: n rows of one slice, V vocabulary, K draws, G groups of `GROUP` vocabula
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from logitcache.selection.distribution import Distribution
+from logitcache.selection.kept import Kept
 from logitcache.targets import SparseTargets, offsets_of
 
 # Columns summed together before drawing: a draw first picks a group, then a column in it, so that only
@@ -86,18 +88,30 @@ def draw(probs_nV: torch.Tensor, uniforms_nK: torch.Tensor) -> torch.Tensor:
     return Groups.of(probs_nV).ids_at(uniforms_nK)
 
 
-def count_draws(draws_nK: NDArray[np.int64]) -> SparseTargets:
-    """Distinct ids of each row with weight count / K."""
-    ordered = np.sort(draws_nK, axis=1)
+def count_draws(draws: NDArray[Any], ratios: NDArray[np.float64] | None = None) -> SparseTargets:
+    """Distinct ids of each row of draws [n, K] with weight count / K, times the draws' `ratios` [n, K] = p / q.
+
+    An id's draws have one ratio. A weight too small for float32 is left out.
+    """
+    size = draws.shape[1]
+    if ratios is None:
+        ordered = np.sort(draws, axis=1)
+    else:
+        order = np.argsort(draws, axis=1)
+        ordered, ratios = (np.take_along_axis(array, order, 1) for array in (draws, ratios))
     first = np.ones(ordered.shape, dtype=bool)
     first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
     starts = np.flatnonzero(first)
-    counts = np.diff(starts, append=ordered.size)
-    offsets = offsets_of(first.sum(1))
-    return SparseTargets(offsets, ordered.ravel()[starts], counts / np.float32(draws_nK.shape[1]), unbiased=True)
+    weights = np.diff(starts, append=ordered.size) / np.float32(size)
+    offsets, ids = offsets_of(first.sum(1)), ordered.ravel()[starts]
+    if ratios is not None:
+        weights = (weights.astype(np.float32) * ratios.ravel()[starts]).astype(np.float32)
+        kept = weights > 0
+        offsets, ids, weights = offsets_of(kept)[offsets], ids[kept], weights[kept]
+    return SparseTargets(offsets, ids, weights, unbiased=True)
 
 
-def sample(dist: Distribution, uniforms_nK: torch.Tensor, exponent: float | None = None) -> SparseTargets:
+def sample(dist: Distribution, uniforms_nK: torch.Tensor, exponent: float | None = None) -> Kept:
     """`sample:N` and `sample:N:T`: K = N draws with replacement from q ~ p^T, weights count / N * p / q.
 
     Args:
@@ -106,18 +120,14 @@ def sample(dist: Distribution, uniforms_nK: torch.Tensor, exponent: float | None
         exponent: T; None for 1, where the weights are count / N.
 
     Returns:
-        Unbiased SparseTargets on the CPU. A weight too small for float32 is left out.
+        Unbiased SparseTargets to be. A weight too small for float32 is left out.
     """
     if exponent is None:
-        return count_draws(draw(dist.probs, uniforms_nK).cpu().numpy())
+        return Kept({"draws": draw(dist.probs, uniforms_nK).to(torch.int32)}, count_draws)
     proposal = (dist.logits - dist.peak.unsqueeze(1)).mul_(exponent).exp_()
     groups = Groups.of(proposal)
-    targets = count_draws(groups.ids_at(uniforms_nK).cpu().numpy())
+    draws_nK = groups.ids_at(uniforms_nK)
     # The draws inverted these very numbers, rounded as they are, so these are what the weights must undo.
-    rows, ids = (torch.from_numpy(index).to(proposal.device) for index in (targets.row_index(), targets.ids))
-    scale_n = groups.total() / Groups.of(dist.probs).total()
-    ratios = dist.probs[rows, ids] / proposal[rows, ids].to(torch.float64) * scale_n[rows]
-    weights = (targets.weights * ratios.cpu().numpy()).astype(np.float32)
-    kept = weights > 0
-    offsets = offsets_of(kept)[targets.offsets]
-    return SparseTargets(offsets, targets.ids[kept], weights[kept], unbiased=True)
+    scale_n1 = (groups.total() / Groups.of(dist.probs).total()).unsqueeze(1)
+    ratios_nK = dist.probs.gather(1, draws_nK) / proposal.gather(1, draws_nK).to(torch.float64) * scale_n1
+    return Kept({"draws": draws_nK.to(torch.int32), "ratios": ratios_nK}, count_draws)

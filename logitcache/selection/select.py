@@ -5,12 +5,15 @@ Legend: n rows of one slice, K entries kept.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from logitcache.selection.distribution import Distribution, largest, sorted_rows
+from logitcache.selection.distribution import Distribution, ascending, entries_of, largest
 from logitcache.selection.draws import sample
+from logitcache.selection.kept import Kept
 from logitcache.selection.spec import Selection
 from logitcache.selection.varopt import varopt
 from logitcache.targets import SparseTargets
@@ -27,24 +30,40 @@ def select(selection: Selection, dist: Distribution, uniforms: NDArray[np.float6
     Returns:
         SparseTargets of n rows on the CPU, without label_logprob and entropy. Entries of probability 0 are left out.
     """
+    drawn = None if uniforms is None else torch.from_numpy(uniforms).to(dist.probs.device)
+    return keep(selection, dist, drawn).targets()
+
+
+def keep(selection: Selection, dist: Distribution, uniforms_nK: torch.Tensor | None = None) -> Kept:
+    """As `select`, but what is kept stays on the logits' device until it is asked for.
+
+    Args:
+        uniforms_nK: float64, on that device.
+    """
     if not selection.keeps_ids:
-        rows = dist.probs.shape[0]
-        return SparseTargets(np.zeros(rows + 1, dtype=np.int64), [], [])
+        return Kept({"rows": dist.lse}, _no_entries)
     if not selection.draws:
         return _most_probable(selection, dist)
-    assert uniforms is not None
-    uniforms_nK = torch.from_numpy(uniforms).to(dist.probs.device)
+    assert uniforms_nK is not None
     if selection.method == "varopt":
         return varopt(dist, selection.size, uniforms_nK)
     return sample(dist, uniforms_nK, selection.exponent)
 
 
-def _most_probable(selection: Selection, dist: Distribution) -> SparseTargets:
+def _no_entries(rows: NDArray[np.float32]) -> SparseTargets:
+    return SparseTargets(np.zeros(len(rows) + 1, dtype=np.int64), [], [])
+
+
+def _most_probable(selection: Selection, dist: Distribution) -> Kept:
     ids_nK = largest(dist.logits, selection.size)
     weights_nK = dist.probs.gather(1, ids_nK)
     if selection.mass is not None:
         before_nK = weights_nK.cumsum(1, dtype=torch.float64) - weights_nK
         weights_nK = torch.where(before_nK < selection.mass, weights_nK, 0)
     tail_n = 1 - weights_nK.sum(1, dtype=torch.float64)
-    offsets, ids, weights = sorted_rows(ids_nK, weights_nK)
-    return SparseTargets(offsets, ids, weights, tail_mass=tail_n.clamp(0, 1).cpu().numpy())
+    return Kept({**ascending(ids_nK, weights_nK), "tail": tail_n.clamp(0, 1)}, _with_tail)
+
+
+def _with_tail(tail: NDArray[np.float64], **entries: NDArray[Any]) -> SparseTargets:
+    offsets, ids, weights = entries_of(**entries)
+    return SparseTargets(offsets, ids, weights, tail_mass=tail)

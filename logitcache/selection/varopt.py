@@ -8,10 +8,15 @@ Legend: n rows of one slice, V vocabulary, K entries kept, G groups of `GROUP` v
 
 from __future__ import annotations
 
-import torch
+from typing import Any
 
-from logitcache.selection.distribution import Distribution, largest, sorted_rows
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from logitcache.selection.distribution import Distribution, ascending, entries_of, largest
 from logitcache.selection.draws import GROUP, LAST, Groups
+from logitcache.selection.kept import Kept
 from logitcache.targets import SparseTargets
 
 # Ids whose probability is below the threshold by less than this share of it are kept for certain, at the threshold's
@@ -19,7 +24,7 @@ from logitcache.targets import SparseTargets
 BORDER = 2.0**-19
 
 
-def varopt(dist: Distribution, size: int, uniforms_n1: torch.Tensor) -> SparseTargets:
+def varopt(dist: Distribution, size: int, uniforms_n1: torch.Tensor) -> Kept:
     """Exactly K = `size` distinct ids a row: those above the row's threshold exactly, the others sampled.
 
     The threshold tau solves sum(min(1, p / tau)) = K. An id with p >= tau is kept with weight p; another is kept with
@@ -33,7 +38,7 @@ def varopt(dist: Distribution, size: int, uniforms_n1: torch.Tensor) -> SparseTa
         uniforms_n1: float64 [n, 1] in [0, 1).
 
     Returns:
-        Unbiased SparseTargets on the CPU; `threshold` is tau, and the weight of every sampled entry bit for bit. Where
+        Unbiased SparseTargets to be; `threshold` is tau, and the weight of every sampled entry bit for bit. Where
         at most K ids have a probability above 0, all of them are exact and the threshold is 0.
     """
     top_nK = largest(dist.logits, size)
@@ -42,8 +47,12 @@ def varopt(dist: Distribution, size: int, uniforms_n1: torch.Tensor) -> SparseTa
         sampled_nK, tau_n, weights_nK = _select(dist.probs, top_nK, probs_nK, uniforms_n1)
     finally:
         dist.probs.scatter_(1, top_nK, probs_nK)
-    offsets, ids, weights = sorted_rows(sampled_nK, weights_nK)
-    return SparseTargets(offsets, ids, weights, threshold=tau_n.cpu().numpy(), unbiased=True)
+    return Kept({**ascending(sampled_nK, weights_nK), "threshold": tau_n}, _with_threshold)
+
+
+def _with_threshold(threshold: NDArray[np.float32], **entries: NDArray[Any]) -> SparseTargets:
+    offsets, ids, weights = entries_of(**entries)
+    return SparseTargets(offsets, ids, weights, threshold=threshold, unbiased=True)
 
 
 def _select(

@@ -1,7 +1,7 @@
 """Teachers: blocks of token ids -> sparse rows of the teacher's distribution at every position."""
 
 from logitcache.teachers.server import ServerOptions, ServerTeacher, is_url
-from logitcache.teachers.teacher import Nonfinite, Teacher
+from logitcache.teachers.teacher import Nonfinite, PendingRows, Teacher
 from logitcache.teachers.transformers_teacher import TransformersTeacher
 
-__all__ = ["Nonfinite", "ServerOptions", "ServerTeacher", "Teacher", "TransformersTeacher", "is_url"]
+__all__ = ["Nonfinite", "PendingRows", "ServerOptions", "ServerTeacher", "Teacher", "TransformersTeacher", "is_url"]

@@ -6,6 +6,7 @@ Legend: B blocks of L tokens, R real rows (positions before the corpus' end), n 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -15,9 +16,10 @@ from numpy.typing import NDArray
 from logitcache.errors import ModelError
 from logitcache.selection import Selection, block_uniforms
 from logitcache.selection.distribution import Distribution
-from logitcache.selection.select import select
+from logitcache.selection.kept import Kept
+from logitcache.selection.select import keep
 from logitcache.targets import SparseTargets
-from logitcache.teachers.teacher import Nonfinite
+from logitcache.teachers.teacher import Nonfinite, PendingRows
 
 # Softmax, entropy and selection walk their rows several times: on a CPU the rows should stay in its caches.
 _CPU_STATISTICS_BYTES = 12 << 20
@@ -40,7 +42,20 @@ class LogitsTeacher(Protocol):
 
 
 class RowsFromLogits:
-    """`Teacher.rows` for a `LogitsTeacher`."""
+    """`Teacher.begin_rows` and `Teacher.rows` for a `LogitsTeacher`."""
+
+    def begin_rows(
+        self: LogitsTeacher,
+        tokens_BL: NDArray[np.int64],
+        first_block: int,
+        num_rows: int,
+        selections: Sequence[Selection],
+        seed: int,
+        counted_BL: NDArray[np.bool_] | None = None,
+        nonfinite: Nonfinite = "fail",
+    ) -> PendingRows:
+        """One forward pass for all selections, as `begin_capture`."""
+        return begin_capture(self, tokens_BL, first_block, num_rows, selections, seed, counted_BL, nonfinite)
 
     def rows(
         self: LogitsTeacher,
@@ -56,7 +71,6 @@ class RowsFromLogits:
         return capture_blocks(self, tokens_BL, first_block, num_rows, selections, seed, counted_BL, nonfinite)
 
 
-@torch.inference_mode()
 def capture_blocks(
     teacher: LogitsTeacher,
     tokens_BL: NDArray[np.int64],
@@ -75,14 +89,36 @@ def capture_blocks(
         ModelError: a logit is NaN or +inf, or all are -inf, and `nonfinite` is "fail"; the message names block and
             position.
     """
+    return begin_capture(teacher, tokens_BL, first_block, num_rows, selections, seed, counted_BL, nonfinite)()
+
+
+@torch.inference_mode()
+def begin_capture(
+    teacher: LogitsTeacher,
+    tokens_BL: NDArray[np.int64],
+    first_block: int,
+    num_rows: int,
+    selections: Sequence[Selection],
+    seed: int,
+    counted_BL: NDArray[np.bool_] | None = None,
+    nonfinite: Nonfinite = "fail",
+) -> PendingRows:
+    """As `capture_blocks`; what it returns is to be called, by any thread, for the rows.
+
+    A GPU may still be at work when this returns: the copies to the processor are under way behind it, and the next
+    batch can be begun. Calling waits for them, checks and assembles; the teacher is not needed for that.
+    """
     blocks, length = tokens_BL.shape
     counted_R = np.ones(num_rows, dtype=bool) if counted_BL is None else counted_BL.reshape(-1)[:num_rows]
     wanted = np.flatnonzero(counted_R)
     if not wanted.size:
-        return [_nothing(selection).spread(counted_R) for selection in selections]
-    labels_R = torch.from_numpy(_labels(tokens_BL, num_rows)[wanted])
+        return lambda: [_nothing(selection).spread(counted_R) for selection in selections]
+    device = teacher.device
+    labels_R = torch.from_numpy(_labels(tokens_BL, num_rows)[wanted]).to(device)
     uniforms = [
-        block_uniforms(seed, range(first_block, first_block + blocks), length, selection.draws)[wanted]
+        torch.from_numpy(
+            block_uniforms(seed, range(first_block, first_block + blocks), length, selection.draws)[wanted]
+        ).to(device)
         if selection.draws
         else None
         for selection in selections
@@ -90,34 +126,90 @@ def capture_blocks(
     hidden_RD = teacher.hidden(tokens_BL)[:num_rows]
     if counted_BL is not None:
         hidden_RD = hidden_RD[torch.from_numpy(wanted).to(hidden_RD.device)]
-    parts: list[list[SparseTargets]] = [[] for _ in selections]
-    label_logprobs, entropies = [], []
-    finite_R = np.ones(num_rows, dtype=bool)
+    kept: list[list[Kept]] = [[] for _ in selections]
+    columns: list[torch.Tensor] = []
     for outer in teacher.row_slices(wanted.size):
         pieces = _pieces(outer, teacher)
         # The logits live only as long as this call: two slices at once would double the memory.
         for rows, dist in _distributions(teacher.logits(hidden_RD[outer]), pieces):
-            lost_n = ~torch.isfinite(dist.lse)
-            if bool(lost_n.any()):
-                lost = wanted[rows][lost_n.cpu().numpy()]
-                _refuse_unless_masked(nonfinite, first_block * length + int(lost[0]), length)
-                finite_R[lost] = False
+            lse_n = dist.lse
+            lost_n = ~torch.isfinite(lse_n)
+            if nonfinite == "mask" and bool(lost_n.any()):
+                # What is selected of such a row is thrown away, but selecting must be able to.
                 dist = Distribution.from_logits(dist.logits.masked_fill(lost_n.unsqueeze(1), 0))
-            label_logprobs.append(dist.label_logprob(labels_R[rows].to(teacher.device)).cpu())
-            entropies.append(dist.entropy().cpu())
-            for selection, uniform, part in zip(selections, uniforms, parts, strict=True):
-                part.append(select(selection, dist, None if uniform is None else uniform[rows]))
+            columns.append(torch.stack([lse_n, dist.label_logprob(labels_R[rows]), dist.entropy()]))
+            for selection, uniform, part in zip(selections, uniforms, kept, strict=True):
+                part.append(keep(selection, dist, None if uniform is None else uniform[rows]))
             del dist
-    label_logprob, entropy = torch.cat(label_logprobs).numpy(), torch.cat(entropies).numpy()
-    kept = [
-        SparseTargets.concatenate(part)
-        # Beside a label's log-probability the entropy would take as many bytes again.
-        .with_columns(label_logprob, entropy if selection.keeps_ids else np.full_like(entropy, np.nan))
-        for part, selection in zip(parts, selections, strict=True)
-    ]
-    if not finite_R.all():
-        kept = [targets.take(np.flatnonzero(finite_R[wanted])) for targets in kept]
-    return [targets.spread(counted_R & finite_R) for targets in kept]
+    return _Captured(
+        torch.cat(columns, 1).to("cpu", non_blocking=True),
+        [Kept.concatenate(part).to_host() for part in kept],
+        _now_on(device),
+        selections,
+        counted_R,
+        (first_block, length),
+        nonfinite,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Captured:
+    """What was begun to be copied of a batch's R rows, of which `counted_R` are wanted; called, the rows.
+
+    Args:
+        columns_3R: float32, lse, label_logprob and entropy.
+        kept: of each selection.
+        ready: when the copies are there; None where they are.
+        place: the first block, and a block's length.
+        nonfinite: what becomes of rows whose lse is not finite.
+    """
+
+    columns_3R: torch.Tensor
+    kept: list[Kept]
+    ready: torch.cuda.Event | None
+    selections: Sequence[Selection]
+    counted_R: NDArray[np.bool_]
+    place: tuple[int, int]
+    nonfinite: Nonfinite
+
+    def __call__(self) -> list[SparseTargets]:
+        if self.ready is not None:
+            self.ready.synchronize()
+        lse, label_logprob, entropy = self.columns_3R.numpy()
+        finite = np.isfinite(lse)
+        if self.nonfinite == "fail":
+            self._refuse(finite)
+        found_R = self.counted_R.copy()
+        found_R[self.counted_R] = finite
+        parts = [
+            kept.targets()
+            # Beside a label's log-probability the entropy would take as many bytes again.
+            .with_columns(label_logprob, entropy if selection.keeps_ids else np.full_like(entropy, np.nan))
+            for kept, selection in zip(self.kept, self.selections, strict=True)
+        ]
+        if not finite.all():
+            parts = [part.take(np.flatnonzero(finite)) for part in parts]
+        return [part.spread(found_R) for part in parts]
+
+    def _refuse(self, finite: NDArray[np.bool_]) -> None:
+        bad = np.flatnonzero(~finite)
+        if bad.size:
+            first_block, length = self.place
+            block, position = divmod(int(np.flatnonzero(self.counted_R)[bad[0]]), length)
+            raise ModelError(
+                f"the teacher's logits hold NaN or infinity at block {first_block + block}, position {position}; "
+                "try --dtype float32, check the model's weights, or leave such rows out: --nonfinite mask, into a new "
+                "folder"
+            )
+
+
+def _now_on(device: torch.device) -> torch.cuda.Event | None:
+    """The moment when a GPU has done what it was told by now; None for a device that is never behind."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event
 
 
 def _nothing(selection: Selection) -> SparseTargets:
@@ -145,13 +237,3 @@ def _labels(tokens_BL: NDArray[np.int64], num_rows: int) -> NDArray[np.int64]:
     flat = labels.reshape(-1)[:num_rows]
     flat[-1] = -1
     return flat
-
-
-def _refuse_unless_masked(nonfinite: Nonfinite, row: int, length: int) -> None:
-    if nonfinite == "mask":
-        return
-    block, position = divmod(row, length)
-    raise ModelError(
-        f"the teacher's logits hold NaN or infinity at block {block}, position {position}; try --dtype float32, check "
-        "the model's weights, or leave such rows out: --nonfinite mask, into a new folder"
-    )

@@ -5,7 +5,7 @@ Legend: B blocks of L tokens, R real rows (positions before the corpus' end).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -16,6 +16,8 @@ from logitcache.targets import SparseTargets
 
 # What becomes of a row whose numbers are NaN or infinite.
 Nonfinite = Literal["fail", "mask"]
+# Rows of a batch that may still be under way; called, by any thread, it waits for them.
+PendingRows = Callable[[], list[SparseTargets]]
 
 
 class Teacher(Protocol):
@@ -64,4 +66,19 @@ class Teacher(Protocol):
 
         Raises:
             ModelError: there are no rows to be had; the message names block and position, or the server.
+        """
+
+    def begin_rows(
+        self,
+        tokens_BL: NDArray[np.int64],
+        first_block: int,
+        num_rows: int,
+        selections: Sequence[Selection],
+        seed: int,
+        counted_BL: NDArray[np.bool_] | None = None,
+        nonfinite: Nonfinite = "fail",
+    ) -> PendingRows:
+        """As `rows`, to be called for them: meanwhile the next batch can be begun.
+
+        Raises: here or when it is called, what `rows` raises.
         """

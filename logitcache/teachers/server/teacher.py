@@ -26,7 +26,7 @@ from logitcache.teachers.server.answers import AnswerError, PromptLogprobs
 from logitcache.teachers.server.asking import Asking
 from logitcache.teachers.server.client import Client, RefusedError
 from logitcache.teachers.server.options import ServerOptions, checked_url, key_from_environment
-from logitcache.teachers.teacher import Nonfinite
+from logitcache.teachers.teacher import Nonfinite, PendingRows
 
 # Behind a block stand a token to ask what comes before it, and the one that the server generates.
 EXTRA_TOKENS = 2
@@ -136,6 +136,20 @@ class ServerTeacher:
             for part, targets in zip(parts, rows, strict=True):
                 part.append(targets.take(wanted))
         return [SparseTargets.concatenate(part).spread(counted_R) for part in parts]
+
+    def begin_rows(
+        self,
+        tokens_BL: NDArray[np.int64],
+        first_block: int,
+        num_rows: int,
+        selections: Sequence[Selection],
+        seed: int,
+        counted_BL: NDArray[np.bool_] | None = None,
+        nonfinite: Nonfinite = "fail",
+    ) -> PendingRows:
+        """As `Teacher.begin_rows`; the server is asked here."""
+        rows = self.rows(tokens_BL, first_block, num_rows, selections, seed, counted_BL, nonfinite)
+        return lambda: rows
 
     def close(self) -> None:
         """Hang up."""
