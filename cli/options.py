@@ -95,6 +95,11 @@ def special_token_options(command: Command) -> Command:
     )(command)
 
 
+def run_options(command: Command) -> Command:
+    """Add all that says of which text, and how, a dump's teacher makes rows: what `dump` and `plan` are both told."""
+    return together(running_options, field_options, special_token_options)(command)
+
+
 def workers_option(command: Command) -> Command:
     """Add `--workers`."""
     return click.option("--workers", type=int, help="Processes with a teacher each; local: 1, ray: one for each GPU.")(
