@@ -10,7 +10,6 @@ answers the one before.
 from __future__ import annotations
 
 import json
-import tempfile
 from pathlib import Path
 
 from benchmarks import report
@@ -60,11 +59,9 @@ def row(name: str, cache: Cache) -> list[str]:
 def main() -> None:
     arguments = report.parser(__doc__)
     arguments.add_argument("--tokens", type=int, default=65_536)
-    arguments.add_argument("--folder", type=Path, help="keep (and find again) the caches here")
+    report.add_folder(arguments)
     given = arguments.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = given.folder or Path(scratch)
-        folder.mkdir(parents=True, exist_ok=True)
+    with report.kept_or_scratch(given.folder) as folder:
         rollouts = folder / "rollouts.jsonl"
         write_rollouts(rollouts)
         texts = [str(path) for path in plays(print).values()]

@@ -19,7 +19,6 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,7 +186,7 @@ def main() -> None:
     arguments = report.parser(__doc__)
     arguments.add_argument("--tokens", type=int, default=1 << 20)
     arguments.add_argument("--rounds", type=int, default=7)
-    arguments.add_argument("--folder", type=Path, help="keep (and find again) the caches here")
+    report.add_folder(arguments)
     arguments.add_argument("--one", type=Path, help="internal: read this cache and print its rates")
     arguments.add_argument("--memory", type=Path, help="internal: read this cache and print the peak memory")
     arguments.add_argument("--options", type=json.loads, default={}, help="internal")
@@ -198,8 +197,7 @@ def main() -> None:
     if given.memory:
         print(json.dumps({"peak_mb": epoch_peak(given.memory)}))
         return
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = given.folder or Path(scratch)
+    with report.kept_or_scratch(given.folder) as folder:
         rows = measure(folder, given.tokens, given.rounds)
         waiting = waiting_rows(folder, given.tokens)
         memory = memory_rows(folder, given.tokens)

@@ -7,7 +7,9 @@ import datetime
 import importlib.metadata
 import os
 import platform
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
@@ -19,6 +21,22 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     arguments = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--save", action="store_true", help="also write a dated file under benchmarks/results")
     return arguments
+
+
+def add_folder(arguments: argparse.ArgumentParser) -> None:
+    """Add `--folder`, for what takes long to make."""
+    arguments.add_argument("--folder", type=Path, help="keep (and find again) the caches here")
+
+
+@contextmanager
+def kept_or_scratch(folder: Path | None) -> Iterator[Path]:
+    """The folder that was given, made where it is missing; or one that is removed at the end."""
+    if folder is None:
+        with tempfile.TemporaryDirectory() as scratch:
+            yield Path(scratch)
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
 
 
 def hardware() -> str:

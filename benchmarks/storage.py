@@ -8,9 +8,6 @@ DistillKit's layouts are fitted here in float64; its own encoder, in float32, le
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
-
 from benchmarks import report
 from benchmarks.bounds import bounds
 from logitcache.bench import COLUMNS, NOTE, Measurement, StorageOptions, cells, draw_storage, measure_storage
@@ -57,15 +54,15 @@ def _bounds_row(options: StorageOptions, spec: str, pilot: int) -> list[str]:
 def main() -> None:
     arguments = report.parser(__doc__)
     arguments.add_argument("--tokens", type=int, default=204_800)
-    arguments.add_argument("--folder", type=Path, help="keep (and find again) the caches here")
+    report.add_folder(arguments)
     given = arguments.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
+    with report.kept_or_scratch(given.folder) as folder:
         options = StorageOptions(
             teacher=str(teacher_folder(print)),
             corpus=tuple(str(path) for path in plays(print).values()),
             dtype="bfloat16",
             max_tokens=given.tokens,
-            folder=given.folder or Path(scratch),
+            folder=folder,
         )
         lines = measure_storage(options)
         entropy = [_bounds_row(options, spec, pilot) for spec in BOUNDED for pilot in PILOTS]

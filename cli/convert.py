@@ -6,8 +6,9 @@ from pathlib import Path
 
 import click
 
-from .console import debug_option, err, json_option, out, print_json
+from .console import debug_option, json_option, out, print_json
 from .options import new_cache_option
+from .progress import View
 
 EXAMPLE = """
 \b
@@ -28,19 +29,15 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 @debug_option
 def convert(source: str, root: Path, container: str, as_json: bool) -> None:
     """Copy a cache into another kind of file, without loss."""
-    from rich.progress import Progress
-
     from logitcache.store import convert as convert_cache
     from logitcache.store import open_cache
 
-    with Progress(console=err, transient=True) as bar:
-        task = bar.add_task("converting", total=None)
-        manifest = convert_cache(
-            source,
-            root,
-            container,  # type: ignore[arg-type]
-            lambda done, total: bar.update(task, completed=done, total=total),
-        )
+    with View("convert") as view:
+
+        def advance(done: int, total: int) -> None:
+            view.bar(done, total, f"{done:,} of {total:,} units", None)
+
+        manifest = convert_cache(source, root, container, advance)  # type: ignore[arg-type]
     before, after = open_cache(source).num_bytes, open_cache(root).num_bytes
     facts = {
         "cache": str(root),

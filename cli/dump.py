@@ -11,11 +11,9 @@ from .console import counted, debug_option, json_option, out, plain_table, print
 from .options import (
     cache_options,
     choice,
-    field_options,
-    running_options,
+    run_options,
     server_of,
     server_options,
-    special_token_options,
     teacher_options,
     trust_option,
     workers_option,
@@ -72,9 +70,7 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
     metavar="FOLDER",
     help="Where to work on caches in a bucket; default: below ~/.cache/logitcache. Removed when they are complete.",
 )
-@running_options
-@field_options
-@special_token_options
+@run_options
 @cache_options
 @choice("--engine", "local", "torchrun", "ray", help="Who starts the workers: this command, torchrun or srun, or Ray.")
 @workers_option

@@ -32,7 +32,7 @@ Columns and what is lost: docs/interchange.md. Exit status: 0 done, 1 failed, 2 
 @click.argument("cache", type=click.Path())
 @click.option("--to", "target", required=True, type=click.Choice(["parquet", "distillkit", "trl"]), help="For whom.")
 @click.option("--out", "folder", required=True, type=click.Path(path_type=Path), metavar="FOLDER", help="New folder.")
-@click.option("--blocks", metavar="A:B", help="Only blocks A to B - 1.")
+@click.option("--blocks", metavar="FIRST:STOP", help="Only these blocks; either may be left out.")
 @click.option(
     "--layout",
     metavar="NAME|FILE",
@@ -46,7 +46,7 @@ def export(cache: str, target: str, folder: Path, blocks: str | None, layout: st
     from logitcache.store import open_cache
 
     opened = open_cache(cache)
-    chosen = None if blocks is None else _parse_blocks(blocks)
+    chosen = None if blocks is None else _one_range(blocks, opened.num_blocks)
     from logitcache.interchange import choose_layout, export_cache
 
     wanted = None if layout is None else choose_layout(layout, opened.vocab_size)
@@ -74,8 +74,12 @@ def export(cache: str, target: str, folder: Path, blocks: str | None, layout: st
         out.print(f"{folder}: {report.tokens:,} tokens in {counted(len(report.files), 'file')}, {size}")
 
 
-def _parse_blocks(text: str) -> tuple[int, int]:
-    first, separator, stop = text.partition(":")
-    if not (separator and first.isdecimal() and stop.isdecimal()):
-        raise UsageError(f"--blocks {text!r} is not understood; write A:B, for example 0:100")
-    return int(first), int(stop)
+def _one_range(text: str, num_blocks: int) -> tuple[int, int]:
+    """First and stop of the blocks, which must be one range."""
+    from logitcache.algebra import BlockRanges
+
+    ranges = BlockRanges.parse(text)
+    if len(ranges.ranges) != 1:
+        raise UsageError(f"--blocks {text!r} is more than one range; export one, or make a cache of them with subset")
+    blocks = ranges.blocks(num_blocks)
+    return int(blocks[0]), int(blocks[-1]) + 1

@@ -52,7 +52,7 @@ def device_map_option(command: Command) -> Command:
     )(command)
 
 
-def running_options(command: Command) -> Command:
+def _teacher_run_options(command: Command) -> Command:
     """Add what says how much of the corpus a dump's teacher reads, in what pieces and how it computes."""
     return together(
         click.option("--block-length", default=1024, show_default=True, help="Tokens in a block."),
@@ -109,6 +109,11 @@ def special_token_options(command: Command) -> Command:
         ),
         choice("--eos", "auto", "none", "document", help="Where EOS goes; auto as there."),
     )(command)
+
+
+def run_options(command: Command) -> Command:
+    """Add all that says of which text, and how, a dump's teacher makes rows: what `dump` and `plan` are both told."""
+    return together(_teacher_run_options, field_options, special_token_options)(command)
 
 
 def workers_option(command: Command) -> Command:

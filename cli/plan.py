@@ -10,11 +10,9 @@ from .console import debug_option, json_option
 from .options import (
     codec_option,
     container_option,
-    field_options,
-    running_options,
+    run_options,
     server_of,
     server_options,
-    special_token_options,
     teacher_options,
     trust_option,
     workers_option,
@@ -40,9 +38,7 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 # A plan understands whatever says how a dump runs, as a test compares; `dump --dry-run` takes the rest.
 @click.command(epilog=EXAMPLE)
 @teacher_options
-@running_options
-@field_options
-@special_token_options
+@run_options
 @container_option
 @workers_option
 @server_options

@@ -96,7 +96,7 @@ def _legend(plan: DumpPlan) -> list[str]:
         + (f", divided by {plan.speed_up}" if plan.speed_up > 1 else "")
         + "; tokens/s: of one worker.",
         *(angle if plan.gradient_positions else []),
-        "even: from so many students on, each reading the cache once, it takes less time to dump than a live teacher "
+        "even: from so many students on, each reading the cache once, a dump takes less time than running the teacher "
         "beside each of them.",
     ]
     if plan.student:

@@ -148,7 +148,7 @@ def _read_config(path: Path | None) -> dict[str, Any]:
     except OSError as error:
         raise UsageError(f"--config {path} cannot be read ({error.strerror}); check the path") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config {path} is not YAML: {str(error).splitlines()[0]}") from error
+        raise UsageError(f"--config {path} is not YAML: {str(error).splitlines()[0]}; mend it") from error
     if not isinstance(values, dict):
         raise UsageError(f"--config {path} must hold keys and values, for example `alpha: 0.9`")
     return {_text(key): value for key, value in values.items()}

@@ -89,7 +89,7 @@ class PickedRows:
             count *= 2
         ascending = [number for number in np.argsort(order[:count]).tolist() if masks[number].any()]
         if not ascending:
-            raise CacheError(f"{cache.location} holds no row that counts, so that there is nothing to compare")
+            raise CacheError(f"{cache.location} holds no row that counts; there is nothing to compare")
         blocks = order[ascending]
         lengths = _lengths(cache, blocks)
         block, place = _choose([masks[number] for number in ascending], rows, rng)

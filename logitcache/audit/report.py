@@ -110,21 +110,22 @@ class AuditReport:
     @property
     def sentence(self) -> str:
         """The verdict in words."""
+        if self.verdict == "different":
+            return f"the cache does not hold what this teacher says: {self._reason}"
         if self.verdict == "same teacher":
             said = (
-                "the cache holds what this teacher says: no figure is over its limit, which is "
+                ": no figure is over its limit, which is "
                 f"{FACTOR:g} times what batch size and rounding make of the teacher itself"
             )
-            also = "; its files are not those of the dump, and a change too slight for these limits would not show"
-            return said + (also if self.files == "other" else "")
-        if self.verdict == "other precision":
+            doubt = "and a change too slight for these limits would not show"
+        else:
             said = (
-                "the cache holds what this teacher says in another precision: the figures are over what batch size "
+                " in another precision: the figures are over what batch size "
                 f"makes, and not over what {self.other_dtype} instead of {self.dtype} makes"
             )
-            also = "; its files are not those of the dump, so that a slight change of its weights may hide in this"
-            return said + (also if self.files == "other" else "")
-        return f"the cache does not hold what this teacher says: {self._reason}"
+            doubt = "so that a slight change of its weights may hide in this"
+        doubts = f"; its files are not those of the dump, {doubt}" if self.files == "other" else ""
+        return f"the cache holds what this teacher says{said}{doubts}"
 
     @property
     def _reason(self) -> str:

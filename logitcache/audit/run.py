@@ -55,7 +55,10 @@ def audit_cache(location: str | Path, options: AuditOptions, progress: Progress 
     identity = cache.manifest.identity
     boundaries = identity.corpus.get("document_boundaries")
     if boundaries not in KNOWN_BOUNDARIES:
-        raise CacheError(f"{cache.location} has document boundaries {boundaries!r}, which no audit can compute again")
+        raise CacheError(
+            f"{cache.location} has document boundaries {boundaries!r}, which no audit can compute again; verify it "
+            "without --against-teacher"
+        )
     picked = PickedRows.of(cache, options.rows, options.seed)
     progress.stage("loading the teacher")
     tokenizer = _check_tokenizer(identity, options)

@@ -4,7 +4,7 @@ from logitcache.corpus.chat import ChatTemplate
 from logitcache.corpus.documents import Document
 from logitcache.corpus.encoding import Encoded, encode_corpus
 from logitcache.corpus.fields import CorpusFields
-from logitcache.corpus.packing import TokenBlocks, pack, pack_encoded, pack_encoded_to_file, pack_to_file
+from logitcache.corpus.packing import TokenBlocks, pack, pack_encoded, pack_encoded_to_file
 from logitcache.corpus.policy import PackingPolicy, resolve_policy
 from logitcache.corpus.readers import iter_documents
 from logitcache.corpus.sources import CorpusFile, corpus_files_identity, expand_paths
@@ -24,6 +24,5 @@ __all__ = [
     "pack",
     "pack_encoded",
     "pack_encoded_to_file",
-    "pack_to_file",
     "resolve_policy",
 ]

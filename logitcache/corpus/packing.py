@@ -105,24 +105,6 @@ def pack_encoded(
         return packer.blocks(np.frombuffer(stream.getvalue(), dtype=_STORED), learnt)
 
 
-def pack_to_file(
-    tokenizer: Any,
-    documents: Iterable[Document],
-    policy: PackingPolicy,
-    path: str | os.PathLike[str],
-    max_tokens: int | None = None,
-    progress: Progress | None = None,
-) -> TokenBlocks:
-    """As `pack`, but the tokens go to the file `path` (int32, little-endian) and come back as a memory map.
-
-    The file appears, whole, only at the end. Memory does not grow with the corpus.
-
-    Raises:
-        CorpusError: as `pack`, or the file cannot be written.
-    """
-    return pack_encoded_to_file(encode_texts(tokenizer, documents), policy, path, None, max_tokens, progress)
-
-
 def pack_encoded_to_file(
     batches: Iterable[list[Encoded]],
     policy: PackingPolicy,
@@ -131,8 +113,13 @@ def pack_encoded_to_file(
     max_tokens: int | None = None,
     progress: Progress | None = None,
 ) -> TokenBlocks:
-    """As `pack_to_file`, for documents that are tokens already. What is to be learnt of them goes to `mask_path`, if
-    that is given: one byte for each position.
+    """As `pack_encoded`, but the tokens go to the file `path` (int32, little-endian) and come back as a memory map.
+
+    What is to be learnt of them goes to `mask_path`, if that is given: one byte for each position. The files appear,
+    whole, only at the end. Memory does not grow with the corpus.
+
+    Raises:
+        CorpusError: as `pack`, or a file cannot be written.
     """
     targets = [Path(path)] if mask_path is None else [Path(path), Path(mask_path)]
     # A name that no process of another machine may have, either.

@@ -192,7 +192,9 @@ def check_columns(path: Path, schema: pa.Schema) -> None:
             kind, depth = kind.value_type, depth - 1
         if depth or not kinds.is_integer(kind):
             shape = "lists of integers" if name == TOKENS else "lists of lists of bytes"
-            raise InterchangeError(f"{path} holds {schema.field(name).type} in column {name!r}, not {shape}")
+            raise InterchangeError(
+                f"{path} holds {schema.field(name).type} in column {name!r}, not {shape}; give the files of a capture"
+            )
 
 
 def _first_lengths(files: list[CorpusFile]) -> tuple[int, int]:
@@ -235,7 +237,8 @@ def _one_length(odd: str | None, where: str, size: int, length: int) -> str | No
 def _take(found: Sequences, digest: Any, where: str, tokens: NDArray[np.int64]) -> None:
     largest, smallest = int(tokens.max()), int(tokens.min())
     if smallest < 0 or largest >= 1 << 31:
-        raise InterchangeError(f"{where} has the token {smallest if smallest < 0 else largest}, which no tokenizer has")
+        wrong = smallest if smallest < 0 else largest
+        raise InterchangeError(f"{where} has the token {wrong}, which no tokenizer has; write the file again")
     if largest > found.largest[0]:
         found.largest = (largest, where)
     found.num_tokens += tokens.size

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from logitcache.errors import CacheError, DamagedCacheError
+from logitcache.errors import DamagedCacheError
 from logitcache.store.container import Container, open_container
-from logitcache.store.files import sha256_of_file
+from logitcache.store.files import sha256_of_file, unreadable
 from logitcache.store.layout import Layout
 from logitcache.store.schema import Shard
 
@@ -125,7 +125,7 @@ def check_shard_file(path: Path, shard: Shard) -> None:
     except FileNotFoundError as error:
         raise DamagedCacheError(f"{path} is missing; restore it or dump again", shard=shard.file) from error
     except OSError as error:
-        raise CacheError(f"{path} cannot be read: {error.strerror}") from error
+        raise unreadable(path, error) from error
     if size != shard.num_bytes:
         raise DamagedCacheError(
             f"{path} has {size} bytes, not {shard.num_bytes}; restore it, or remove it and dump again", shard=shard.file

@@ -106,7 +106,7 @@ class Cache:
     @property
     def selection(self) -> Selection:
         """What was kept of each row."""
-        return Selection.from_dict(self.manifest.identity.selection.model_dump())
+        return self.manifest.identity.selection.spec
 
     @property
     def unbiased(self) -> bool:
@@ -130,8 +130,15 @@ class Cache:
 
     @property
     def num_counted(self) -> int:
-        """Tokens whose next token is one to learn; of a cache without a mask all of them."""
-        return self.manifest.counters.get("counted", 0) if self.masked else self.num_tokens
+        """Tokens whose next token is one to learn; of a cache without a mask all of them.
+
+        The manifest of a masked snapshot does not know, so that its masks are read. Raises DamagedCacheError then.
+        """
+        if not self.masked:
+            return self.num_tokens
+        if "counted" in self.manifest.counters:
+            return self.manifest.counters["counted"]
+        return sum(int(mask.sum()) for ref in self.chunks if (mask := self.read_counted(ref)) is not None)
 
     @property
     def num_nonfinite(self) -> int | None:
@@ -373,7 +380,10 @@ def open_cache(
     if layout.manifest.exists():
         source, manifest = layout.manifest, load_document(layout.manifest, Manifest)
     elif not layout.plan.exists():
-        raise CacheError(f"{layout.root} is not a logitcache cache: it has no manifest.json and no plan.json")
+        raise CacheError(
+            f"{layout.root} is not a logitcache cache: it has no manifest.json and no plan.json; give the folder that "
+            "`dump --out` wrote"
+        )
     elif not partial:
         raise CacheError(
             f"{layout.root} is unfinished; run the command that began it again to finish it "

@@ -63,7 +63,7 @@ def dataset_card(manifest: Manifest, num_bytes: int, location: str) -> str:
     identity = manifest.identity
     tokens, geometry = identity.geometry.num_tokens, identity.geometry
     selection = identity.selection
-    spec = ":".join(f"{part:g}" if isinstance(part, float) else str(part) for part in _spelled(selection))
+    spec = str(selection.spec)
     teacher = str(identity.teacher.get("name", "unknown"))
     corpus = identity.corpus
     entries = sum(shard.num_entries for shard in manifest.shards)
@@ -95,11 +95,6 @@ def dataset_card(manifest: Manifest, num_bytes: int, location: str) -> str:
         # The only one that needs no ids.
         objective=" --objective policy-gradient" if selection.method == "label" else "",
     )
-
-
-def _spelled(selection: Any) -> list[Any]:
-    parts = (selection.method, selection.mass, selection.size or None, selection.exponent)
-    return [part for part in parts if part is not None]
 
 
 def _known(fields: dict[str, Any], *names: str) -> str:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from logitcache.codec import FRESH, Memory
 from logitcache.errors import CacheError, DamagedCacheError, TargetsError
-from logitcache.store.files import READ_ATTEMPTS, read_at
+from logitcache.store.files import READ_ATTEMPTS, read_at, unreadable
 
 ALLOWED_DTYPES = ("uint16", "uint32", "uint64")
 # Limits that hold before anything is allocated, whatever a file claims.
@@ -71,7 +71,7 @@ class Container(ABC):
         except FileNotFoundError as error:
             raise DamagedCacheError(f"{path} is missing; restore it", shard=path.name) from error
         except OSError as error:
-            raise CacheError(f"{path} cannot be read: {error.strerror}") from error
+            raise unreadable(path, error) from error
         weakref.finalize(self, self._file.close)
         try:
             self.num_bytes = os.fstat(self._file.fileno()).st_size
@@ -82,7 +82,9 @@ class Container(ABC):
             raise
         except _ReadError as error:
             self.close()
-            raise CacheError(f"{path} cannot be read: {error}") from error
+            raise CacheError(
+                f"{path} cannot be read: {error}; check the disk or the file system and try again"
+            ) from error
         except Exception as error:  # each library meets damage with several kinds of exception
             self.close()
             raise self._damaged(type(error).__name__) from error
@@ -103,7 +105,8 @@ class Container(ABC):
                 "the disk or the file system and try again"
             ) from error
         except MemoryError as error:
-            raise CacheError(f"{self.path}: array {name!r}, chunk {chunk} does not fit into memory") from error
+            what = f"{self.path}: array {name!r}, chunk {chunk} does not fit into memory"
+            raise CacheError(f"{what}; end other programs, or read it on a machine with more") from error
         except Exception as error:
             raise self._damaged_plane(name, chunk, f"cannot be decoded ({type(error).__name__})") from error
         if plane.dtype.itemsize == 8 and int(plane.max(initial=0)) > MAX_INTEGER:

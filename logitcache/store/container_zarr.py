@@ -37,7 +37,6 @@ CRC_BYTES = 4
 ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)
 # A member's local header: signature, fields that the directory repeats, lengths of its name and its extra field.
 LOCAL_HEADER = struct.Struct("<4s22xHH")
-ENCRYPTED = 1
 
 
 def write(path: Path, chunks: Sequence[Mapping[str, Plane]], attributes: Mapping[str, Any]) -> None:

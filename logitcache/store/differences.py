@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from logitcache.selection import Selection
 from logitcache.store.schema import Identity
 
 # Dotted name of a field, and its values in two documents.
@@ -51,7 +50,7 @@ class Wording:
             if option is None:
                 option = label = name
             elif name.startswith("selection."):
-                label, old, new = option, _spelled(stored), _spelled(given)
+                label, old, new = option, str(stored.selection.spec), str(given.selection.spec)
             else:
                 label = option if name.endswith(option.removeprefix("--").replace("-", "_")) else f"{option} ({name})"
             lines.setdefault(option, f"{label}: the cache has {old!r}, this run {new!r}")
@@ -83,10 +82,6 @@ def _fitting(beginnings: Iterable[str], name: str) -> str | None:
     """The longest of some beginnings of dotted names that is one of `name`."""
     found = (part for part in beginnings if not part or f"{name}.".startswith(f"{part}."))
     return max(found, key=len, default=None)
-
-
-def _spelled(identity: Identity) -> str:
-    return str(Selection.from_dict(identity.selection.model_dump()))
 
 
 def _numbered(value: Any) -> Any:

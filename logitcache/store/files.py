@@ -35,6 +35,12 @@ def failpoint(name: str) -> None:
     raise OSError(f"failpoint {name}")
 
 
+def unreadable(path: Path, error: OSError) -> CacheError:
+    """The one sentence for a file that the system does not let us read."""
+    reason = error.strerror or str(error)
+    return CacheError(f"{path} cannot be read: {reason}; check that it is there and may be read, and the disk")
+
+
 def sha256_of_file(path: Path) -> str:
     """Hex SHA-256 of a file's bytes."""
     with path.open("rb") as file:
@@ -154,10 +160,12 @@ def read_checked_json(path: Path) -> dict[str, Any]:
     """
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
-            raise DamagedCacheError(f"{path} is over {MAX_JSON_BYTES >> 20} MB, which no {path.name} is")
+            raise DamagedCacheError(
+                f"{path} is over {MAX_JSON_BYTES >> 20} MB, which no {path.name} is; restore the right file"
+            )
         data = path.read_bytes()
     except OSError as error:
-        raise CacheError(f"{path} cannot be read: {error.strerror}") from error
+        raise unreadable(path, error) from error
     return parse_checked_json(data, path)
 
 

@@ -17,6 +17,7 @@ from logitcache.store.files import (
     publish,
     replace,
     sha256_of_file,
+    unreadable,
     write_temporary,
     write_temporary_bytes,
 )
@@ -128,7 +129,7 @@ class LocalObjects(Objects):
         except (FileNotFoundError, NotADirectoryError) as error:
             raise MissingObject(f"{path} is missing; restore it", shard=path.name) from error
         except OSError as error:
-            raise CacheError(f"{path} cannot be read: {error.strerror}") from error
+            raise unreadable(path, error) from error
 
     def size(self, name: str) -> int | None:
         path = self.root / name
@@ -158,9 +159,10 @@ class LocalObjects(Objects):
             return publish(write_temporary_bytes(path.parent, path.name, data), path)
 
     def remove(self, name: str) -> None:
+        path = self.root / name
         with writing(self.root):
-            (self.root / name).unlink(missing_ok=True)
-            fsync_folder(self.root)
+            path.unlink(missing_ok=True)
+            fsync_folder(path.parent)
 
     def sizes(self, under: str = "") -> Iterator[tuple[str, int]]:
         for folder, _, names in os.walk(self.root / under):

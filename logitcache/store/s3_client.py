@@ -80,7 +80,9 @@ def _endpoint(session: Any) -> str | None:
     except ValueError:
         return str(endpoint)
     if local:
-        raise RemoteError(f"AWS_ENDPOINT_URL names the link-local address {parts.hostname}, which is no object store")
+        raise RemoteError(
+            f"AWS_ENDPOINT_URL names the link-local address {parts.hostname}, which is no object store; set it to one"
+        )
     return str(endpoint)
 
 

@@ -15,7 +15,8 @@ from pydantic import (
     model_validator,
 )
 
-from logitcache.errors import DamagedCacheError, FormatVersionError
+from logitcache.errors import DamagedCacheError, FormatVersionError, UsageError
+from logitcache.selection import Selection
 from logitcache.store.files import digest, parse_checked_json, read_checked_json
 from logitcache.store.layout import SUFFIXES, ContainerKind
 
@@ -164,15 +165,22 @@ class StoredSelection(Document):
     exponent: Annotated[float, Field(gt=0, le=4)] | None = None
 
     @model_validator(mode="after")
-    def _check_size(self) -> Self:
-        if (self.size == 0) != (self.method == "label"):
-            raise ValueError("only rows of 'label' keep no ids")
+    def _check_parameters(self) -> Self:
+        try:
+            _ = self.spec
+        except UsageError as error:
+            raise ValueError(str(error)) from error
         return self
+
+    @property
+    def spec(self) -> Selection:
+        """The selection it is the stored form of."""
+        return Selection.from_dict(self.model_dump())
 
     @property
     def unbiased(self) -> bool:
         """Whether E[weights] equals the teacher's distribution."""
-        return self.method in ("sample", "varopt")
+        return self.spec.unbiased
 
     @property
     def has_exact_head(self) -> bool:
@@ -368,4 +376,4 @@ def _validated(fields: dict[str, Any], path: str | Path, name: str, model: type[
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "the document"
-        raise DamagedCacheError(f"{path} is not a valid {name}: {field}: {first['msg']}") from error
+        raise DamagedCacheError(f"{path} is not a valid {name}: {field}: {first['msg']}; restore the file") from error

@@ -93,8 +93,9 @@ def _check(cache: Cache, report: Report) -> None:
         if len(report.problems) == found:
             report.tokens += shard.num_tokens
         cache.close()
-    if readable and cache.masked and report.ok and report.counted != cache.num_counted:
-        what = f"{report.counted} positions count, not the {cache.num_counted} that the manifest's counters say"
+    said = cache.manifest.counters.get("counted", 0)
+    if readable and cache.masked and report.ok and report.counted != said:
+        what = f"{report.counted} positions count, not the {said} that the manifest's counters say"
         report.problems.append(Problem("", "counted", None, what))
     elif readable and report.ok:
         _check_left_out(cache, report)

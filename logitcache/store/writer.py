@@ -265,9 +265,10 @@ class CacheWriter:
             failpoint("commit.after_rename")
             data = checked_json(record.model_dump(mode="json"))
             pending = write_temporary_bytes(self.layout.commits, record.unit, data)
+            # The folders of shards and records may be new: no record may be durable before its shard's folder is.
+            fsync_folder(self.layout.root)
             failpoint("commit.before_link")
             won = publish(pending, self.layout.commit(int(record.unit)))
-            fsync_folder(self.layout.root)
             failpoint("commit.after_link")
         return won
 
@@ -277,10 +278,18 @@ class CacheWriter:
 
     def finalize(self) -> Manifest:
         """Write the manifest once every unit is committed (or load the one there), and remove the scratch folder."""
-        if self.complete:
-            # A run killed between the manifest and here left the folder; so does one that resumes another output.
-            self._sweep()
-            return load_document(self.layout.manifest, Manifest)
+        if not self.complete:
+            try:
+                self._write_manifest()
+            except CacheError as error:
+                # Another worker was first, and removed temporary files: nothing is lost.
+                if not (isinstance(error.__cause__, FileNotFoundError) and self.complete):
+                    raise
+        # Also where it was there: a run killed after it left the folder, and so does one that resumes another output.
+        self._sweep()
+        return load_document(self.layout.manifest, Manifest)
+
+    def _write_manifest(self) -> None:
         missing = self.pending_units()
         if missing:
             raise CacheError(f"{self.layout.root} still lacks {len(missing)} units; run the same dump again")
@@ -288,13 +297,8 @@ class CacheWriter:
             manifest = assemble_manifest(self.layout, self.plan)
             data = checked_json(manifest.model_dump(mode="json"))
             failpoint("manifest.before_write")
-            replace(
-                write_temporary_bytes(self.layout.root, "manifest.json", data),
-                self.layout.manifest,
-            )
+            replace(write_temporary_bytes(self.layout.root, "manifest.json", data), self.layout.manifest)
             failpoint("manifest.written")
-            self._sweep()
-        return manifest
 
     def _sweep(self) -> None:
         """Remove what killed attempts left; a finished cache needs none of it."""

@@ -75,6 +75,7 @@ def test_gc_refuses_what_is_no_cache(logitcache: Main, tmp_path: Path) -> None:
     refused = logitcache("gc", tmp_path, "--delete")
     assert refused.status == 1
     assert refused.sentence == (
-        f"error: {tmp_path} is not a logitcache cache: it has no manifest.json and no plan.json"
+        f"error: {tmp_path} is not a logitcache cache: it has no manifest.json and no plan.json; "
+        "give the folder that `dump --out` wrote"
     )
     assert (tmp_path / "a.tmp").exists()

@@ -58,7 +58,7 @@ def test_export_prints_what_it_wrote(logitcache: Main, dumped: Dumped, tmp_path:
 CASES: dict[str, tuple[int, str, list[Any]]] = {
     "unbiased": (1, "holds unbiased samples", ["export", "{sample}", "--to", "trl", "--out", "{tmp}/out"]),
     "no cache": (1, "does not exist", ["export", "{tmp}/nothing", "--to", "trl", "--out", "{tmp}/out"]),
-    "blocks": (2, "write A:B", ["export", "{top_k}", "--to", "trl", "--out", "{tmp}/out", "--blocks", "3"]),
+    "blocks": (2, "more than one range", ["export", "{top_k}", "--to", "trl", "--out", "{tmp}/out", "--blocks", "0,2"]),
     "wide layout": (
         2, "only 8; lower k", ["export", "{top_k}", "--to", "distillkit", "--layout", "budget", "--out", "{tmp}/out"],
     ),

@@ -15,7 +15,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from logitcache.corpus import Document, PackingPolicy, TokenBlocks, encoding, pack, pack_to_file, resolve_policy
+from logitcache.corpus import (
+    Document,
+    PackingPolicy,
+    TokenBlocks,
+    encoding,
+    pack,
+    pack_encoded_to_file,
+    resolve_policy,
+)
 from logitcache.corpus.documents import cut_pieces
 from logitcache.errors import CorpusError, UsageError
 from tests.tiny import tiny_tokenizer
@@ -90,7 +98,8 @@ def test_packing_to_a_file_gives_the_same_blocks(tmp_path: Path, bos: str) -> No
     policy = PackingPolicy(5, bos, BOS, "document", EOS)
     texts = documents(["one two three", "", "four"])
     seen: list[int] = []
-    mapped = pack_to_file(TOKENIZER, texts, policy, tmp_path / "tokens.bin", progress=seen.append)
+    batches = encoding.encode_texts(TOKENIZER, texts)
+    mapped = pack_encoded_to_file(batches, policy, tmp_path / "tokens.bin", None, progress=seen.append)
     held = pack(TOKENIZER, texts, policy)
     assert isinstance(mapped.tokens, np.memmap)
     assert np.array_equal(mapped.tokens, held.tokens)
@@ -105,11 +114,12 @@ def test_packing_to_a_file_gives_the_same_blocks(tmp_path: Path, bos: str) -> No
 
 
 def test_a_failed_pack_leaves_no_file(tmp_path: Path) -> None:
+    empty, one = (encoding.encode_texts(TOKENIZER, documents(texts)) for texts in (["", " \n"], ["a"]))
     with pytest.raises(CorpusError, match=r"^the corpus is empty: 2 documents, none of which holds any text; check"):
-        pack_to_file(TOKENIZER, documents(["", " \n"]), PackingPolicy(4), tmp_path / "tokens.bin")
+        pack_encoded_to_file(empty, PackingPolicy(4), tmp_path / "tokens.bin", None)
     assert not list(tmp_path.iterdir())
     with pytest.raises(CorpusError, match=r"^the packed tokens cannot be written to .*no/tokens.bin \(No such file"):
-        pack_to_file(TOKENIZER, documents(["a"]), PackingPolicy(4), tmp_path / "no" / "tokens.bin")
+        pack_encoded_to_file(one, PackingPolicy(4), tmp_path / "no" / "tokens.bin", None)
 
 
 def test_an_exactly_full_block_is_not_followed_by_an_empty_one() -> None:

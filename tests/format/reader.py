@@ -120,6 +120,9 @@ def _check_codec(codec: dict[str, Any], selection: dict[str, Any]) -> None:
     require(set(codec) == known and codec["layout"] in ("small", "fast"), "an unknown codec")
     require(codec.get("masked", True) is True, "a codec that says it has no mask")
     require((selection["size"] == 0) == (selection["method"] == "label"), "only `label` has the size 0")
+    require(selection["size"] <= 65_535, "a selection keeps more entries than a row may have")
+    require((selection["mass"] is not None) == (selection["method"] == "top-p"), "only `top-p` has a mass")
+    require(0 < (selection["mass"] or 1) <= 1, "a mass is not in (0, 1]")
     require(name is None or least <= codec[name] <= 65_535, "a parameter of the codec is out of range")
     require(name != "draws" or codec["draws"] == selection["size"], "the codec has another number of draws")
 

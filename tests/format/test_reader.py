@@ -84,6 +84,7 @@ def test_masked_caches(form: str, tmp_path: Path) -> None:
     labels = open_cache(plain).read_blocks(0, len(SHORT_BLOCKS)).labels()
     np.testing.assert_array_equal(blocks.labels(), np.where(blocks.counted, labels, -100))
     assert cache.num_counted == counted.sum() == (blocks.labels() >= 0).sum()
+    assert cache.snapshot(1).num_counted == counted[: sum(SHORT_BLOCKS[:5])].sum()
 
 
 def _rows(values: np.ndarray, offsets: np.ndarray, valid: np.ndarray) -> list[np.ndarray]:

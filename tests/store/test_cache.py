@@ -201,7 +201,8 @@ def test_a_whole_manifest_without_a_plan_opens(tmp_path: Path) -> None:
     made.check(open_cache(made.root).read_blocks(0, 21), 0, 21)
     report = verify(made.root)
     assert [problem.what for problem in report.problems] == [
-        f"{made.root}/plan.json cannot be read: No such file or directory"
+        f"{made.root}/plan.json cannot be read: No such file or directory; check that it is there and may be read, and "
+        "the disk"
     ]
 
 
@@ -228,7 +229,9 @@ def test_what_is_not_a_cache(tmp_path: Path) -> None:
         for act in (open_cache, verify):
             with pytest.raises(CacheError, match=rf"^{location} does not exist or is not a folder; give the folder"):
                 act(location)
-    with pytest.raises(CacheError, match=r"empty is not a logitcache cache: it has no manifest.json and no plan.json$"):
+    with pytest.raises(
+        CacheError, match=r"empty is not a logitcache cache: it has no manifest.json and no plan.json; give the folder"
+    ):
         open_cache(tmp_path / "empty")
     for url in ("https://host/cache", "http://169.254.169.254/x", "simplecache::file:///etc"):
         with pytest.raises(CacheError, match=r"is not supported; give a folder, file:// or s3://$"):

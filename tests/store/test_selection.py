@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -39,6 +40,16 @@ def test_stored_form(text: str, fields: dict[str, object], unbiased: bool, head:
 def test_exponents_that_are_refused(exponent: object) -> None:
     with pytest.raises(ValidationError):
         StoredSelection(method="sample", size=9, exponent=exponent)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("method", "size", "mass"),
+    [("top-k", 0, None), ("label", 1, None), ("top-k", 65_536, None), ("top-k", 9, 0.5), ("top-p", 9, None)]
+    + [("top-p", 9, mass) for mass in (0.0, 1.5, float("nan"))],
+)
+def test_parameters_that_are_refused(method: Any, size: int, mass: float | None) -> None:
+    with pytest.raises(ValidationError, match=r"write|choose"):
+        StoredSelection(method=method, size=size, mass=mass)
 
 
 @pytest.mark.parametrize(("text", "unbiased", "head"), [(form[0], *form[2:]) for form in FORMS])

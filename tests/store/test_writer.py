@@ -16,7 +16,7 @@ import pytest
 
 from logitcache.errors import CacheError, PlanMismatchError, TargetsError
 from logitcache.store import CacheWriter, TokenFile, open_cache, verify
-from logitcache.store.files import publish, write_temporary
+from logitcache.store.files import publish, replace, write_temporary
 from logitcache.store.layout import ContainerKind, Layout
 from logitcache.store.schema import most_integers
 from tests.faults import run_to_end
@@ -138,6 +138,25 @@ def test_a_lost_race_keeps_the_committed_shard(tmp_path: Path) -> None:
     made.check(open_cache(root).read_blocks(0, 21), 0, 21)
     assert verify(root).ok
     assert (root / "manifest.json").read_bytes() == (made.root / "manifest.json").read_bytes()
+
+
+def test_workers_that_finish_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The faster one sweeps away, as a leftover, the manifest that the slower one is about to give its name."""
+    made = make_cache(tmp_path / "alone")
+    root = tmp_path / "cache"
+    fast, slow = CacheWriter.open(root, identity()), CacheWriter.open(root, identity())
+    for unit in range(3):
+        commit(fast, unit, *content())
+
+    def late(temporary: Path, final: Path) -> None:
+        monkeypatch.undo()
+        fast.finalize()
+        assert not temporary.exists()
+        replace(temporary, final)
+
+    monkeypatch.setattr("logitcache.store.writer.replace", late)
+    assert slow.finalize() == open_cache(root).manifest
+    assert files_of(root) == files_of(made.root)
 
 
 def test_the_same_unit_twice(tmp_path: Path) -> None:
