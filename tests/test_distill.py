@@ -581,7 +581,7 @@ def test_the_folder_of_a_run(values: dict[str, Any]) -> None:
     with pytest.raises(TrainingError, match="not empty and holds no run"):
         train(values)
     (out / "thesis.tex").unlink()
-    (out / "run.tmp").write_text("{")
+    (out / "run.json.tmp").write_text("{")
     train(values, max_steps=2)
     with pytest.raises(TrainingError, match="holds a run already; go on with --resume"):
         train(values, max_steps=2)
