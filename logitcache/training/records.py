@@ -112,11 +112,14 @@ class RecordCallback(TrainerCallback):
         """Stop a run whose weights are lost, before they become a checkpoint or the trained student."""
         for name in ("loss", "eval_ce"):
             if not math.isfinite(values.get(name, 0.0)):
-                diverged = TrainingError(
-                    f"{name} is {values[name]} at step {step}: training diverged; begin again in another --out with a "
-                    "lower --learning-rate or more warmup"
-                )
-                raise self._ranks.common(diverged)
+                raise self._ranks.common(diverged(f"{name} is {values[name]} at step {step}"))
+
+
+def diverged(what: str) -> TrainingError:
+    """The error of a run whose weights are lost, `what` being the sign of it."""
+    return TrainingError(
+        f"{what}: training diverged; begin again in another --out with a lower --learning-rate or more warmup"
+    )
 
 
 def last_whole_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:

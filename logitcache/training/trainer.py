@@ -29,7 +29,7 @@ class DistillationSettings:
         temperature: of the divergence.
         unbiased: whether the batches' targets are unbiased samples.
         has_exact_head: whether those samples say which of them are exact (varopt); None: look, where that is free.
-        impl: of the loss: "auto", "reference" or "split".
+        impl: of the loss, as in `distillation_loss`.
         blend: share of the unbiased term over the run; of tail='blend' only.
         z_loss: coefficient of lse^2, added whatever alpha is.
         mask: which positions keep the divergence; None: all that count.
@@ -193,7 +193,7 @@ class DistillationTrainer(Trainer):
         super().log(logs, start_time)
 
     def evaluate(self, *_args: Any, metric_key_prefix: str = "eval", **_kwargs: Any) -> dict[str, float]:
-        """Run the evaluator, log its metrics under the prefix and return them."""
+        """Run the evaluator, log its metrics under the prefix and return them; without any nothing is logged."""
         if self.evaluator is None:
             return {}
         model: Any = self.model
@@ -204,6 +204,8 @@ class DistillationTrainer(Trainer):
                 metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.evaluator(model).items()}
         finally:
             model.train(training)
+        if not metrics:
+            return {}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
