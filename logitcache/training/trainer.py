@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,15 +102,15 @@ class DistillationTrainer(Trainer):
         self._sums: dict[str, torch.Tensor] = {}
         self._clock = 0.0
 
-    @contextmanager
-    def _off_the_clock(self) -> Iterator[None]:
-        """Time spent inside does not count against tokens per second."""
-        started = time.perf_counter()
-        yield
-        self._clock += time.perf_counter() - started
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Evaluating, saving and what callbacks do then does not count against tokens per second."""
+        clock, began = self._clock, time.perf_counter()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        now = time.perf_counter()
+        self._clock = clock + (now - began) if self._clock == clock else now
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        with self._off_the_clock(), models.quiet():
+        with models.quiet():
             super()._save_checkpoint(model, trial)
 
     def get_train_dataloader(self) -> Any:
@@ -200,8 +199,7 @@ class DistillationTrainer(Trainer):
         training = model.training
         model.eval()
         try:
-            with self._off_the_clock():
-                metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.evaluator(model).items()}
+            metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.evaluator(model).items()}
         finally:
             model.train(training)
         if not metrics:
