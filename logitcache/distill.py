@@ -24,7 +24,7 @@ from logitcache.training.load import check_fits, load_student
 from logitcache.training.options import TrainOptions
 from logitcache.training.pinned import snapshot_units
 from logitcache.training.ranks import Ranks
-from logitcache.training.records import RecordCallback, plot_losses
+from logitcache.training.records import RecordCallback, diverged, plot_losses
 from logitcache.training.run_data import RunData, plain_text_batches
 from logitcache.training.run_folder import RunFolder
 from logitcache.training.settings import settings_for_all
@@ -204,7 +204,7 @@ class _Run:
     def _finish(self, trainer: DistillationTrainer) -> dict[str, Any]:
         steps, best = trainer.state.global_step, trainer.state.best_global_step if self.options.early_stop else None
         rows = self.folder.metrics.rows()
-        evaluated = (row for row in reversed(rows) if "eval_ce" in row and row["step"] == (best or steps))
+        evaluated = (row for row in reversed(rows) if row["step"] == (best or steps) and _is_evaluation(row))
         final: dict[str, Any] | None = self.ranks.from_main(next(evaluated, None))
         if final is None:
             final = trainer.evaluate()
@@ -225,6 +225,10 @@ class _Run:
 
     def _write(self, result: dict[str, Any], weights: dict[str, Any] | None) -> None:
         out, rows = self.folder.path, self.folder.metrics.rows()
+        # The last update is seen by no loss, and by no evaluation where nothing is held out.
+        for name, weight in (weights or self.student.state_dict()).items():
+            if not weight.isfinite().all():
+                raise diverged(f"the weight {name} is not finite after step {result['steps']}")
         rates = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]
         models.save_model(self.student, out, self.tokenizer, weights)
         plot_losses(rows, out / "loss.png", f"{out.name}: {self.settings.objective.kind}")
@@ -251,6 +255,11 @@ def _record(
             "python": platform.python_version(),
         },
     }
+
+
+def _is_evaluation(row: dict[str, Any]) -> bool:
+    """Whether a line of metrics.jsonl is of an evaluation; without held-out blocks, of text of another domain alone."""
+    return any(name.startswith("eval_") for name in row)
 
 
 def _absolute(value: Any) -> Any:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 # Probabilities arrive in float32 after quantisation; a row may exceed 1 by rounding, not by more.
 SUM_TOLERANCE = 1e-3
+# The fields that hold one number for each row.
+COLUMNS = ("tail_mass", "label_logprob", "entropy", "threshold")
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +113,7 @@ class SparseTargets:
             ids=self.ids[first:last],
             weights=self.weights[first:last],
             unbiased=self.unbiased,
-            **{name: getattr(self, name)[start:stop] for name in _COLUMNS},
+            **{name: getattr(self, name)[start:stop] for name in COLUMNS},
         )
 
     def take(self, rows: ArrayLike) -> SparseTargets:
@@ -127,7 +129,7 @@ class SparseTargets:
             ids=self.ids[entries],
             weights=self.weights[entries],
             unbiased=self.unbiased,
-            **{name: getattr(self, name)[picked] for name in _COLUMNS},
+            **{name: getattr(self, name)[picked] for name in COLUMNS},
         )
 
     def spread(self, places: NDArray[np.bool_]) -> SparseTargets:
@@ -139,10 +141,9 @@ class SparseTargets:
             raise TargetsError(f"{len(self)} rows cannot stand at {int(places.sum())} places; give one for each")
         lengths = np.zeros(places.size, dtype=np.int64)
         lengths[places] = self.row_lengths
-        absent = {"tail_mass": float(not self.unbiased), "threshold": np.inf if self.unbiased else 0.0}
         columns = {}
-        for name in _COLUMNS:
-            columns[name] = np.full(places.size, absent.get(name, np.nan), dtype=np.float32)
+        for name, nothing in empty_row(self.unbiased).items():
+            columns[name] = np.full(places.size, nothing, dtype=np.float32)
             columns[name][places] = getattr(self, name)
         return _unchecked(
             offsets=offsets_of(lengths), ids=self.ids, weights=self.weights, unbiased=self.unbiased, **columns
@@ -167,7 +168,7 @@ class SparseTargets:
             ids=np.concatenate([part.ids for part in parts]),
             weights=np.concatenate([part.weights for part in parts]),
             unbiased=parts[0].unbiased,
-            **{name: np.concatenate([getattr(part, name) for part in parts]) for name in _COLUMNS},
+            **{name: np.concatenate([getattr(part, name) for part in parts]) for name in COLUMNS},
         )
 
     @property
@@ -227,7 +228,7 @@ class SparseTargets:
             return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
         ids, weights = self.padded()
-        columns = {name: tensor(getattr(self, name)) for name in _COLUMNS}
+        columns = {name: tensor(getattr(self, name)) for name in COLUMNS}
         return DeviceTargets(
             tensor(ids), tensor(weights), **columns, unbiased=self.unbiased, has_exact_head=self.has_exact_head
         )
@@ -303,7 +304,7 @@ class DeviceTargets:
 
     def slice(self, start: int, stop: int) -> DeviceTargets:
         """Rows [start, stop), as views of the same memory."""
-        names = ("ids", "weights", *_COLUMNS)
+        names = ("ids", "weights", *COLUMNS)
         return replace(self, **{name: getattr(self, name)[start:stop] for name in names})
 
     def exact_head(self) -> DeviceTargets:
@@ -328,7 +329,10 @@ class DeviceTargets:
         )
 
 
-_COLUMNS = ("tail_mass", "label_logprob", "entropy", "threshold")
+def empty_row(unbiased: bool) -> dict[str, float]:
+    """The columns of a row that has no entries and says nothing."""
+    nothing = {"tail_mass": float(not unbiased), "threshold": np.inf if unbiased else 0.0}
+    return {name: nothing.get(name, np.nan) for name in COLUMNS}
 
 
 def offsets_of(lengths: ArrayLike) -> NDArray[np.int64]:

@@ -316,9 +316,25 @@ def test_held_out_cache_and_other_domain(values: dict[str, Any], dumped: Dumped,
     assert 3 < result["eval_other_ce"] < 6
 
 
-def test_nothing_held_out(values: dict[str, Any]) -> None:
-    result = train(values, held_out=0, max_steps=2)
-    assert "eval_ce" not in result
+def test_nothing_held_out(values: dict[str, Any], tmp_path: Path) -> None:
+    """Nothing is logged of evaluations of nothing; text of another domain is evaluated all the same, and once."""
+    result = train(values, held_out=0, max_steps=2, eval_every=1)
+    assert not any(name.startswith("eval_") for name in result)
+    assert [row["step"] for row in metrics_of(Path(values["out"]))] == [2]
+    text = tmp_path / "other.txt"
+    text.write_text(corpus_text(20, first=500))
+    out = values["out"] + "-text"
+    result = train(values, held_out=0, eval_text=str(text), max_steps=2, eval_every=1, out=out)
+    evaluated = [row for row in metrics_of(Path(out)) if "eval_other_ce" in row]
+    assert [row["step"] for row in evaluated] == [1, 2]
+    assert result["eval_other_ce"] == evaluated[-1]["eval_other_ce"]
+
+
+def test_a_last_step_that_diverges(values: dict[str, Any]) -> None:
+    """Nothing that is measured sees what it did to the weights."""
+    with pytest.raises(TrainingError, match=r"the weight .* is not finite after step 1: training diverged"):
+        train(values, held_out=0, max_steps=1, learning_rate=1e38, warmup=0)
+    assert not (Path(values["out"]) / "model.safetensors").exists()
 
 
 def test_length_of_a_run(values: dict[str, Any]) -> None:
@@ -569,7 +585,7 @@ def test_the_folder_of_a_run(values: dict[str, Any]) -> None:
     with pytest.raises(TrainingError, match="not empty and holds no run"):
         train(values)
     (out / "thesis.tex").unlink()
-    (out / "run.tmp").write_text("{")
+    (out / "run.json.tmp").write_text("{")
     train(values, max_steps=2)
     with pytest.raises(TrainingError, match="holds a run already; go on with --resume"):
         train(values, max_steps=2)

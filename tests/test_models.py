@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import os
+import stat
 import sys
 from pathlib import Path
 from typing import Any
@@ -404,6 +406,18 @@ def test_slow_tokenizers_are_identified_by_their_vocabulary() -> None:
 # ---------------------------------------------------------------------------------------------- saving
 
 
+@pytest.mark.parametrize("hidden", [0o022, 0o007])
+def test_a_saved_model_is_for_those_whom_the_umask_lets_read(hidden: int, tmp_path: Path) -> None:
+    before = os.umask(hidden)
+    try:
+        models.save_model(tiny_model(), tmp_path / "model", tiny_tokenizer())
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "model").iterdir()}
+    assert "model.safetensors" in modes
+    assert set(modes.values()) == {0o666 & ~hidden}
+
+
 def test_convert_gguf_is_atomic_and_happens_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The GGUF reader itself is transformers'; what surrounds it is ours."""
     calls = []
@@ -436,6 +450,9 @@ def test_convert_gguf_is_atomic_and_happens_once(tmp_path: Path, monkeypatch: py
     assert models.convert_gguf(tmp_path, "a.gguf", out) == out
     assert calls == ["a.gguf"] * 2
     assert [path.name for path in out.parent.iterdir()] == ["converted"]
+    ordinary = tmp_path / "ordinary"
+    ordinary.mkdir()
+    assert out.stat().st_mode == ordinary.stat().st_mode
     monkeypatch.undo()
     assert torch.equal(models.load_model(out, device="cpu").lm_head.weight, tiny_model().lm_head.weight)
     assert len(models.load_tokenizer(out)) == 300

@@ -10,7 +10,7 @@ import math
 import torch
 
 from logitcache.errors import ObjectiveError, TargetsError
-from logitcache.targets import SUM_TOLERANCE, DeviceTargets, SparseTargets
+from logitcache.targets import COLUMNS, SUM_TOLERANCE, DeviceTargets, SparseTargets
 
 
 def values_are_free(tensor: torch.Tensor) -> bool:
@@ -135,7 +135,7 @@ def _check_tensors(targets: DeviceTargets, hidden_ND: torch.Tensor) -> None:
     rows = int(hidden_ND.shape[0])
     if targets.ids.ndim != 2 or targets.ids.dtype != torch.int64:
         raise TargetsError(f"targets.ids is {targets.ids.dtype} {tuple(targets.ids.shape)}; it must be int64 [N, K]")
-    columns = dict.fromkeys(("tail_mass", "label_logprob", "entropy", "threshold"), (rows,))
+    columns = dict.fromkeys(COLUMNS, (rows,))
     for name, shape in {"weights": tuple(targets.ids.shape), **columns}.items():
         value = getattr(targets, name)
         if tuple(value.shape) != shape or not value.dtype.is_floating_point:

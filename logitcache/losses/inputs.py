@@ -13,9 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from logitcache.errors import ObjectiveError, TargetsError
-from logitcache.targets import DeviceTargets, SparseTargets
-
-_COLUMNS = ("tail_mass", "label_logprob", "entropy", "threshold")
+from logitcache.targets import COLUMNS, DeviceTargets, SparseTargets, empty_row
 
 
 def pack_targets(targets: SparseTargets | DeviceTargets, shape: tuple[int, int] | None = None) -> dict[str, Any]:
@@ -35,7 +33,7 @@ def pack_targets(targets: SparseTargets | DeviceTargets, shape: tuple[int, int] 
     if isinstance(targets, SparseTargets):
         targets = targets.to_device()
     rows = {"ids": targets.ids}
-    for name in ("weights", *_COLUMNS):
+    for name in ("weights", *COLUMNS):
         rows[name] = getattr(targets, name).to(torch.float32).view(torch.int32)
     packed: dict[str, Any] = {name: rows[name].unflatten(0, shape) if shape else rows[name] for name in rows}
     packed["unbiased"] = targets.unbiased
@@ -56,7 +54,7 @@ def unpack_targets(targets: Any, unbiased: bool, has_exact_head: bool | None) ->
         TargetsError: a key is missing or unknown, or a wrapper rounded the columns to half precision.
     """
     if isinstance(targets, DeviceTargets):
-        _check_precision({name: getattr(targets, name) for name in ("weights", *_COLUMNS)})
+        _check_precision({name: getattr(targets, name) for name in ("weights", *COLUMNS)})
     if isinstance(targets, SparseTargets | DeviceTargets):
         return targets
     if not isinstance(targets, Mapping):
@@ -84,9 +82,9 @@ def unpack_targets(targets: Any, unbiased: bool, has_exact_head: bool | None) ->
     }
     _check_precision(values)
     rows = {name: value.flatten(0, -2 if name in ("ids", "weights") else -1) for name, value in values.items()}
-    default = {"label_logprob": torch.nan, "entropy": torch.nan, "threshold": torch.inf if unbiased else 0.0}
-    for name in default.keys() - rows.keys():
-        rows[name] = torch.full_like(rows["tail_mass"], default[name])
+    for name, nothing in empty_row(unbiased).items():
+        if name not in rows:
+            rows[name] = torch.full_like(rows["tail_mass"], nothing)
     return DeviceTargets(**rows, unbiased=unbiased, has_exact_head=has_exact_head)
 
 

@@ -33,6 +33,10 @@ def save_model(
             model.save_pretrained(folder, state_dict=weights)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
+        # safetensors 0.8 lets nobody else read its files, whatever the umask says.
+        mode = (Path(folder) / "config.json").stat().st_mode
+        for path in Path(folder).glob("*.safetensors"):
+            path.chmod(mode)
     except (OSError, SafetensorError) as error:
         raise ModelError(
             f"the model cannot be written to {folder} ({error}); check the folder and its space"
@@ -54,7 +58,10 @@ def convert_gguf(folder: str | Path, gguf_file: str, out_dir: str | Path, dtype:
     tokenizer = load_tokenizer(folder, gguf_file)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        # Inside of it, as the temporary folder itself is for nobody else to read.
+        partial = temporary / target.name
+        partial.mkdir()
     except OSError as error:
         raise ModelError(f"{target.parent} cannot be written ({error.strerror}); choose another folder") from error
     try:
@@ -65,5 +72,5 @@ def convert_gguf(folder: str | Path, gguf_file: str, out_dir: str | Path, dtype:
         if not (target / "config.json").is_file():
             raise ModelError(f"{target} cannot be written ({error.strerror}); remove it or choose another") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     return target

@@ -16,13 +16,15 @@ from logitcache.errors import TrainingError
 from logitcache.reader.mix import Mix
 from logitcache.reader.options import ReaderOptions
 from logitcache.reader.order import BlockOrder
-from logitcache.reader.packed import COLUMNS, PackedBatch
+from logitcache.reader.packed import PackedBatch
 from logitcache.reader.sources import AveragedCaches, BlockSource, MixedCaches, shares_of, sources_of
 from logitcache.reader.stream import BatchStream, Lane, ReadCount
 from logitcache.store import Blocks, Cache
-from logitcache.targets import DeviceTargets, SparseTargets
+from logitcache.targets import COLUMNS, DeviceTargets, SparseTargets
 
 Batch = dict[str, Any]
+# Of a plain dictionary's "targets".
+TENSORS = ("ids", "weights", *COLUMNS)
 
 
 class CacheDataset(IterableDataset[PackedBatch]):
@@ -167,9 +169,6 @@ def make_batch(parts: list[Blocks], with_targets: bool = True) -> Batch:
         targets = SparseTargets.concatenate([part.targets for part in parts]).to_device()
         batch["targets"] = {name: getattr(targets, name) for name in TENSORS}
     return batch
-
-
-TENSORS = ("ids", "weights", *COLUMNS)
 
 
 def batch_targets(batch: Batch | PackedBatch, unbiased: bool) -> DeviceTargets:

@@ -12,9 +12,7 @@ import torch.nn.functional as F
 from logitcache.errors import TrainingError
 from logitcache.losses import pack_targets
 from logitcache.reader.dataset import Batch, batch_targets
-from logitcache.reader.packed import PackedBatch
-
-IGNORED = -100
+from logitcache.reader.packed import IGNORED, PackedBatch
 
 
 def model_inputs(batch: Batch | PackedBatch, unbiased: bool | None) -> dict[str, Any]:

@@ -15,10 +15,9 @@ import torch
 from numpy.typing import NDArray
 
 from logitcache.reader.chunks import BlockRows
-from logitcache.targets import DeviceTargets
+from logitcache.targets import COLUMNS, DeviceTargets, empty_row
 
 WeightType = Literal["float32", "float16"]
-COLUMNS = ("tail_mass", "label_logprob", "entropy", "threshold")
 IGNORED = -100
 # Fields begin at multiples of this many bytes, which every type and every copy engine is content with.
 ALIGNMENT = 16
@@ -255,11 +254,9 @@ def _copy_rows(block: BlockRows, views: dict[str, NDArray[Any]], rows: slice, po
     offsets[real:] = position + end - begin
     entries = slice(position, position + end - begin)
     views["ids"][entries], views["weights"][entries] = targets.ids[begin:end], targets.weights[begin:end]
-    absent = {"tail_mass": float(not targets.unbiased), "threshold": np.inf if targets.unbiased else 0.0}
-    for name in COLUMNS:
+    for name, nothing in empty_row(targets.unbiased).items():
         column = views[name][rows]
-        column[:real] = getattr(targets, name)[first:stop]
-        column[real:] = absent.get(name, np.nan)
+        column[:real], column[real:] = getattr(targets, name)[first:stop], nothing
 
 
 def _views(buffer: torch.Tensor, layout: PackedLayout) -> dict[str, NDArray[Any]]:

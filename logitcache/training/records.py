@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,19 @@ from logitcache.training.ranks import ALONE, Ranks
 COMPLETE = "logitcache_reader.json"
 # Among the reader's state: name and CRC32C of the checkpoint's files.
 FILES = "files"
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _PART_BYTES = 4 << 20
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there with all of its text, or as it was before: a kill leaves no half of it."""
+    unfinished(path).write_text(text)
+    unfinished(path).replace(path)
+
+
+def unfinished(path: Path) -> Path:
+    """Where `write_whole` puts a file before it is whole."""
+    return path.with_name(f"{path.name}.tmp")
 
 
 class MetricsLog:
@@ -30,10 +43,8 @@ class MetricsLog:
     def cut(self, last_step: int) -> None:
         """Forget everything after `last_step`."""
         kept = [row for row in self.rows() if row["step"] <= last_step]
-        # Replaced, not overwritten: a kill at this moment must not cost the rows that no resumed run makes again.
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        temporary.replace(self.path)
+        # A kill at this moment must not cost the rows that no resumed run makes again.
+        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def append(self, row: dict[str, Any]) -> None:
         with self.path.open("a") as file:
@@ -93,33 +104,36 @@ class RecordCallback(TrainerCallback):
         if not self._ranks.is_main:
             return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        temporary = folder / f"{COMPLETE}.tmp"
         stopped = {"stopped": True} if control.should_training_stop and state.global_step < state.max_steps else {}
         state_here = {**self._reader_state(state.global_step), **stopped, FILES: _checksums(folder)}
-        temporary.write_text(json.dumps(state_here))
-        temporary.replace(folder / COMPLETE)
+        write_whole(folder / COMPLETE, json.dumps(state_here))
 
     def _check_finite(self, step: int, values: dict[str, float]) -> None:
         """Stop a run whose weights are lost, before they become a checkpoint or the trained student."""
         for name in ("loss", "eval_ce"):
             if not math.isfinite(values.get(name, 0.0)):
-                diverged = TrainingError(
-                    f"{name} is {values[name]} at step {step}: training diverged; begin again in another --out with a "
-                    "lower --learning-rate or more warmup"
-                )
-                raise self._ranks.common(diverged)
+                raise self._ranks.common(diverged(f"{name} is {values[name]} at step {step}"))
+
+
+def diverged(what: str) -> TrainingError:
+    """The error of a run whose weights are lost, `what` being the sign of it."""
+    return TrainingError(
+        f"{what}: training diverged; begin again in another --out with a lower --learning-rate or more warmup"
+    )
 
 
 def last_whole_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """The newest checkpoint that is whole, with its reader state. Older ones are not read."""
-    for path in sorted(folder.glob("checkpoint-*"), key=_step_of, reverse=True):
+    for _, path in sorted(_checkpoints(folder).items(), reverse=True):
         if (state := _whole_state(path)) is not None:
             return path, state
     return None
 
 
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
+def _checkpoints(folder: Path) -> dict[int, Path]:
+    """By their steps; a folder of another name, such as checkpoint-best, is the user's."""
+    found = ((_CHECKPOINT.fullmatch(path.name), path) for path in folder.glob("checkpoint-*"))
+    return {int(name[1]): path for name, path in found if name}
 
 
 def _whole_state(folder: Path) -> dict[str, Any] | None:
@@ -150,8 +164,8 @@ def _crc32c(path: Path) -> str:
 
 def remove_half_checkpoints(folder: Path, last_step: int) -> None:
     """Remove what a kill left half-written, and what is newer than the checkpoint that is gone on from: damaged."""
-    for path in folder.glob("checkpoint-*"):
-        if _step_of(path) > last_step or not (path / COMPLETE).exists():
+    for step, path in _checkpoints(folder).items():
+        if step > last_step or not (path / COMPLETE).exists():
             shutil.rmtree(path)
 
 

@@ -15,7 +15,13 @@ from safetensors import SafetensorError
 from logitcache.errors import TrainingError
 from logitcache.store.layout import refuse_inside_cache
 from logitcache.training.options import TrainOptions
-from logitcache.training.records import MetricsLog, last_whole_checkpoint, remove_half_checkpoints
+from logitcache.training.records import (
+    MetricsLog,
+    last_whole_checkpoint,
+    remove_half_checkpoints,
+    unfinished,
+    write_whole,
+)
 
 # Where a run is done, which changes nothing about it.
 _MAY_CHANGE = ("cache", "out", "device")
@@ -39,12 +45,7 @@ class RunFolder:
 
     def result(self) -> dict[str, Any] | None:
         """What the finished run measured; None before its end. Raises TrainingError when its record is damaged."""
-        if not self._result.exists():
-            return None
-        try:
-            return dict(json.loads(self._result.read_text()))
-        except ValueError as error:
-            raise TrainingError(f"{self._result} is damaged ({error}); remove it and use --resume") from error
+        return _read(self._result, "remove it and use --resume") if self._result.exists() else None
 
     @property
     def units(self) -> list[int] | None:
@@ -67,7 +68,7 @@ class RunFolder:
                 raise TrainingError(f"{self.path} holds a run already; go on with --resume or choose another --out")
             _check_same_run(self.path, self._stored_record(), record)
             return last_whole_checkpoint(self.checkpoints)
-        if self.path.is_dir() and {entry.name for entry in self.path.iterdir()} - {self._unfinished_record.name}:
+        if self.path.is_dir() and {entry.name for entry in self.path.iterdir()} - {unfinished(self._record).name}:
             raise TrainingError(f"{self.path} is not empty and holds no run; choose another folder for --out")
         if resume:
             raise TrainingError(f"{self.path} holds no run to resume; start it without --resume")
@@ -80,16 +81,15 @@ class RunFolder:
         """
         if not self._record.exists():
             self.path.mkdir(parents=True, exist_ok=True)
-            self._unfinished_record.write_text(json.dumps(record, indent=1) + "\n")
-            self._unfinished_record.replace(self._record)
+            write_whole(self._record, json.dumps(record, indent=1) + "\n")
         if not self._config.exists():
-            self._config.write_text(_CONFIG_HEAD + yaml.safe_dump(record["options"], sort_keys=False))
+            write_whole(self._config, _CONFIG_HEAD + yaml.safe_dump(record["options"], sort_keys=False))
         remove_half_checkpoints(self.checkpoints, last_step)
         self.metrics.cut(last_step)
 
     def finish(self, result: dict[str, Any]) -> None:
         """Write what the run measured: from here on it is finished."""
-        self._result.write_text(json.dumps(result, indent=1) + "\n")
+        write_whole(self._result, json.dumps(result, indent=1) + "\n")
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -99,21 +99,30 @@ class RunFolder:
         except (OSError, SafetensorError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
                 raise
-            reason, free = str(error).splitlines()[0], shutil.disk_usage(self.path).free
-            raise TrainingError(
-                f"{self.path} cannot be written ({reason}); make room there ({free:,} bytes are free) and go on with "
-                "--resume"
-            ) from error
-
-    @property
-    def _unfinished_record(self) -> Path:
-        return self._record.with_suffix(".tmp")
+            advice = "choose another folder for --out"
+            if self._record.exists():
+                free = shutil.disk_usage(self.path).free
+                advice = f"make room there ({free:,} bytes are free) and go on with --resume"
+            reason = str(error).splitlines()[0]
+            raise TrainingError(f"{self.path} cannot be written ({reason}); {advice}") from error
 
     def _stored_record(self) -> dict[str, Any]:
-        try:
-            return dict(json.loads(self._record.read_text()))
-        except ValueError as error:
-            raise TrainingError(f"{self._record} is damaged ({error}); choose another --out") from error
+        record = _read(self._record, "choose another --out")
+        for name, kind in (("options", dict), ("fingerprints", list)):
+            if not isinstance(record.get(name), kind):
+                raise TrainingError(f"{self._record} is damaged (it names no {name}); choose another --out")
+        return record
+
+
+def _read(path: Path, advice: str) -> dict[str, Any]:
+    """A JSON object. Raises TrainingError, with the advice, where the file holds something else."""
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as error:
+        raise TrainingError(f"{path} is damaged ({error}); {advice}") from error
+    if not isinstance(value, dict):
+        raise TrainingError(f"{path} is damaged (it holds no JSON object); {advice}")
+    return value
 
 
 def _check_same_run(path: Path, stored: dict[str, Any], mine: dict[str, Any]) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +28,7 @@ class DistillationSettings:
         temperature: of the divergence.
         unbiased: whether the batches' targets are unbiased samples.
         has_exact_head: whether those samples say which of them are exact (varopt); None: look, where that is free.
-        impl: of the loss: "auto", "reference" or "split".
+        impl: of the loss, as in `distillation_loss`.
         blend: share of the unbiased term over the run; of tail='blend' only.
         z_loss: coefficient of lse^2, added whatever alpha is.
         mask: which positions keep the divergence; None: all that count.
@@ -103,15 +102,15 @@ class DistillationTrainer(Trainer):
         self._sums: dict[str, torch.Tensor] = {}
         self._clock = 0.0
 
-    @contextmanager
-    def _off_the_clock(self) -> Iterator[None]:
-        """Time spent inside does not count against tokens per second."""
-        started = time.perf_counter()
-        yield
-        self._clock += time.perf_counter() - started
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Evaluating, saving and what callbacks do then does not count against tokens per second."""
+        clock, began = self._clock, time.perf_counter()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        now = time.perf_counter()
+        self._clock = clock + (now - began) if self._clock == clock else now
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        with self._off_the_clock(), models.quiet():
+        with models.quiet():
             super()._save_checkpoint(model, trial)
 
     def get_train_dataloader(self) -> Any:
@@ -193,17 +192,18 @@ class DistillationTrainer(Trainer):
         super().log(logs, start_time)
 
     def evaluate(self, *_args: Any, metric_key_prefix: str = "eval", **_kwargs: Any) -> dict[str, float]:
-        """Run the evaluator, log its metrics under the prefix and return them."""
+        """Run the evaluator, log its metrics under the prefix and return them; without any nothing is logged."""
         if self.evaluator is None:
             return {}
         model: Any = self.model
         training = model.training
         model.eval()
         try:
-            with self._off_the_clock():
-                metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.evaluator(model).items()}
+            metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.evaluator(model).items()}
         finally:
             model.train(training)
+        if not metrics:
+            return {}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

@@ -63,8 +63,10 @@ def test_half_written_checkpoints_are_removed(tmp_path: Path) -> None:
         checkpoint(tmp_path, step, whole)
     assert last_whole_checkpoint(tmp_path) == (tmp_path / "checkpoint-10", {"samples_seen": 10})
     assert len(list(tmp_path.iterdir())) == 4
+    (tmp_path / "checkpoint-best").mkdir()
+    assert last_whole_checkpoint(tmp_path) == (tmp_path / "checkpoint-10", {"samples_seen": 10})
     remove_half_checkpoints(tmp_path, 10)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-2"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-2", "checkpoint-best"]
 
 
 @pytest.mark.parametrize(

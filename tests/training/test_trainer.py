@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from logitcache import models
 from logitcache.errors import ObjectiveError
@@ -177,6 +178,35 @@ def test_evaluation_leaves_training_as_it_was(dumped: Dumped, tmp_path: Path) ->
     assert losses[0] == losses[1]
     assert modes
     assert not any(modes)
+
+
+@pytest.mark.parametrize("interval", [1, 2])
+def test_only_training_counts_as_time(
+    interval: int, dumped: Dumped, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step takes a second of this clock; an evaluation, and what callbacks do of a checkpoint, minutes."""
+    seconds = [0.0]
+    monkeypatch.setattr("logitcache.training.trainer.time.perf_counter", lambda: seconds[0])
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            seconds[0] += 1
+
+        def on_save(self, *_: Any, **__: Any) -> None:
+            seconds[0] += 300
+
+    def evaluator(model: Any) -> dict[str, float]:
+        seconds[0] += 500
+        return {"ce": 1.5}
+
+    args = trainer_of(tiny_model("llama"), [], settings(), tmp_path, 6).args
+    args.eval_strategy = args.save_strategy = "steps"
+    args.eval_steps, args.save_steps, args.logging_steps = 1, interval, 2
+    batches = read_batches(dumped.top_k, 2, 6)
+    trainer = DistillationTrainer(tiny_model("llama"), args, batches, settings(), evaluator, callbacks=[Clock()])
+    trainer.train()
+    labels = [int((batch["labels"] != -100).sum()) for batch in batches]
+    assert logged(trainer, "tokens_per_second") == [sum(labels[step : step + 2]) / 2 for step in (0, 2, 4)]
 
 
 def test_without_an_evaluator(dumped: Dumped, tmp_path: Path) -> None:
