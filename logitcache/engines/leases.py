@@ -101,11 +101,19 @@ class Leases:
             held = list(self._held.values())
         for lease in held:
             self.release(lease)
+        self._remove_forgotten()
         if self._presence is not None:
             # The cache's scratch folder and the cache itself may have been made for these leases only.
             for folder in (self.folder, self.folder.parent, self.folder.parent.parent):
                 with suppress(OSError):
                     folder.rmdir()
+
+    def _remove_forgotten(self) -> None:
+        """Remove leases of this worker that a signal in the middle of a claim or a release kept from being noted."""
+        for lease in read_leases(self.folder):
+            if lease.owner.get("worker") == self._owner["worker"]:
+                with suppress(OSError):
+                    (self.folder / f"{lease.name}.{lease.generation:06d}").unlink(missing_ok=True)
 
     # ------------------------------------------------------------------------------------------ claims
 

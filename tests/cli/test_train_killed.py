@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +21,25 @@ from tests.faults import forkserver, start
 from tests.runs import assert_same_weights, rows_of
 
 STEPS = 10
-# Processor time of a whole run, once everything is imported.
-WHOLE_SECONDS = 1.5
-Train = Callable[..., int]
+Train = Callable[..., tuple[int, float]]
 
 
 @pytest.fixture(scope="module")
 def train(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Train]:
-    """Call as train(line, seconds, stop=(signal, step)): the command in a process of its own, and its exit status.
+    """Call as train(line, seconds, stop=(signal, step)): the command in a process of its own.
 
     It dies without a word after `seconds` of processor time, wherever it is then; at `step` it sends itself `signal`.
-    What it says is in a file beside --out.
+    What it says is in a file beside --out. Returns its exit status and the processor time that it took.
     """
     context = forkserver()
     here, there = context.Pipe()
     nursery = start(context, _nursery, there)
     there.close()
 
-    def run(line: list[str], seconds: float = 0.0, stop: tuple[int, int] | None = None) -> int:
+    def run(line: list[str], seconds: float = 0.0, stop: tuple[int, int] | None = None) -> tuple[int, float]:
         here.send((line, seconds, stop))
-        return int(here.recv())
+        ended: tuple[int, float] = here.recv()
+        return ended
 
     yield run
     here.send(None)
@@ -51,7 +51,8 @@ def _nursery(jobs: Any) -> None:
         child = os.fork()
         if child == 0:
             _command(*job)
-        jobs.send(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        _, status, used = os.wait4(child, 0)
+        jobs.send((os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime))
 
 
 def _command(line: list[str], seconds: float, stop: tuple[int, int] | None) -> None:
@@ -98,29 +99,37 @@ def train_line(dumped: Dumped, out: Path) -> list[str]:
     return [str(part) for part in line]
 
 
+@dataclass(frozen=True)
+class Whole:
+    """The run that was not interrupted, and the processor time it took."""
+
+    out: Path
+    seconds: float
+
+
 @pytest.fixture(scope="module")
-def whole(train: Train, dumped: Dumped, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that was not interrupted."""
+def whole(train: Train, dumped: Dumped, tmp_path_factory: pytest.TempPathFactory) -> Whole:
     out = tmp_path_factory.mktemp("whole") / "out"
-    assert train(train_line(dumped, out)) == 0
-    return out
+    status, seconds = train(train_line(dumped, out))
+    assert status == 0
+    return Whole(out, seconds)
 
 
-def assert_same(out: Path, whole: Path) -> None:
-    assert [row["step"] for row in rows_of(whole) if "loss" in row] == list(range(1, STEPS + 1))
-    assert rows_of(out) == rows_of(whole)
-    assert_same_weights(out, whole)
+def assert_same(out: Path, whole: Whole) -> None:
+    assert [row["step"] for row in rows_of(whole.out) if "loss" in row] == list(range(1, STEPS + 1))
+    assert rows_of(out) == rows_of(whole.out)
+    assert_same_weights(out, whole.out)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_killed_at_random(seed: int, train: Train, dumped: Dumped, whole: Path, tmp_path: Path) -> None:
+def test_killed_at_random(seed: int, train: Train, dumped: Dumped, whole: Whole, tmp_path: Path) -> None:
     """Four times, mostly: while loading, inside steps, checkpoints and evaluations, and at the end."""
     rng = np.random.default_rng(seed)
     line = train_line(dumped, tmp_path / "out")
     ends = []
-    for seconds in [*rng.uniform(0.05, WHOLE_SECONDS, 4), 0.0]:
+    for seconds in [*rng.uniform(0.05, 0.9, 4) * whole.seconds, 0.0]:
         begun = (tmp_path / "out" / "run.json").exists()
-        ends.append(train([*line, "--resume"] if begun else line, seconds))
+        ends.append(train([*line, "--resume"] if begun else line, seconds)[0])
     assert ends[-1] == 0, said_by(line).read_text()
     assert set(ends) <= {0, -signal.SIGPROF}
     assert -signal.SIGPROF in ends
@@ -128,25 +137,27 @@ def test_killed_at_random(seed: int, train: Train, dumped: Dumped, whole: Path, 
 
 
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_stopped_and_resumed(sent: int, status: int, train: Train, dumped: Dumped, whole: Path, tmp_path: Path) -> None:
+def test_stopped_and_resumed(
+    sent: int, status: int, train: Train, dumped: Dumped, whole: Whole, tmp_path: Path
+) -> None:
     """Twice in a row; the second time in the first step after."""
     line = train_line(dumped, tmp_path / "out")
     for step, resume in ((3, []), (4, ["--resume"])):
-        assert train([*line, *resume], stop=(sent, step)) == status
+        assert train([*line, *resume], stop=(sent, step))[0] == status
         said = said_by(line).read_text()
         assert "Traceback" not in said
         assert "--resume" in said.splitlines()[-1]
         assert not (tmp_path / "out" / "result.json").exists()
-    assert train([*line, "--resume"]) == 0
+    assert train([*line, "--resume"])[0] == 0
     assert_same(tmp_path / "out", whole)
 
 
-def test_a_checkpoint_that_was_cut_short(train: Train, dumped: Dumped, whole: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_that_was_cut_short(train: Train, dumped: Dumped, whole: Whole, tmp_path: Path) -> None:
     """As by a power failure. Without the optimizer's state Trainer itself would go on, to other losses."""
     line = train_line(dumped, tmp_path / "out")
-    assert train(line, stop=(signal.SIGTERM, 5)) == 143
+    assert train(line, stop=(signal.SIGTERM, 5))[0] == 143
     last = tmp_path / "out" / "checkpoints" / "checkpoint-4"
     assert json.loads((last / COMPLETE).read_text())["samples_seen"] == 4 * 8
     (last / "optimizer.pt").unlink()
-    assert train([*line, "--resume"]) == 0
+    assert train([*line, "--resume"])[0] == 0
     assert_same(tmp_path / "out", whole)

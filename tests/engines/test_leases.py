@@ -144,6 +144,40 @@ def test_clocks_of_machines_do_not_matter(tmp_path: Path, monkeypatch: pytest.Mo
         assert other.claim(["a"]) is not None
 
 
+class Interrupted:
+    """The module `os`, where a signal that raises arrives during the third call of a function."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self._calls = name, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return self._call if name == self._name else getattr(os, name)
+
+    def _call(self, *arguments: Any) -> Any:
+        done = getattr(os, self._name)(*arguments)
+        self._calls += 1
+        if self._calls == 3:
+            raise SystemExit(143)
+        return done
+
+
+@pytest.mark.parametrize("call", ["pwrite", "close"])
+def test_a_signal_in_the_middle_leaves_nothing(call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a claim, when the file is there and not noted, or of a release, when the file is no longer noted."""
+    monkeypatch.setattr("logitcache.engines.leases.os", Interrupted(call))
+    leases = Leases(tmp_path / "cache" / "work" / "leases")
+    with pytest.raises(SystemExit), leases:
+        claim_three(leases)
+    assert list(tmp_path.iterdir()) == []
+
+
+def claim_three(leases: Leases) -> None:
+    for name in "abc":
+        lease = leases.claim([name])
+        assert lease is not None
+        leases.release(lease)
+
+
 def hold(folder: Path, name: str) -> None:
     """In a child: claim, and be killed with it."""
     Leases(folder).claim([name])

@@ -43,16 +43,16 @@ class Recorder:
 
 
 def test_small_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "TRAIN_TOKENS", 2048)
-    monkeypatch.setattr(run, "HELD_OUT_TOKENS", 512)
-    monkeypatch.setitem(run.TRAINING, "batch_tokens", 1024)
+    monkeypatch.setattr(run, "TRAIN_TOKENS", 1024)
+    monkeypatch.setattr(run, "HELD_OUT_TOKENS", 256)
+    monkeypatch.setitem(run.TRAINING, "batch_tokens", 512)
     monkeypatch.setitem(run.TRAINING, "epochs", 1)
-    monkeypatch.setitem(run.TRAINING, "eval_tokens", 512)
+    monkeypatch.setitem(run.TRAINING, "eval_tokens", 256)
     first = Recorder()
     result = run.run_demo(tmp_path / "demo", first)
     assert [row["run"] for row in result.rows] == [job.title for job in run.RUNS]
     assert {tuple(sorted(set(steps))) for steps in first.steps.values()} == {(1, 2)}, "every run has the same steps"
-    assert max(first.computed) == 2048
+    assert max(first.computed) == 1024
     assert all(4 < row["held_out_ce"] < 12 and 0 < row["kl"] < 12 for row in result.rows)
     assert result.picture.stat().st_size > 20_000
 

@@ -17,7 +17,7 @@ from logitcache.demo import other_domain_text, plays, teacher_folder
 from logitcache.teachers import TransformersTeacher
 
 pytestmark = pytest.mark.real_teacher
-TOKENS, BLOCK = 4096, 256
+TOKENS, BLOCK = 2048, 256
 STUDENT = "model_type: llama\nhidden_size: 64\nintermediate_size: 128\nnum_hidden_layers: 2\nnum_attention_heads: 4\n"
 
 
@@ -37,7 +37,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
         logitcache_command(
             "dump", "--teacher", teacher_folder(), "--corpus", plays()["hamlet"], "--select", "sample:25",
             "--also", "top-k:16", top, "--out", root, "--block-length", BLOCK, "--max-tokens", TOKENS,
-            "--batch-tokens", 2048, "--json",
+            "--batch-tokens", 1024, "--json",
         )
     )  # fmt: skip
     assert facts["computed_tokens"] == TOKENS
@@ -86,7 +86,7 @@ def test_student_trains_and_loads(cache: Path) -> None:
     metrics = json.loads(
         logitcache_command(
             "train", "--cache", cache, "--student", folder / "student.yaml", "--out", folder / "run",
-            "--batch-tokens", 1024, "--max-steps", 12, "--held-out", 0.125, "--eval-text", other_domain_text(),
+            "--batch-tokens", 1024, "--max-steps", 12, "--held-out", 0.25, "--eval-text", other_domain_text(),
             "--set", "eval_tokens=512", "--set", "log_every=3", "--json",
         )
     )  # fmt: skip

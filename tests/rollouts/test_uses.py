@@ -32,26 +32,10 @@ from tests.codec.rows import assert_equal
 from tests.rollouts import (
     LENGTH,
     SPECS,
-    Rollouts,
     everything,
     mask_of,
     reopened,
 )
-
-
-@pytest.fixture(scope="module")
-def place(rollout_caches: Rollouts) -> Path:
-    return rollout_caches.place
-
-
-@pytest.fixture(scope="module")
-def rollouts(rollout_caches: Rollouts) -> dict[str, Path]:
-    return rollout_caches.masked
-
-
-@pytest.fixture(scope="module")
-def whole(rollout_caches: Rollouts) -> dict[str, Path]:
-    return rollout_caches.whole
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,6 @@ from tests.rollouts import (
     LENGTH,
     NO_PAIRS,
     SPECS,
-    Rollouts,
     assert_same,
     dump,
     everything,
@@ -42,21 +41,6 @@ from tests.store.caches import files_of, rewrite
 from tests.tiny import save_tiny
 
 children = forkserver()
-
-
-@pytest.fixture(scope="module")
-def place(rollout_caches: Rollouts) -> Path:
-    return rollout_caches.place
-
-
-@pytest.fixture(scope="module")
-def rollouts(rollout_caches: Rollouts) -> dict[str, Path]:
-    return rollout_caches.masked
-
-
-@pytest.fixture(scope="module")
-def whole(rollout_caches: Rollouts) -> dict[str, Path]:
-    return rollout_caches.whole
 
 
 # ---------------------------------------------------------------------------------------------- dump
