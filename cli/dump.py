@@ -98,6 +98,9 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
     type=click.Choice(["local", "torchrun", "ray"]),
     help="Who starts the workers: this command, torchrun or srun, or Ray.",
 )
+@click.option(
+    "--tensor-parallel", is_flag=True, help="All ranks that torchrun started are one teacher, split over their GPUs."
+)
 @click.option("--workers", type=int, help="Processes with a teacher each; local: 1, ray: one for each GPU.")
 @click.option(
     "--lease-seconds", default=60.0, show_default=True, help="A worker silent for so long loses its unit to another."

@@ -26,7 +26,7 @@ The same for one dump with all its arguments: logitcache dump ... --dry-run
 Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 """
 # Of a dump's options those that say where and how it is written, which a plan leaves open or asks in its own way.
-NOT_SHARED = {"root", "select", "also", "codec", "engine", "lease_seconds", "watch", "dry_run"}
+NOT_SHARED = {"root", "select", "also", "codec", "engine", "tensor_parallel", "lease_seconds", "watch", "dry_run"}
 
 
 @click.command(epilog=EXAMPLE)

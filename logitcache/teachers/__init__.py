@@ -2,6 +2,7 @@
 
 from logitcache.teachers.server import ServerOptions, ServerTeacher, is_url
 from logitcache.teachers.teacher import Teacher
+from logitcache.teachers.tensor_parallel import TensorParallelTeacher
 from logitcache.teachers.transformers_teacher import TransformersTeacher
 
-__all__ = ["ServerOptions", "ServerTeacher", "Teacher", "TransformersTeacher", "is_url"]
+__all__ = ["ServerOptions", "ServerTeacher", "Teacher", "TensorParallelTeacher", "TransformersTeacher", "is_url"]
