@@ -42,6 +42,8 @@ Several workers share one dump through the cache's folder (docs/dumping.md); the
   --engine ray         workers on a Ray cluster
   logitcache dump --watch cache      # all of them in one view
 
+A teacher too large for one GPU: --device-map auto, or --engine torchrun --tensor-parallel.
+
 Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 """
 

@@ -30,7 +30,11 @@ class TensorParallelTeacher(TransformersTeacher):
     """A teacher of which this process is one rank; all ranks load it, then rank 0 uses it and the others `follow`."""
 
     def __init__(self, model: Any, tokenizer: Any, model_identity: dict[str, Any]) -> None:
-        super().__init__(model, tokenizer, model_identity)
+        try:
+            super().__init__(model, tokenizer, model_identity)
+        except ModelError as error:
+            _check_heads(model)
+            raise error
         # For what is told, whatever the devices talk by.
         self._orders = dist.new_group(backend="gloo", timeout=_PATIENCE)
 
@@ -74,6 +78,18 @@ class TensorParallelTeacher(TransformersTeacher):
 
     def _tell(self, order: tuple[int, ...]) -> None:
         dist.broadcast(torch.tensor(order, dtype=torch.int64), 0, group=self._orders)
+
+
+def _check_heads(model: Any) -> None:
+    """Raise ModelError where the ranks are too many for the heads, which the forward says in its own way."""
+    config, ranks = model.config.get_text_config(), dist.get_world_size()
+    for field in ("num_attention_heads", "num_key_value_heads"):
+        heads = getattr(config, field, None)
+        if isinstance(heads, int) and heads % ranks:
+            raise ModelError(
+                f"the teacher's {heads} {field.removeprefix('num_').replace('_', ' ')} cannot be shared by {ranks} "
+                "ranks; launch a number of ranks that divides them, or use --device-map"
+            )
 
 
 @contextlib.contextmanager

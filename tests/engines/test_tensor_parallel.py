@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from datetime import timedelta
 from pathlib import Path
@@ -129,13 +130,28 @@ def test_an_error_of_rank_0_ends_the_others(place: Path, parallel: Path, tmp_pat
     assert logs[1].read_text().startswith("ModelError rank 0 of the teacher ended with an error; what it said")
 
 
-def test_a_model_without_a_plan(place: Path, tmp_path: Path) -> None:
-    save_tiny(tmp_path / "teacher", "gpt2")
+@pytest.mark.parametrize(
+    ("family", "config", "said"),
+    [
+        (
+            "gpt2",
+            {},
+            r"^ModelError transformers has no plan to split .*/teacher over ranks; spread it with --device-map",
+        ),
+        (
+            "llama",
+            {"num_key_value_heads": 1},
+            r"^ModelError the teacher's 1 key value heads cannot be shared by 2 ranks;",
+        ),
+    ],
+)
+def test_a_model_that_cannot_be_split(tmp_path: Path, family: str, config: dict[str, int], said: str) -> None:
+    save_tiny(tmp_path / "teacher", family, **config)
     (tmp_path / "corpus.txt").write_text("some text")
     ranks, logs = launch(tmp_path / "launch", given(tmp_path, tmp_path / "cache"))
     assert ended(ranks) == [3, 3]
     for log in logs:
-        assert log.read_text().endswith("/teacher over ranks; spread it with --device-map instead")
+        assert re.search(said, log.read_text())
 
 
 @pytest.mark.parametrize(
