@@ -51,6 +51,8 @@ Several workers share one dump through the cache's folder (docs/dumping.md); the
   --engine ray         workers on a Ray cluster
   logitcache dump --watch cache      # all of them in one view
 
+A teacher too large for one GPU: --device-map auto, or --engine torchrun --tensor-parallel.
+
 Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 """
 
@@ -73,6 +75,9 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 @run_options
 @cache_options
 @choice("--engine", "local", "torchrun", "ray", help="Who starts the workers: this command, torchrun or srun, or Ray.")
+@click.option(
+    "--tensor-parallel", is_flag=True, help="All ranks that torchrun started are one teacher, split over their GPUs."
+)
 @workers_option
 @click.option(
     "--lease-seconds", default=60.0, show_default=True, help="A worker silent for so long loses its unit to another."

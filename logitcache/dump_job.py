@@ -14,15 +14,16 @@ from logitcache.errors import PlanMismatchError
 from logitcache.progress import Progress
 from logitcache.selection import Selection
 from logitcache.store import CacheWriter, Geometry, Identity, Layout, Manifest, Origin, StoredSelection, open_writer
-from logitcache.teachers import ServerTeacher, Teacher, TransformersTeacher
+from logitcache.teachers import ServerTeacher, Teacher, TensorParallelTeacher, TransformersTeacher
 
 
 def load_teacher(options: DumpOptions) -> Teacher:
-    """The teacher that `options` name. Raises UsageError or ModelError."""
+    """The teacher that `options` name; of a tensor-parallel one this process' rank. Raises UsageError or ModelError."""
     if options.served:
         assert options.tokenizer is not None
         return ServerTeacher.connect(options.teacher, options.tokenizer, options.server)
-    return TransformersTeacher.load(
+    kind = TensorParallelTeacher if options.tensor_parallel else TransformersTeacher
+    return kind.load(
         options.teacher,
         options.gguf_file,
         options.dtype,
@@ -30,6 +31,7 @@ def load_teacher(options: DumpOptions) -> Teacher:
         options.trust_remote_code,
         options.tokenizer,
         options.device_map,
+        options.tensor_parallel,
     )
 
 

@@ -87,6 +87,7 @@ class DumpOptions:
         dtype: "auto" (as stored), "float32", "bfloat16" or "float16".
         device: "auto", "cpu" or "cuda".
         device_map: spread the teacher over the devices of a machine, as `models.load_model`; None for one device.
+        tensor_parallel: split each layer over all processes that torchrun started, which are one worker then.
         block_length: tokens in a block.
         max_tokens: stop the corpus after so many tokens.
         batch_tokens: tokens in one forward pass.
@@ -114,6 +115,7 @@ class DumpOptions:
     dtype: str = "auto"
     device: str = "auto"
     device_map: str | None = None
+    tensor_parallel: bool = False
     block_length: int = 1024
     max_tokens: int | None = None
     batch_tokens: int = 4096
@@ -162,6 +164,7 @@ class DumpOptions:
             raise UsageError(f"seed is {self.seed}; it must lie between 0 and 2^62 - 1")
         self._check_server()
         self._check_device_map()
+        self._check_tensor_parallel()
 
     def _check_server(self) -> None:
         """What belongs to a server is given for one, and only then; what belongs to a model here is not."""
@@ -177,6 +180,7 @@ class DumpOptions:
         given = {
             "gguf-file": self.gguf_file,
             "device-map": self.device_map,
+            "tensor-parallel": self.tensor_parallel,
             "trust-remote-code": self.trust_remote_code,
         }
         given |= {name: getattr(self, name) != "auto" for name in ("dtype", "device")}
@@ -195,6 +199,16 @@ class DumpOptions:
             raise UsageError(
                 f"with --device-map one worker takes all GPUs of this machine, not {self.workers}; leave --workers out"
             )
+
+    def _check_tensor_parallel(self) -> None:
+        if not self.tensor_parallel:
+            return
+        if self.engine != "torchrun":
+            raise UsageError(
+                "--tensor-parallel makes one teacher of all ranks that torchrun starts; add --engine torchrun"
+            )
+        if self.device != "auto" or self.device_map is not None:
+            raise UsageError("--tensor-parallel settles where the teacher runs; leave --device and --device-map out")
 
     @property
     def served(self) -> bool:

@@ -1,7 +1,7 @@
 """`--engine torchrun`: this process is one worker of several that torchrun, srun or a SLURM array started.
 
 No collectives and no rendezvous: ranks may die, join late or run one after the other. Those that share the cache's
-folder share the work.
+folder share the work. Only with `--tensor-parallel` the ranks are one worker, which lives and dies as a whole.
 """
 
 from __future__ import annotations
@@ -11,13 +11,16 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from logitcache.dump_job import DumpReport
+from logitcache.corpus import expand_paths
+from logitcache.dump_job import DumpReport, load_teacher
 from logitcache.dump_options import DumpOptions
 from logitcache.engines.devices import take_device
 from logitcache.engines.watch import Watcher
 from logitcache.engines.worker import run_worker
 from logitcache.errors import UsageError
 from logitcache.progress import RUNNING, Progress, Snapshot
+from logitcache.store import Layout, check_folder
+from logitcache.teachers import TensorParallelTeacher
 
 _VIEW_SECONDS = 2.0
 
@@ -57,7 +60,9 @@ def run_torchrun(options: DumpOptions, progress: Progress) -> DumpReport:
         raise UsageError("the engine torchrun has as many workers as torchrun or srun started; leave --workers out")
     me = Rank.of_environment(os.environ)
     array = os.environ.get("SLURM_ARRAY_TASK_ID")
-    if options.device_map is None:
+    if options.tensor_parallel:
+        _check_launch(me)
+    elif options.device_map is None:
         take_device(options.device, me.place)
     elif me.place and "SLURM_GPUS_PER_TASK" not in os.environ:
         raise UsageError(
@@ -66,8 +71,42 @@ def run_torchrun(options: DumpOptions, progress: Progress) -> DumpReport:
         )
     roots = [output.root for output in options.outputs]
     watcher = Watcher(roots, options.lease_seconds, progress) if me.rank == 0 else None
-    report = run_worker(options, _View(progress, watcher), label=f"{array}/{me.rank}" if array else str(me.rank))
+    view, label = _View(progress, watcher), f"{array}/{me.rank}" if array else str(me.rank)
+    report = (
+        _one_teacher(options, view, me, label) if options.tensor_parallel else run_worker(options, view, label=label)
+    )
     return replace(report, speaks=me.rank == 0)
+
+
+def _check_launch(me: Rank) -> None:
+    """Raise UsageError unless the ranks of this launch can meet."""
+    lacking = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if lacking or me.size < 2:
+        found = f"{lacking[0]} is not set" if lacking else "there is one"
+        raise UsageError(
+            f"--tensor-parallel makes one teacher of several ranks, and {found}; start the command with torchrun "
+            "--nproc-per-node and the number of GPUs"
+        )
+
+
+def _one_teacher(options: DumpOptions, view: _View, me: Rank, label: str) -> DumpReport:
+    """Rank 0 is the one worker of this launch; the others compute their share of its teacher."""
+    for output in options.outputs:
+        check_folder(Layout(output.root))
+    expand_paths(options.corpus)
+    view.stage("loading the teacher")
+    teacher = load_teacher(options)
+    assert isinstance(teacher, TensorParallelTeacher)
+    if me.rank:
+        teacher.follow()
+        return DumpReport(0, 0, 0.0)
+    try:
+        report = run_worker(options, view, teacher, label)
+    except BaseException:
+        teacher.dismiss(failed=True)
+        raise
+    teacher.dismiss()
+    return report
 
 
 class _View:

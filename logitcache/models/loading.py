@@ -24,7 +24,15 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging as transformers_logging
 
 from logitcache.errors import ModelError, UsageError
-from logitcache.models.placement import DeviceMap, fitted, keep_head, offloaded_share, read_device_map
+from logitcache.models.placement import (
+    DeviceMap,
+    fitted,
+    keep_head,
+    offloaded_share,
+    read_device_map,
+    tensor_parallel_plan,
+    whole_head,
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -44,6 +52,7 @@ def load_model(
     device: str = "auto",
     trust_remote_code: bool = False,
     device_map: str | None = None,
+    tensor_parallel: bool = False,
 ) -> Any:
     """A causal language model, in eval mode, whole on one device or spread over several.
 
@@ -55,6 +64,8 @@ def load_model(
         trust_remote_code: run Python code that comes with the model.
         device_map: spread the model: "auto", "balanced", "balanced_low_0", "sequential" or a JSON file
             {module: device}, as of transformers' `device_map`. The head then stays on a device of its own.
+        tensor_parallel: this process is one rank of several that load the same model, a slice of each layer on each;
+            the head is whole on all. transformers chooses the device.
 
     Raises:
         UsageError: an unknown dtype or device, or a map that does not fit the model or the machine.
@@ -76,10 +87,14 @@ def load_model(
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             device_map=spread,
+            distributed_config=tensor_parallel_plan() if tensor_parallel else None,
         )
     model, info = loaded
     _check_loaded(folder, info)
     with _explained(folder, gguf_file, "model"):
+        if tensor_parallel:
+            whole_head(model)
+            return model.eval()
         if device_map is None:
             return model.to(torch_device).eval()
         away = offloaded_share(model)
@@ -282,6 +297,8 @@ def _explained(folder: Path, gguf_file: str | None, what: str) -> Iterator[None]
                 f"--device-map keeps only weights of safetensors files on disk, and those of {folder} would have to be "
                 "rewritten; map all of it to cpu or other devices, or save it with save_pretrained"
             )
+        elif "has no `tp_plan`" in str(error):
+            message = f"transformers has no plan to split {folder} over ranks; spread it with --device-map instead"
         elif what == "tokenizer" and gguf_file is None and not any(folder.glob("*token*")):
             message = f"{folder} has no tokenizer file such as tokenizer.json; save the model's tokenizer there"
         elif what == "tokenizer":

@@ -149,6 +149,32 @@ def keep_head(model: Any) -> None:
     head.register_forward_pre_hook(_bring)
 
 
+def whole_head(model: Any) -> None:
+    """Give every rank of a tensor-parallel model the whole LM head, as a plain linear layer; all ranks call it."""
+    head = model.get_output_embeddings()
+    for name, parameter in list(head.named_parameters(recurse=False)):
+        if hasattr(parameter, "full_tensor"):
+            setattr(head, name, torch.nn.Parameter(parameter.detach().full_tensor(), requires_grad=False))
+            # transformers' own, which multiplies with a slice and gathers the logits.
+            vars(head).pop("forward", None)
+
+
+def tensor_parallel_plan() -> Any:
+    """What `from_pretrained` takes as `distributed_config`: the model's own plan over all ranks.
+
+    Raises:
+        UsageError: this transformers has no such thing.
+    """
+    try:
+        from transformers.distributed.configuration_utils import DistributedConfig
+
+        return DistributedConfig(tp_plan="auto")
+    except (ImportError, TypeError) as error:
+        raise UsageError(
+            "--tensor-parallel needs a newer transformers (5.23 is known to work); run: pip install -U transformers"
+        ) from error
+
+
 def _bring(head: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     return args[0].to(head.weight.device), *args[1:]
 

@@ -42,6 +42,11 @@ class PlanOptions:
                 f"plan tries the teacher on this machine, and {self.dump.teacher} asks a server; dump a little "
                 "with --max-tokens to try it"
             )
+        if self.dump.tensor_parallel:
+            raise UsageError(
+                "plan tries the teacher in one process; leave --tensor-parallel out, and spread the teacher with "
+                "--device-map for a trial"
+            )
         if self.machines < 1:
             raise UsageError(f"machines is {self.machines}; it must be at least 1")
 

@@ -2,6 +2,16 @@
 
 from logitcache.teachers.server import ServerOptions, ServerTeacher, is_url
 from logitcache.teachers.teacher import Nonfinite, PendingRows, Teacher
+from logitcache.teachers.tensor_parallel import TensorParallelTeacher
 from logitcache.teachers.transformers_teacher import TransformersTeacher
 
-__all__ = ["Nonfinite", "PendingRows", "ServerOptions", "ServerTeacher", "Teacher", "TransformersTeacher", "is_url"]
+__all__ = [
+    "Nonfinite",
+    "PendingRows",
+    "ServerOptions",
+    "ServerTeacher",
+    "Teacher",
+    "TensorParallelTeacher",
+    "TransformersTeacher",
+    "is_url",
+]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -59,7 +59,8 @@ class TransformersTeacher(RowsFromLogits):
         trust_remote_code: bool = False,
         tokenizer: str | Path | None = None,
         device_map: str | None = None,
-    ) -> TransformersTeacher:
+        tensor_parallel: bool = False,
+    ) -> Self:
         """Load and check a teacher; arguments as `models.load_model`.
 
         Args:
@@ -75,7 +76,7 @@ class TransformersTeacher(RowsFromLogits):
             loaded_tokenizer = models.load_tokenizer(source, gguf_file, trust_remote_code)
         else:
             loaded_tokenizer = models.load_tokenizer(tokenizer, trust_remote_code=trust_remote_code)
-        model = models.load_model(source, gguf_file, dtype, device, trust_remote_code, device_map)
+        model = models.load_model(source, gguf_file, dtype, device, trust_remote_code, device_map, tensor_parallel)
         return cls(model, loaded_tokenizer, models.model_identity(source, gguf_file))
 
     def identity(self) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def test_json(logitcache: Main, dumped: Dumped) -> None:
 
 def test_understands_what_a_dump_is_told() -> None:
     of_dump, of_plan = ({parameter.name for parameter in command.params} for command in (dump, plan))
-    where_and_by_whom = {"root", "also", "staging", "engine", "lease_seconds", "watch", "dry_run"}
+    where_and_by_whom = {"root", "also", "staging", "engine", "tensor_parallel", "lease_seconds", "watch", "dry_run"}
     assert of_dump - of_plan == where_and_by_whom
 
 
