@@ -179,10 +179,14 @@ def _work(options: DumpOptions, slot: int, count: int, pipe: Connection) -> Dump
 
 
 def _answer(pipe: Connection, work: Callable[[], DumpReport]) -> None:
+    said: tuple[str, Any]
     try:
-        pipe.send(("finished", work()))
+        said = "finished", work()
     except Exception as error:
-        pipe.send(("failed", _portable(error)))
+        said = "failed", _portable(error)
+    # From here on it ends by itself, and libraries that do so are not to be interrupted.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    pipe.send(said)
 
 
 def _portable(error: Exception) -> Exception:
@@ -195,6 +199,8 @@ def _portable(error: Exception) -> Exception:
 
 
 def _leave(_signal: int, _frame: FrameType | None) -> None:
+    # Once: where a whole group of processes is told to end, the parent tells its workers again.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.exit(128 + signal.SIGTERM)
 
 

@@ -9,6 +9,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -87,6 +88,13 @@ def fsync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def make_durable(folder: Path) -> None:
+    """Make a folder, and its own name durable, unless the folder around it may not be read."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with suppress(PermissionError):
+        fsync_folder(folder.parent)
 
 
 def write_temporary(folder: Path, stem: str, write: Callable[[Path], object]) -> Path:

@@ -22,6 +22,7 @@ from logitcache.store.files import (
     checked_json,
     failpoint,
     fsync_folder,
+    make_durable,
     publish,
     replace,
     sha256_of_file,
@@ -78,6 +79,8 @@ class CacheWriter:
             with writing(root):
                 plan = Plan(identity=identity, origin=origin or Origin())
                 plan_json = checked_json(plan.model_dump(mode="json"))
+                # Before the plan: a cache that has one does not vanish with its folder when the power fails.
+                make_durable(root)
                 publish(write_temporary_bytes(root, "plan.json", plan_json), layout.plan)
             failpoint("plan.written")
         plan = load_document(layout.plan, Plan)

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -23,7 +24,7 @@ from logitcache.engines.owner import known_dead
 from logitcache.engines.worker import UNIT_PREFIX, lease_of
 from logitcache.errors import CacheError, DamagedCacheError, PlanMismatchError, UsageError
 from logitcache.progress import Silent, Snapshot
-from logitcache.store import Layout, open_cache
+from logitcache.store import Layout, open_cache, verify
 from tests.engines.dumps import await_state, content, dump, elsewhere, options
 from tests.faults import forkserver, run_to_end, start
 from tests.store.caches import files_of
@@ -187,8 +188,33 @@ def test_no_worker_outlives_its_parent(place: Path, whole: Path, tmp_path: Path)
     assert content(root) == content(whole)
 
 
-def test_a_real_command_that_is_terminated(place: Path, whole: Path, tmp_path: Path) -> None:
-    """Exit status 143, one sentence, nobody left; the same dump goes on from there."""
+def run_two_with_a_limit(given: Any, limit: int) -> None:
+    """In a child: no file may grow over `limit` bytes, as under a quota, and two workers run into it."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    with pytest.raises(CacheError, match=r"^no space to write .* bytes are needed, .* are free .* it resumes$"):
+        run_two(given)
+
+
+def test_no_space_for_two_workers(place: Path, whole: Path, tmp_path: Path) -> None:
+    """The first one that meets it ends both; what was committed is whole, and the same dump goes on from there."""
+    root = tmp_path / "cache"
+    sizes = sorted(shard.num_bytes for shard in open_cache(whole).manifest.shards)
+    given = options(place, root, workers=2)
+    run_to_end(children, run_two_with_a_limit, given, sizes[len(sizes) // 2])
+    assert owners(root) == []
+    assert not list(root.rglob("*.tmp"))
+    assert not (root / "manifest.json").exists()
+    assert verify(root).ok
+    run_to_end(children, dump, options(place, root))
+    assert content(root) == content(whole)
+
+
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_real_command_that_is_stopped(
+    sent: signal.Signals, status: int, place: Path, whole: Path, tmp_path: Path
+) -> None:
+    """The whole group of processes hears the signal, as from a terminal or a batch system: one sentence, nobody left,
+    and the same dump goes on from there."""
     root = tmp_path / "cache"
     given = options(place, root)
     command = [sys.executable, "-m", "logitcache.cli.main", "dump", "--teacher", given.teacher, "--corpus"]
@@ -196,11 +222,11 @@ def test_a_real_command_that_is_terminated(place: Path, whole: Path, tmp_path: P
     command += ["--batch-tokens", "48", "--unit-tokens", "96", "--device", "cpu", "--workers", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with unfinished(root, whole):
-        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
         await_state(root, lambda seen: seen.committed_units > 2, process)
-        process.send_signal(signal.SIGTERM)
+        os.killpg(process.pid, sent)
         _, said = process.communicate()
-        assert process.returncode == 143, said
+        assert process.returncode == status, said
         assert "Traceback" not in said
         assert said.strip().endswith("the same command goes on from there (train: add --resume; export: begins anew)")
         assert owners(root) == []
