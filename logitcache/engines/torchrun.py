@@ -58,8 +58,8 @@ def run_torchrun(options: DumpOptions, progress: Progress) -> DumpReport:
     me = Rank.of_environment(os.environ)
     array = os.environ.get("SLURM_ARRAY_TASK_ID")
     take_device(options.device, me.place)
-    roots = [output.root for output in options.outputs]
-    watcher = Watcher(roots, options.lease_seconds, progress) if me.rank == 0 else None
+    places = [output.location for output in options.outputs]
+    watcher = Watcher(places, options.lease_seconds, progress) if me.rank == 0 else None
     report = run_worker(options, _View(progress, watcher), label=f"{array}/{me.rank}" if array else str(me.rank))
     return replace(report, speaks=me.rank == 0)
 
