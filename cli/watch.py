@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import click
@@ -16,13 +15,15 @@ _SECONDS = 1.0
 
 
 @click.command()
-@click.option("--watch", "cache", required=True, type=click.Path(path_type=Path), metavar="CACHE")
+@click.option("--watch", "cache", required=True, type=click.Path(), metavar="CACHE")
 @json_option
 @debug_option
-def watch(cache: Path, as_json: bool) -> None:
+def watch(cache: str, as_json: bool) -> None:
     """Show the workers of a dump until the cache is complete; with --json print one snapshot."""
+    from logitcache.engines.sights import sight_of
     from logitcache.engines.watch import snapshot
 
+    pause = max(_SECONDS, sight_of(cache).pause)
     seen = snapshot([cache])
     if as_json:
         print_json(asdict(seen))
@@ -31,7 +32,7 @@ def watch(cache: Path, as_json: bool) -> None:
         with DumpView("watch") as view:
             while not seen.complete:
                 view.workers(seen)
-                time.sleep(_SECONDS)
+                time.sleep(pause)
                 seen = snapshot([cache])
     except KeyboardInterrupt:
         err.print("Only the view ended; the dump goes on.")

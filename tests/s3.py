@@ -178,7 +178,7 @@ class _Handler(BaseHTTPRequestHandler):
         headers_back = [
             (name, value)
             for name, value in answer.getheaders()
-            if name.lower() not in ("connection", "transfer-encoding", "date", "server")
+            if name.lower() not in ("connection", "transfer-encoding", "server")
         ]
         return self.answer(answer.status, headers_back, data, fault)
 

@@ -30,8 +30,8 @@ _BEATS, _LONGEST_BEAT = 20, 2.0
 _LONGEST_PAUSE = 1.0
 # A worker that shows no life for so many terms is no longer shown, either.
 _FORGOTTEN_TERMS = 10
-_MOST_BYTES = 1 << 16
-_FILE_NAME = re.compile(r"([a-z0-9-]+)\.([0-9]{6})", re.ASCII)
+MOST_BYTES = 1 << 16
+FILE_NAME = re.compile(r"([a-z0-9-]+)\.([0-9]{6})", re.ASCII)
 WORKER_PREFIX = "worker-"
 
 Value = TypeVar("Value")
@@ -58,6 +58,10 @@ class Lease:
         self.name, self.path, self.handle = name, path, handle
         self._leases = leases
 
+    @property
+    def generation(self) -> int:
+        return int(self.path.suffix[1:])
+
     def __enter__(self) -> Self:
         return self
 
@@ -82,6 +86,9 @@ class Leases:
         status: what this worker does, for those who watch; called with every heartbeat.
     """
 
+    forgotten_terms = _FORGOTTEN_TERMS
+    beats, longest_beat, longest_pause = _BEATS, _LONGEST_BEAT, _LONGEST_PAUSE
+
     def __init__(self, folder: Path, label: str = "", term: float = TERM_SECONDS) -> None:
         self.folder, self.term = folder, term
         self._owner = {"label": label, "worker": secrets.token_hex(6), **this_process()}
@@ -103,10 +110,7 @@ class Leases:
             self.release(lease)
         self._remove_forgotten()
         if self._presence is not None:
-            # The cache's scratch folder and the cache itself may have been made for these leases only.
-            for folder in (self.folder, self.folder.parent, self.folder.parent.parent):
-                with suppress(OSError):
-                    folder.rmdir()
+            self._end()
 
     def _remove_forgotten(self) -> None:
         """Remove leases of this worker that a signal in the middle of a claim or a release kept from being noted."""
@@ -125,7 +129,7 @@ class Leases:
         """
         with writing(self.folder):
             now = self._join()
-            there = {lease.name: lease for lease in read_leases(self.folder)}
+            there = {lease.name: lease for lease in self._there()}
             for name in names:
                 held = there.get(name)
                 if held is not None and not held.expired(now, self.term):
@@ -140,13 +144,7 @@ class Leases:
         with self._lock:
             if self._held.pop(lease.path, None) is None:
                 return
-            os.close(lease.handle)
-        generation = int(lease.path.suffix[1:])
-        older = [path for path in _files(self.folder, lease.name) if int(path.suffix[1:]) < generation]
-        # The youngest last: an older one alone would look like a lease to be taken over, which nothing is lost by.
-        for path in (*older, lease.path):
-            with suppress(OSError):
-                path.unlink(missing_ok=True)
+        self._remove(lease)
 
     def once(self, name: str, find: Callable[[], Value | None], make: Callable[[], Value]) -> Value:
         """What `find` finds, made by whoever holds the lease `name` while all others wait for it."""
@@ -164,14 +162,23 @@ class Leases:
 
     def pause(self) -> None:
         """Wait a moment for the work of others."""
-        self._closed.wait(min(_LONGEST_PAUSE, self.term / _BEATS))
+        self._closed.wait(min(self.longest_pause, self.term / self.beats))
 
     # ------------------------------------------------------------------------------------------ heartbeats
 
-    def _join(self) -> float:
-        """Show that this worker is there. Returns the time on the file system's clock."""
+    def _begin(self) -> None:
         # Who finishes the cache removes the folder; for others who look a last time it is made again.
         self.folder.mkdir(parents=True, exist_ok=True)
+
+    def _end(self) -> None:
+        # The cache's scratch folder and the cache itself may have been made for these leases only.
+        for folder in (self.folder, self.folder.parent, self.folder.parent.parent):
+            with suppress(OSError):
+                folder.rmdir()
+
+    def _join(self) -> float:
+        """Show that this worker is there. Returns the time on the file system's clock."""
+        self._begin()
         if self._presence is None:
             self._presence = self._create(f"{WORKER_PREFIX}{self._owner['worker']}", 0)
             if self._presence is None:
@@ -190,9 +197,21 @@ class Leases:
         """Remove what shows workers that are gone: an array of jobs would leave one for each."""
         now = self._clock()
         for lease in read_leases(self.folder):
-            if lease.name.startswith(WORKER_PREFIX) and lease.expired(now, _FORGOTTEN_TERMS * self.term):
+            if lease.name.startswith(WORKER_PREFIX) and lease.expired(now, self.forgotten_terms * self.term):
                 with suppress(OSError):
                     (self.folder / f"{lease.name}.{lease.generation:06d}").unlink(missing_ok=True)
+
+    def _there(self) -> list[LeaseFile]:
+        return read_leases(self.folder)
+
+    def _remove(self, lease: Lease) -> None:
+        """Remove a lease that is not held any more, and what overtaken owners left of it."""
+        os.close(lease.handle)
+        older = [path for path in _files(self.folder, lease.name) if int(path.suffix[1:]) < lease.generation]
+        # The youngest last: an older one alone would look like a lease to be taken over, which nothing is lost by.
+        for path in (*older, lease.path):
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
 
     def _create(self, name: str, generation: int) -> Lease | None:
         path = self.folder / f"{name}.{generation:06d}"
@@ -207,7 +226,7 @@ class Leases:
         return lease
 
     def _keep_beating(self) -> None:
-        while not self._closed.wait(min(_LONGEST_BEAT, self.term / _BEATS)):
+        while not self._closed.wait(min(self.longest_beat, self.term / self.beats)):
             self.beat()
 
     def beat(self) -> None:
@@ -228,7 +247,7 @@ def _files(folder: Path, name: str | None = None) -> list[Path]:
         entries = sorted(os.listdir(folder))
     except OSError:
         return []
-    found = [(entry, _FILE_NAME.fullmatch(entry)) for entry in entries]
+    found = [(entry, FILE_NAME.fullmatch(entry)) for entry in entries]
     return [folder / entry for entry, match in found if match and name in (None, match[1])]
 
 
@@ -240,14 +259,14 @@ def read_leases(folder: Path) -> list[LeaseFile]:
         try:
             # Opening makes network file systems ask the server for the times.
             with path.open("rb") as file:
-                touched, data = os.fstat(file.fileno()).st_mtime, file.read(_MOST_BYTES)
+                touched, data = os.fstat(file.fileno()).st_mtime, file.read(MOST_BYTES)
         except OSError:
             continue
-        found.append(LeaseFile(name, int(path.suffix[1:]), touched, _owner_in(data)))
+        found.append(LeaseFile(name, int(path.suffix[1:]), touched, owner_in(data)))
     return found
 
 
-def _owner_in(data: bytes) -> dict[str, Any]:
+def owner_in(data: bytes) -> dict[str, Any]:
     """What a lease says; nothing while its owner writes it."""
     try:
         owner = json.loads(data)

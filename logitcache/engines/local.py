@@ -56,8 +56,8 @@ class Fleet:
     def __init__(self, options: DumpOptions, progress: Progress, context: BaseContext) -> None:
         self._options, self._progress, self._context = options, progress, context
         self._count = count = options.workers or 1
-        self._root = options.outputs[0].root
-        self._watcher = Watcher([output.root for output in options.outputs], options.lease_seconds, progress)
+        self._place = options.outputs[0].location
+        self._watcher = Watcher([output.location for output in options.outputs], options.lease_seconds, progress)
         self._processes: dict[int, Any] = {}
         self._pipes: dict[int, Connection] = {}
         self._deaths = dict.fromkeys(range(count), 0)
@@ -81,7 +81,7 @@ class Fleet:
             self._watcher.show()
             if not self._processes:
                 raise CacheError(
-                    f"every worker of {self._root} died again and again, as when memory runs out; use fewer "
+                    f"every worker of {self._place} died again and again, as when memory runs out; use fewer "
                     "--workers or a smaller --batch-tokens and run the same command again, it resumes"
                 )
 

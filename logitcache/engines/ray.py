@@ -61,7 +61,7 @@ def run_ray(options: DumpOptions, progress: Progress) -> DumpReport:
 
 
 def _run(ray: Any, options: DumpOptions, progress: Progress) -> DumpReport:
-    watcher = Watcher([output.root for output in options.outputs], options.lease_seconds, progress)
+    watcher = Watcher([output.location for output in options.outputs], options.lease_seconds, progress)
     before = watcher.done_tokens()
     resources, count = _resources(ray, options)
     progress.stage(f"placing {count} workers on the Ray cluster")

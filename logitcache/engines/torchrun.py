@@ -69,8 +69,8 @@ def run_torchrun(options: DumpOptions, progress: Progress) -> DumpReport:
             f"with --device-map a worker takes all GPUs it sees, and this is worker {me.place + 1} of its machine; "
             "start one on each, or let srun --gpus-per-task divide the GPUs"
         )
-    roots = [output.root for output in options.outputs]
-    watcher = Watcher(roots, options.lease_seconds, progress) if me.rank == 0 else None
+    places = [output.location for output in options.outputs]
+    watcher = Watcher(places, options.lease_seconds, progress) if me.rank == 0 else None
     view, label = _View(progress, watcher), f"{array}/{me.rank}" if array else str(me.rank)
     report = (
         _one_teacher(options, view, me, label) if options.tensor_parallel else run_worker(options, view, label=label)

@@ -1,52 +1,55 @@
-"""All workers of a dump in one view, from what lies in the cache's folder. Torch-free; leaves no trace."""
+"""All workers of a dump in one view, from what lies in the cache's folder or bucket."""
 
 from __future__ import annotations
 
-import os
-import tempfile
+import math
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from logitcache.engines.leases import TERM_SECONDS, WORKER_PREFIX, LeaseFile, read_leases
-from logitcache.errors import CacheError
+from logitcache.engines.leases import TERM_SECONDS, WORKER_PREFIX, LeaseFile
+from logitcache.engines.sights import Sight, sight_of
+from logitcache.errors import CacheError, RemoteError
 from logitcache.progress import RUNNING, Progress, Snapshot, WorkerState
-from logitcache.store import Geometry, Layout, Plan, load_document
-from logitcache.store.commits import committed_units
+from logitcache.store import Geometry
 
 
-def snapshot(roots: Sequence[Path], term: float = TERM_SECONDS) -> Snapshot:
+def snapshot(places: Sequence[str | Path], term: float = TERM_SECONDS) -> Snapshot:
     """What the workers of a dump do now.
 
     Args:
-        roots: the dump's outputs, the first one first: there the workers see each other.
+        places: folders or URLs of the dump's outputs, the first one first: there the workers see each other.
         term: seconds without a heartbeat after which a worker counts as gone.
 
     Raises:
         CacheError: there is no dump, or its plan cannot be read.
+        RemoteError: the object store cannot be reached, or refuses.
     """
-    layouts = [Layout(root) for root in roots]
-    first = layouts[0]
-    complete = all(layout.manifest.exists() for layout in layouts)
-    if not (first.plan.exists() or first.leases.is_dir()):
-        raise CacheError(f"{first.root} holds no cache and no dump writes one there; check the spelling")
-    now = _clock(first.leases)
-    seen = read_leases(first.leases)
+    return _snapshot([sight_of(place) for place in places], term)
+
+
+def _snapshot(sights: Sequence[Sight], term: float) -> Snapshot:
+    first = sights[0]
+    complete = all(sight.complete for sight in sights)
+    if not first.begun:
+        raise CacheError(f"{first.location} holds no cache and no dump writes one there; check the spelling")
+    seen, now = first.leases(), first.clock()
     workers = sorted(
         (_state(lease, now, term) for lease in seen if lease.name.startswith(WORKER_PREFIX)),
         key=lambda state: (len(state.worker), state.worker, state.host, state.pid),
     )
     speed = sum((state.tokens_per_second or 0.0 for state in workers if state.stage == "computing"), 0.0)
-    geometry, done = _geometry(first), set[int]()
+    geometry, done = first.geometry(), set[int]()
     if geometry is not None:
-        done = set.intersection(*(committed_units(layout) for layout in layouts))
+        done = set.intersection(*(sight.units() for sight in sights))
     alive = [lease for lease in seen if not lease.expired(now, term)]
     under_way = sum(_in_unit(lease, done) for lease in alive)
     under_way += _tokens(geometry, set().union(*(_committing(lease) for lease in alive)) - done)
     total = geometry.num_tokens if geometry else None
     finished = min(_tokens(geometry, done) + under_way, total or 0)
     return Snapshot(
-        cache=str(first.root),
+        cache=first.location,
         complete=complete,
         done_tokens=finished,
         total_tokens=total,
@@ -62,23 +65,27 @@ class Watcher:
     """Shows the workers of a dump that may not have begun yet.
 
     Args:
-        roots, term: as of `snapshot`.
+        places, term: as of `snapshot`.
         progress: what is told.
     """
 
-    def __init__(self, roots: Sequence[Path], term: float, progress: Progress) -> None:
-        self._roots, self._term, self._progress = list(roots), term, progress
+    def __init__(self, places: Sequence[str | Path], term: float, progress: Progress) -> None:
+        self._sights, self._term, self._progress = [sight_of(place) for place in places], term, progress
         self._said_running = False
+        self._shown = -math.inf
 
     def look(self) -> Snapshot | None:
         """The workers, or None before there is anything to see."""
-        layout = Layout(self._roots[0])
-        begun = layout.plan.exists() or layout.leases.is_dir()
-        return snapshot(self._roots, self._term) if begun else None
+        return _snapshot(self._sights, self._term) if self._sights[0].begun else None
 
     def show(self) -> None:
-        """Tell what they do."""
-        if (seen := self.look()) is None:
+        """Tell what they do, unless that was told a moment ago and looking costs requests."""
+        if time.monotonic() < self._shown + max(sight.pause for sight in self._sights):
+            return
+        self._shown, seen = time.monotonic(), None
+        with suppress(RemoteError):  # a view must end no dump
+            seen = self.look()
+        if seen is None:
             return
         if seen.total_tokens is not None and not self._said_running:
             self._said_running = True
@@ -91,13 +98,11 @@ class Watcher:
         return seen.done_tokens if seen else 0
 
     def committed_units(self) -> int:
-        """Units that every output has."""
-        seen = self.look()
-        return seen.committed_units if seen else 0
-
-
-def _geometry(layout: Layout) -> Geometry | None:
-    return load_document(layout.plan, Plan).identity.geometry if layout.plan.exists() else None
+        """Units that every output has; 0 where nobody can tell now."""
+        with suppress(RemoteError):
+            seen = self.look()
+            return seen.committed_units if seen else 0
+        return 0
 
 
 def _tokens(geometry: Geometry | None, units: set[int]) -> int:
@@ -134,16 +139,3 @@ def _committing(lease: LeaseFile) -> set[int]:
 
 def _number(value: object) -> float:
     return value if isinstance(value, int | float) else 0.0
-
-
-def _clock(folder: Path) -> float:
-    """The time on the clock that the folder's file system stamps files with; this machine's where nothing runs."""
-    try:
-        handle, name = tempfile.mkstemp(dir=folder, suffix=".tmp")
-    except OSError:
-        return time.time()
-    try:
-        return os.fstat(handle).st_mtime
-    finally:
-        os.close(handle)
-        Path(name).unlink(missing_ok=True)

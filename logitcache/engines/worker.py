@@ -1,12 +1,14 @@
 """The loop of one worker, the same under every engine: claim a unit, process it, until no output lacks one.
 
-Any process that runs the same dump on the same folder joins: there is no rank that must live, and none that counts.
+Any process that runs the same dump on the same folder or bucket joins: there is no rank that must live, and none that
+counts.
 """
 
 from __future__ import annotations
 
 import shutil
 import time
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -15,11 +17,13 @@ from logitcache.dump_job import DumpReport, Job, load_teacher
 from logitcache.dump_options import DumpOptions
 from logitcache.dump_pipeline import Pipeline
 from logitcache.dump_unit import PILOT_UNIT, process_unit
+from logitcache.engines.bucket_leases import BucketLeases
 from logitcache.engines.leases import Lease, Leases
 from logitcache.errors import DamagedCacheError
 from logitcache.progress import RUNNING, Progress
 from logitcache.store import Layout, prepare_place, remove_staging
 from logitcache.store.layout import unit_name
+from logitcache.store.objects import open_objects
 from logitcache.teachers import Teacher
 
 UNIT_PREFIX = "unit-"
@@ -42,16 +46,23 @@ def run_worker(options: DumpOptions, progress: Progress, teacher: Teacher | None
         output.selection.check_vocabulary(teacher.vocab_size)
     teacher.check_selections([output.selection for output in options.outputs])
     teacher.check_block_length(options.block_length)
-    with Leases(Layout(options.outputs[0].root).leases, label, options.lease_seconds) as leases:
+    with ExitStack() as held:
+        here = held.enter_context(Leases(Layout(options.outputs[0].root).leases, label, options.lease_seconds))
+        leases = held.enter_context(shared_leases(options, label)) if options.outputs[0].url else here
         while True:
             progress.stage("tokenising the corpus")
-            leases.status = lambda: {"stage": "tokenising"}
-            job = Job.prepare(options, files, teacher, progress, lambda find, make: leases.once("tokens", find, make))
+            here.status = leases.status = lambda: {"stage": "tokenising"}
+            job = Job.prepare(options, files, teacher, progress, lambda find, make: here.once("tokens", find, make))
             _take_back_missing(job, leases)
             if job.corpus.has_tokens or not job.pending():
                 return _Worker(job, leases).run()
             # What a finished cache needed no tokens for is to be computed again.
             progress.stage("shards are missing: computing them again")
+
+
+def shared_leases(options: DumpOptions, label: str) -> Leases:
+    """Claims that the workers of all machines see, where the first output is in a bucket."""
+    return BucketLeases(open_objects(options.outputs[0].location), label, options.lease_seconds)
 
 
 def sweep(options: DumpOptions) -> None:

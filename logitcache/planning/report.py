@@ -47,7 +47,7 @@ class PlannedCache:
 
     Args:
         select, codec, container: how.
-        cache: its folder; None where there is none yet.
+        cache: its folder or URL; None where there is none yet.
         bytes: of all its files.
         bytes_uncertainty: relative, two standard errors; docs/planning.md says what it covers.
         tokens_per_second: of the dump it comes from, by one worker.

@@ -113,6 +113,14 @@ class Objects(ABC):
     def sizes(self, under: str = "") -> Iterator[tuple[str, int]]:
         """Name and bytes of every object there is whose name begins with `under`: nothing, or ending in a slash."""
 
+    @abstractmethod
+    def clock(self) -> float:
+        """The time there, in seconds."""
+
+    @abstractmethod
+    def stamps(self, under: str) -> Iterator[tuple[str, float]]:
+        """Name of each of these objects, and when it was written, in seconds, by the clock of the place."""
+
 
 class LocalObjects(Objects):
     """The files of a folder; what is written is durable."""
@@ -169,6 +177,13 @@ class LocalObjects(Objects):
             for name in names:
                 path = Path(folder) / name
                 yield path.relative_to(self.root).as_posix(), path.lstat().st_size
+
+    def clock(self) -> float:
+        return time.time()
+
+    def stamps(self, under: str) -> Iterator[tuple[str, float]]:
+        for name, _ in self.sizes(under):
+            yield name, (self.root / name).lstat().st_mtime
 
 
 def open_objects(location: str | Path) -> Objects:

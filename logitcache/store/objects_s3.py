@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 from logitcache.errors import DamagedCacheError, RemoteError
@@ -115,12 +117,25 @@ class S3Objects(Objects):
             self._call("delete_object", name, "removed", (403, 404))
 
     def sizes(self, under: str = "") -> Iterator[tuple[str, int]]:
+        for name, found in self._listed(under):
+            yield name, found["Size"]
+
+    def clock(self) -> float:
+        answer = self._call("list_objects_v2", "", "listed", Prefix=self.place.key(""), MaxKeys=1)
+        said = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
+        return time.time() if said is None else parsedate_to_datetime(said).timestamp()
+
+    def stamps(self, under: str) -> Iterator[tuple[str, float]]:
+        for name, found in self._listed(under):
+            yield name, found["LastModified"].timestamp()
+
+    def _listed(self, under: str) -> Iterator[tuple[str, Any]]:
         start = self.place.key("")
         arguments: dict[str, Any] = {"Prefix": start + under}
         while True:
             answer = self._call("list_objects_v2", "", "listed", **arguments)
             for found in answer.get("Contents", []):
-                yield found["Key"].removeprefix(start), found["Size"]
+                yield found["Key"].removeprefix(start), found
             if not answer.get("IsTruncated"):
                 return
             arguments["ContinuationToken"] = answer["NextContinuationToken"]

@@ -60,10 +60,13 @@ def prepare_place(root: Path, url: str | None = None) -> None:
 
 
 def remove_staging(root: Path, url: str) -> None:
-    """Remove the folder of a dump to a bucket, if the cache there is finished."""
+    """Remove the folder of a dump to a bucket, and scratch objects there, if the cache is finished."""
+    objects = open_objects(url)
     with suppress(LogitcacheError):
-        if open_objects(url).size(MANIFEST) is not None:
+        if objects.size(MANIFEST) is not None:
             shutil.rmtree(root, ignore_errors=True)
+            for name, _ in list(objects.sizes(WORK)):
+                objects.remove(name)
 
 
 def refuse_transfer(objects: Objects, names: Iterable[str]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
@@ -137,14 +137,32 @@ def _claim(target: Objects, source: Objects, manifest: Manifest) -> None:
         return
     marker = checked_json(Marker(fingerprint=manifest.fingerprint).model_dump(mode="json"))
     if target.size(MARKER) is None:
-        strange = next((name for name, _ in target.sizes() if name not in (MARKER, CARD)), None)
+        names = {name for name, _ in target.sizes()}
         # Somebody may have begun the same copy at this moment.
-        if strange is not None and target.size(MARKER) is None:
-            raise CacheError(f"{target.location} is not empty (it holds {strange!r}); choose another destination")
+        if (strange := names - {MARKER, CARD}) and target.size(MARKER) is None:
+            _refuse_dump(target, names)
+            raise CacheError(f"{target.location} is not empty (it holds {min(strange)!r}); choose another destination")
         if target.create(MARKER, marker):
+            _withdraw_before_dump(target, source, manifest)
             return
     if (begun := read_document(target, MARKER, Marker)) is not None:
         _refuse_other("unfinished copy", target, begun[1].fingerprint, manifest)
+
+
+def _refuse_dump(target: Objects, names: Iterable[str]) -> None:
+    if PLAN in names:
+        raise CacheError(
+            f"{target.location} holds an unfinished dump; run the command that began it again, or choose another "
+            "destination"
+        )
+
+
+def _withdraw_before_dump(target: Objects, source: Objects, manifest: Manifest) -> None:
+    """A dump to the same place may have begun at this moment; it looks for a marker after it wrote its plan."""
+    plan = target.read(PLAN, MAX_JSON_BYTES)
+    if plan is not None and plan != read_plan(source, manifest):
+        target.remove(MARKER)
+        _refuse_dump(target, [PLAN])
 
 
 def _refuse_other(what: str, target: Objects, there: str, manifest: Manifest) -> None:

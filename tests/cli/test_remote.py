@@ -86,6 +86,50 @@ def test_train(logitcache: Main, url: str, dumped: Dumped, tmp_path: Path) -> No
     assert losses[0] == losses[1]
 
 
+def test_dump(logitcache: Main, proxy: Proxy, dumped: Dumped, tmp_path: Path) -> None:
+    """Into a bucket and a folder from one run; what is there is read as any cache is."""
+    url, folder = f"{proxy.bucket('dumped')}/caches/one", tmp_path / "cache"
+    line = ["dump", "--teacher", dumped.teacher, "--corpus", dumped.corpus, "--device", "cpu", "--block-length", 32]
+    line += ["--select", "top-k:4", "--out", url, "--also", "sample:5", folder, "--staging", tmp_path / "staging"]
+    planned = logitcache(*line, "--dry-run", "--json")
+    assert [row["cache"] for row in json.loads(planned.out)["caches"]] == [url, str(folder)]
+    assert not (tmp_path / "staging").exists()
+    ran = logitcache(*line, "--json")
+    facts = json.loads(ran.out)["caches"]
+    assert [fact["cache"] for fact in facts] == [url, str(folder)]
+    assert [fact["fingerprint"] for fact in facts] == [open_cache(place).fingerprint for place in (url, folder)]
+    assert facts[0]["bytes"] == open_cache(url).num_bytes
+    assert list((tmp_path / "staging").iterdir()) == []
+    assert sorted(entry.name for entry in folder.iterdir()) == [
+        "codebook", "commits", "manifest.json", "plan.json", "shards",
+    ]  # fmt: skip
+    assert "Nothing was left to compute." in logitcache(*line).out
+    assert logitcache("verify", url).status == 0
+    assert "complete" in logitcache("dump", "--watch", url).out
+    assert logitcache("pull", url, tmp_path / "back").status == 0
+    other = logitcache(*line, "--seed", 1)
+    assert other.status == 1
+    assert f"{url} was begun with other arguments" in other.err
+    assert "--seed" in other.err
+    useless = logitcache("dump", *line[1:-6], "--out", tmp_path / "x", "--staging", tmp_path / "y")
+    assert useless.status == 2
+    assert "--staging is for caches in a bucket, and no --out is one; leave it out" in useless.sentence
+
+
+def test_a_dump_that_cannot_begin(logitcache: Main, proxy: Proxy, dumped: Dumped, tmp_path: Path) -> None:
+    line = ["dump", "--teacher", dumped.teacher, "--corpus", dumped.corpus, "--select", "top-k:4", "--device", "cpu"]
+    line += ["--staging", tmp_path / "staging", "--out"]
+    for place, says in (
+        ("s3://no-such-bucket/cache", "there is no bucket 'no-such-bucket' at http://127.0.0.1"),
+        ("gs://bucket/cache", "gs:// is not supported; give a folder, file:// or s3://"),
+        ("s3://bucket/../cache", "s3://bucket/../cache names no place in a bucket; write s3://bucket/prefix"),
+    ):
+        ran = logitcache(*line, place)
+        assert ran.status == 1
+        assert says in ran.sentence
+    assert not (tmp_path / "staging").exists()
+
+
 @pytest.mark.parametrize("command", ["merge", "convert", "gc"])
 def test_commands_that_need_a_folder(command: str, logitcache: Main, tmp_path: Path) -> None:
     more = {"merge": ["--out", tmp_path / "out"], "convert": ["--out", tmp_path / "out", "--container", "arrow"]}
@@ -97,13 +141,12 @@ def test_commands_that_need_a_folder(command: str, logitcache: Main, tmp_path: P
     assert ran.sentence.startswith(says)
 
 
-@pytest.mark.parametrize("command", ["dump", "derive", "merge", "subset", "convert", "export", "plot", "train"])
+@pytest.mark.parametrize("command", ["derive", "merge", "subset", "convert", "export", "plot", "train"])
 def test_nothing_is_written_to_a_url(
     command: str, logitcache: Main, dumped: Dumped, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     lines: dict[str, list[Any]] = {
-        "dump": ["--teacher", dumped.teacher, "--corpus", dumped.corpus, "--select", "top-k:4", "--device", "cpu"],
         "derive": [dumped.top_k, "--select", "top-k:4"],
         "merge": [dumped.top_k],
         "subset": [dumped.top_k, "--blocks", "0:2"],

@@ -5,19 +5,25 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
+import threading
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import torch
 
 from logitcache.dump import DumpOptions, Output
-from logitcache.engines.worker import run_worker
-from logitcache.errors import CacheError, PlanMismatchError, RemoteError
-from logitcache.progress import Silent
+from logitcache.engines.bucket_leases import BucketLeases
+from logitcache.engines.local import run_local
+from logitcache.engines.watch import snapshot
+from logitcache.errors import CacheError
+from logitcache.progress import Silent, Snapshot
 from logitcache.selection import Selection
-from logitcache.store import open_cache, pull, push, verify
-from tests.engines.dumps import dump, make_place, options
+from logitcache.store import open_cache, verify
+from logitcache.store.objects import open_objects
+from tests.engines.dumps import LENGTH, dump, elsewhere, make_place, options
 from tests.faults import forkserver, run_killed, run_to_end, start
 from tests.s3 import Proxy
 from tests.store.caches import files_of
@@ -25,6 +31,8 @@ from tests.store.caches import files_of
 children = forkserver()
 BUCKETS = count()
 CARD = "README.md"
+# Fewer requests.
+UNIT, UNITS = 15 * LENGTH, 5
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +43,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def whole(place: Path) -> dict[str, bytes]:
     """The files of the same dump to a folder."""
-    run_to_end(children, dump, options(place, place / "whole"))
+    run_to_end(children, dump, options(place, place / "whole", unit_tokens=UNIT))
     return files_of(place / "whole")
 
 
@@ -46,11 +54,9 @@ def url(proxy: Proxy) -> str:
 
 
 def to_bucket(place: Path, url: str, staging: Path, **changes: Any) -> DumpOptions:
-    """The dump of `options`, to a bucket."""
-    given = options(place, place, **changes)
-    return DumpOptions(
-        **{**vars(given), "outputs": (Output.at(Selection.parse("sample:7"), url, staging),)}
-    )
+    """The dump of `options`, to a bucket, in larger units."""
+    given = options(place, place, **{"unit_tokens": UNIT, **changes})
+    return DumpOptions(**{**vars(given), "outputs": (Output.at(Selection.parse("sample:7"), url, staging),)})
 
 
 def dump_there(environment: dict[str, str], given: DumpOptions, log: Path | None = None) -> None:
@@ -89,18 +95,7 @@ def test_the_bytes_of_a_dump_to_a_folder(
     assert list((tmp_path / "staging").iterdir()) == []
 
 
-FAILPOINTS = {
-    "plan.written": 0,
-    "codebook.written": 0,
-    "bucket.before_upload": 0,
-    "bucket.shard_sent": 0,
-    "bucket.committed": 1,
-    "bucket.before_manifest": None,
-    "bucket.manifest_written": None,
-}
-
-
-@pytest.mark.parametrize("failpoint", FAILPOINTS)
+@pytest.mark.parametrize("failpoint", ["bucket.shard_sent", "bucket.before_manifest"])
 def test_a_kill_at_a_failpoint(
     failpoint: str, place: Path, whole: dict[str, bytes], url: str, proxy: Proxy, tmp_path: Path
 ) -> None:
@@ -108,12 +103,8 @@ def test_a_kill_at_a_failpoint(
     run_killed(children, dump_there, environment(), to_bucket(place, url, tmp_path / "one"), failpoint=failpoint)
     found = there(proxy, url)
     units = [name for name in whole if name.startswith("commits/")]
-    expected = len(units) if FAILPOINTS[failpoint] is None else FAILPOINTS[failpoint]
+    expected = 0 if failpoint == "bucket.shard_sent" else len(units)
     assert sum(name.startswith("commits/") for name in found) == expected
-    assert ("manifest.json" in found) == (failpoint == "bucket.manifest_written")
-    if "manifest.json" not in found:
-        with pytest.raises(CacheError, match="is unfinished; run the `logitcache dump` that began it again"):
-            open_cache(url)
     proxy.log.clear()
     run_to_end(children, dump_there, environment(), to_bucket(place, url, tmp_path / "two"), tmp_path / "log")
     assert int((tmp_path / "log").read_text()) == _tokens_of(whole, missing=expected)
@@ -133,36 +124,142 @@ def _tokens_of(files: dict[str, bytes], missing: int) -> int:
     return sum(json.loads(files[name])["num_tokens"] for name in commits)
 
 
-FAULTS = [{"status": 500}, {"status": 503}, {"lose": True}, {"flip_sent": 40}]
-WRITTEN = ("plan.json", "codebook/", "shards/", "commits/", "manifest.json")
+# ------------------------------------------------------------------------------------------------- several workers
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=str)
-def test_what_passes_is_survived(
-    fault: dict[str, Any], place: Path, whole: dict[str, bytes], url: str, proxy: Proxy, tmp_path: Path
+def test_workers_of_several_machines_share_the_units(
+    place: Path, whole: dict[str, bytes], url: str, proxy: Proxy, tmp_path: Path
 ) -> None:
-    """An answer that is lost, too, whose request the server has carried out; and bytes changed on their way."""
-    for name in WRITTEN:
-        proxy.fail(f"PUT .*/{name}", **fault)
-    if "status" in fault:
-        proxy.fail("PUT .*/commits/", status=409)
-        proxy.fail("GET .*list-type", **fault)
-        proxy.fail("HEAD", **fault)
-    run_to_end(children, dump_there, environment(), to_bucket(place, url, tmp_path / "staging"))
-    assert all(fault.met for fault in proxy.faults)
+    """They see each other in the bucket alone: every token is computed once, every unit committed once."""
+    logs = [tmp_path / str(number) for number in range(2)]
+    workers = [
+        start(children, dump_there, environment(), to_bucket(place, url, tmp_path / f"staging-{log.name}"), log)
+        for log in logs
+    ]
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 0
     found = there(proxy, url)
     del found[CARD]
     assert found == whole
+    assert sum(int(log.read_text()) for log in logs) == _tokens_of(whole, missing=0)
+    assert proxy.count("PUT .*/shards/") == proxy.count("PUT .*/commits/") == UNITS
 
 
-def test_an_outage_ends_the_run_which_goes_on_later(
+class Informed:
+    """A context whose processes have this one's environment."""
+
+    Pipe = staticmethod(children.Pipe)
+
+    def Process(self, target: Any, args: tuple[Any, ...], **more: Any) -> Any:
+        process: Any = children
+        return process.Process(target=_informed, args=(environment(), target, args), **more)
+
+
+def _informed(variables: dict[str, str], target: Any, arguments: tuple[Any, ...]) -> None:
+    os.environ.update(variables)
+    torch.set_num_threads(1)
+    target(*arguments)
+
+
+class Noted(Silent):
+    """Remembers what was said and shown."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.seen: list[Snapshot] = []
+
+    def note(self, what: str) -> None:
+        self.said.append(what)
+
+    def workers(self, seen: Snapshot) -> None:
+        self.seen.append(seen)
+
+
+def test_a_worker_of_one_machine_dies(
     place: Path, whole: dict[str, bytes], url: str, proxy: Proxy, tmp_path: Path
 ) -> None:
-    given = to_bucket(place, url, tmp_path / "staging")
-    outage = proxy.fail("PUT .*/commits/000002", status=500, times=99)
-    with pytest.raises(RemoteError, match=r"commits/000002.json cannot be written: .* answers 500 .*again and again"):
-        run_worker(given, Silent())
-    outage.times = 0
-    run_to_end(children, dump_there, environment(), given, tmp_path / "log")
-    assert int((tmp_path / "log").read_text()) == _tokens_of(whole, missing=2)
-    assert open_cache(url).is_whole
+    """`--workers 2`: whoever is started in its place takes its unit at once."""
+    gate, noted = threading.Event(), Noted()
+    fault = proxy.fail("PUT .*/shards/000001", until=gate, status=503)
+
+    def kill() -> None:
+        fault.reached.wait()
+        said = proxy.raw("GET", f"/{url.removeprefix('s3://')}/work/leases/unit-000001.000000")
+        os.kill(json.loads(said)["pid"], signal.SIGKILL)
+        gate.set()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    report = run_local(to_bucket(place, url, tmp_path / "staging", workers=2), noted, cast(Any, Informed()))
+    killer.join()
+    assert report.computed_tokens == report.tokens == _tokens_of(whole, missing=0)
+    assert [re.sub(r"\d", "N", said) for said in noted.said] == [
+        "worker N died (SIGKILL) and is started again; its unit is computed again"
+    ]
+    found = there(proxy, url)
+    del found[CARD]
+    assert found == whole
+    assert list((tmp_path / "staging").iterdir()) == []
+
+
+def test_leases_in_a_bucket(url: str, proxy: Proxy) -> None:
+    """Claimed once; taken over from who shows no life by the bucket's clock; nothing is left behind."""
+    objects = open_objects(url)
+    with elsewhere(BucketLeases(objects, "0")) as one, BucketLeases(objects, "1") as two:
+        lease = one.claim(["unit-000000", "unit-000001"])
+        assert lease is not None
+        assert lease.name == "unit-000000"
+        second = two.claim(["unit-000000", "unit-000001"])
+        assert second is not None
+        assert second.name == "unit-000001"
+        assert two.claim(["unit-000000", "unit-000001"]) is None
+        one.status = lambda: {"stage": "computing", "unit": 0}
+        one.beat()
+        with pytest.raises(CacheError, match="holds no cache and no dump writes one there"):
+            snapshot([url])
+        late = Late(objects, "2")
+        taken = late.claim(["unit-000000"])
+        assert taken is not None
+        assert (taken.name, taken.generation) == ("unit-000000", 1)
+        one.release(lease)  # which takes nothing from its new owner
+        one.beat()
+        assert two.claim(["unit-000000"]) is None
+        names = set(there(proxy, url))
+        assert {"work/leases/unit-000000.000001", "work/leases/unit-000001.000000"} <= names
+        assert "work/leases/unit-000000.000000" not in names
+        with late:
+            pass
+        assert two.claim(["unit-000000"]) is not None
+    assert there(proxy, url) == {}
+
+
+class Late(BucketLeases):
+    """An hour later."""
+
+    def _clock(self) -> float:
+        return super()._clock() + 3600
+
+
+@pytest.mark.parametrize("fault", [{"lose": True}, {"status": 500}], ids=str)
+def test_a_claim_whose_answer_is_lost(fault: dict[str, Any], url: str, proxy: Proxy) -> None:
+    with BucketLeases(open_objects(url)) as leases:
+        proxy.fail("PUT .*/leases/", times=1, **fault)
+        proxy.fail("PUT .*/leases/unit", times=1, **fault)
+        assert leases.claim(["unit-000000"]) is not None
+    assert all(fault.met for fault in proxy.faults)
+
+
+def test_the_view(place: Path, url: str, proxy: Proxy, tmp_path: Path) -> None:
+    """Workers of all machines, seen in the bucket."""
+    gate = threading.Event()
+    fault = proxy.fail("PUT .*/commits/000002", until=gate)
+    worker: Any = start(children, dump_there, environment(), to_bucket(place, url, tmp_path / "staging"))
+    fault.reached.wait()
+    seen = snapshot([url])
+    assert (seen.cache, seen.complete, seen.committed_units, seen.total_units) == (url, False, 2, UNITS)
+    assert [(state.pid, state.stage) for state in seen.workers] == [(worker.pid, "starting")]
+    gate.set()
+    worker.join()
+    seen = snapshot([url])
+    assert (seen.complete, seen.committed_units, seen.workers) == (True, UNITS, [])

@@ -1,0 +1,126 @@
+"""The same claims as in `leases`, as objects below `work/leases/` in the cache's bucket: for workers of many machines.
+
+A lease is created only where there is none, and written again to show life. All times are the bucket's own clock's.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from logitcache.engines.leases import FILE_NAME, MOST_BYTES, WORKER_PREFIX, Lease, LeaseFile, Leases, owner_in
+from logitcache.errors import CacheError, RemoteError
+from logitcache.store.objects import Objects
+
+FOLDER = "work/leases"
+# The bucket tells times in seconds.
+_LEAST_TERM = 10.0
+
+
+class BucketLeases(Leases):
+    """The claims of one worker, where all workers of a cache in a bucket see them. See `Leases`.
+
+    A beat is a request, so there are fewer. Raises RemoteError where `Leases` raises CacheError.
+    """
+
+    beats, longest_beat, longest_pause = 6, 10.0, 2.0
+
+    def __init__(self, objects: Objects, label: str = "", term: float = 60.0) -> None:
+        super().__init__(Path(FOLDER), label, max(term, _LEAST_TERM))
+        self._objects = objects
+        self._listed: list[LeaseFile] = []
+        self._owners: dict[tuple[str, int], LeaseFile] = {}
+
+    def _begin(self) -> None:
+        """There are no folders to make."""
+
+    def _end(self) -> None:
+        """There are no folders to remove."""
+
+    def _clock(self) -> float:
+        """The time of the last beat that arrived: a little early, which only makes others' leases last longer."""
+        assert self._presence is not None
+        for _ in range(2):
+            self._listed = listed_leases(self._objects)
+            for lease in self._listed:
+                if lease.name == self._presence.name:
+                    return lease.touched
+            self.beat()  # who finished the cache has removed it
+        return 0.0
+
+    def _there(self) -> list[LeaseFile]:
+        """Claims alone, and what their owners said when they made them."""
+        claims = []
+        for lease in self._listed:
+            if not lease.name.startswith(WORKER_PREFIX):
+                place = (lease.name, lease.generation)
+                if place not in self._owners:
+                    self._owners[place] = said_by_owner(self._objects, lease)
+                claims.append(replace(lease, owner=self._owners[place].owner))
+        return claims
+
+    def _forget_the_dead(self) -> None:
+        now = self._clock()
+        for lease in self._listed:
+            if lease.name.startswith(WORKER_PREFIX) and lease.expired(now, self.forgotten_terms * self.term):
+                self._objects.remove(key_of(lease))
+
+    def _create(self, name: str, generation: int) -> Lease | None:
+        path = self.folder / f"{name}.{generation:06d}"
+        data = json.dumps(self._owner).encode()
+        # The answer to a first try may have been lost; no two owners say the same.
+        created = self._objects.create(path.as_posix(), data)
+        if not created and self._objects.read(path.as_posix(), MOST_BYTES) != data:
+            return None
+        lease = Lease(self, name, path, -1)
+        with self._lock:
+            self._held[path] = lease
+        return lease
+
+    def _remove(self, lease: Lease) -> None:
+        with suppress(RemoteError):  # it expires then
+            all_of_it = listed_leases(self._objects, lease.name)
+            older = [key_of(other) for other in all_of_it if other.generation < lease.generation]
+            for name in (*older, lease.path.as_posix()):
+                self._objects.remove(name)
+
+    def beat(self) -> None:
+        data = json.dumps({**self._owner, **self.status()}).encode()
+        with self._lock:
+            held = list(self._held.values())
+        for lease in held:
+            # A heartbeat that fails is a lost one; the next may succeed.
+            with suppress(RemoteError):
+                name = lease.path.as_posix()
+                self._objects.put(name, data)
+                with self._lock:
+                    released = lease.path not in self._held
+                if released:  # meanwhile, and it must not come back
+                    self._objects.remove(name)
+
+
+def listed_leases(objects: Objects, name: str | None = None) -> list[LeaseFile]:
+    """The leases in a bucket, of each name (or of one, all) the latest generation; their owners are not asked for."""
+    found = []
+    for key, touched in objects.stamps(f"{FOLDER}/"):
+        match = FILE_NAME.fullmatch(key.rpartition("/")[2])
+        if match and name in (None, match[1]):
+            found.append(LeaseFile(match[1], int(match[2]), touched, {}))
+    if name is not None:
+        return found
+    return list({lease.name: lease for lease in sorted(found, key=lambda lease: lease.generation)}.values())
+
+
+def said_by_owner(objects: Objects, lease: LeaseFile) -> LeaseFile:
+    """The lease with what its owner says."""
+    try:
+        return replace(lease, owner=owner_in(objects.read(key_of(lease), MOST_BYTES) or b""))
+    except CacheError:
+        return lease
+
+
+def key_of(lease: LeaseFile) -> str:
+    """Name of its object."""
+    return f"{FOLDER}/{lease.name}.{lease.generation:06d}"
