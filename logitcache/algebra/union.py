@@ -14,7 +14,7 @@ from logitcache.store import Cache, CacheWriter, Layout, Manifest
 from logitcache.store.access import check_shard_file
 from logitcache.store.commits import read_commits
 from logitcache.store.files import failpoint, fsync_folder, publish, sha256_of_file, write_temporary
-from logitcache.store.layout import writing
+from logitcache.store.layout import outrun, writing
 from logitcache.store.schema import Commit
 
 Found = tuple[Cache, Commit]
@@ -76,11 +76,10 @@ def _take_codebook(caches: Sequence[Cache], writer: CacheWriter) -> None:
         return
     source.codebook()
     target = writer.layout.codebook
-    with writing(writer.layout.root):
+    tables = Layout(source.root, writer.identity.container).codebook
+    with outrun(target.exists), writing(writer.layout.root):
         if not target.exists():
-            publish(
-                _link_or_copy(Layout(source.root, writer.identity.container).codebook, target.parent, "tables"), target
-            )
+            publish(_link_or_copy(tables, target.parent, "tables"), target)
             fsync_folder(writer.layout.root)
         failpoint("codebook.written")
     writer.codebook()
@@ -100,13 +99,14 @@ def _take_unit(writer: CacheWriter, source: Cache, commit: Commit) -> None:
     layout = writer.layout
     original = Layout(source.root).shards / commit.file
     check_shard_file(original, commit)
-    with writing(layout.root, needed_bytes=commit.num_bytes):
-        failpoint("commit.before_write")
-        temporary = _link_or_copy(original, layout.shards, commit.unit)
-        failpoint("commit.after_write")
-        if not temporary.samefile(original):
-            check_shard_file(temporary, commit)
-    writer.commit_file(temporary, commit)
+    with outrun(lambda: writer.is_committed(int(commit.unit))):
+        with writing(layout.root, needed_bytes=commit.num_bytes):
+            failpoint("commit.before_write")
+            temporary = _link_or_copy(original, layout.shards, commit.unit)
+            failpoint("commit.after_write")
+            if not temporary.samefile(original):
+                check_shard_file(temporary, commit)
+        writer.commit_file(temporary, commit)
 
 
 def _link_or_copy(source: Path, folder: Path, stem: str) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,3 +119,16 @@ def writing(root: Path, needed_bytes: int = 0, again: str = "it resumes") -> Ite
             f"no space to write {where}: {needed}{shutil.disk_usage(there).free:,} are free (or a quota is reached); "
             f"make room and run the same command again, {again}"
         ) from error
+
+
+@contextmanager
+def outrun(done: Callable[[], bool]) -> Iterator[None]:
+    """No error where a temporary file is gone and what it was for is done; to be used around `writing`.
+
+    Another worker was first then, and whoever finished the cache took the file for a leftover.
+    """
+    try:
+        yield
+    except CacheError as error:
+        if not (isinstance(error.__cause__, FileNotFoundError) and done()):
+            raise

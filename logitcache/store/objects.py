@@ -140,8 +140,10 @@ class LocalObjects(Objects):
             raise unreadable(path, error) from error
 
     def size(self, name: str) -> int | None:
-        path = self.root / name
-        return path.stat().st_size if path.exists() else None
+        try:
+            return (self.root / name).stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return None
 
     def has(self, name: str, num_bytes: int, sha256: str) -> bool:
         path = self.root / name
@@ -176,7 +178,11 @@ class LocalObjects(Objects):
         for folder, _, names in os.walk(self.root / under):
             for name in names:
                 path = Path(folder) / name
-                yield path.relative_to(self.root).as_posix(), path.lstat().st_size
+                try:
+                    num_bytes = path.lstat().st_size
+                except FileNotFoundError:  # temporary files of others come and go
+                    continue
+                yield path.relative_to(self.root).as_posix(), num_bytes
 
     def clock(self) -> float:
         return time.time()

@@ -131,17 +131,15 @@ def _claim(target: Objects, source: Objects, manifest: Manifest) -> None:
             raise UsageError(f"{target.location} is the cache to copy; choose another destination")
         if target.root.exists() and not target.root.is_dir():
             raise CacheError(f"{target.location} is a file; choose another folder")
-    there = read_manifest(target)
-    if there is not None:
-        _refuse_other("cache", target, there.fingerprint, manifest)
+    if _is_there(target, manifest):
         return
     marker = checked_json(Marker(fingerprint=manifest.fingerprint).model_dump(mode="json"))
     if target.size(MARKER) is None:
-        names = {name for name, _ in target.sizes()}
-        # Somebody may have begun the same copy at this moment.
-        if (strange := names - {MARKER, CARD}) and target.size(MARKER) is None:
+        names = {name for name, _ in target.sizes() if _is_strange(name)}
+        # Somebody may have begun the same copy at this moment, or even finished it.
+        if names and target.size(MARKER) is None and not _is_there(target, manifest):
             _refuse_dump(target, names)
-            raise CacheError(f"{target.location} is not empty (it holds {min(strange)!r}); choose another destination")
+            raise CacheError(f"{target.location} is not empty (it holds {min(names)!r}); choose another destination")
         if target.create(MARKER, marker):
             _withdraw_before_dump(target, source, manifest)
             return
@@ -163,6 +161,19 @@ def _withdraw_before_dump(target: Objects, source: Objects, manifest: Manifest) 
     if plan is not None and plan != read_plan(source, manifest):
         target.remove(MARKER)
         _refuse_dump(target, [PLAN])
+
+
+def _is_there(target: Objects, manifest: Manifest) -> bool:
+    """Whether the whole cache is at the target. Raises CacheError where another one is."""
+    there = read_manifest(target)
+    if there is not None:
+        _refuse_other("cache", target, there.fingerprint, manifest)
+    return there is not None
+
+
+def _is_strange(name: str) -> bool:
+    """Whether it is none of the files that stand where a copy is about to begin: temporary ones are another copy's."""
+    return name not in (MARKER, CARD) and not name.endswith(".tmp")
 
 
 def _refuse_other(what: str, target: Objects, there: str, manifest: Manifest) -> None:

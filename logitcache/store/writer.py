@@ -29,7 +29,7 @@ from logitcache.store.files import (
     write_temporary,
     write_temporary_bytes,
 )
-from logitcache.store.layout import Layout, refuse_inside_cache, unit_name, writing
+from logitcache.store.layout import Layout, outrun, refuse_inside_cache, unit_name, writing
 from logitcache.store.lock import hold_shared
 from logitcache.store.retract import take_back
 from logitcache.store.schema import (
@@ -76,7 +76,7 @@ class CacheWriter:
         layout = Layout(root, identity.container)
         check_folder(layout)
         if not layout.plan.exists():
-            with writing(root):
+            with outrun(layout.plan.exists), writing(root):
                 plan = Plan(identity=identity, origin=origin or Origin())
                 plan_json = checked_json(plan.model_dump(mode="json"))
                 # Before the plan: a cache that has one does not vanish with its folder when the power fails.
@@ -143,7 +143,7 @@ class CacheWriter:
         """Write the tables the codec needs, unless another worker did, and return those there."""
         _check_integers("codebook", [planes], MAX_CODEBOOK_INTEGERS)
         attributes = self._attributes("codebook")
-        with writing(self.layout.root):
+        with outrun(self.layout.codebook.exists), writing(self.layout.root):
             temporary = write_temporary(
                 self.layout.codebook.parent,
                 "tables",
@@ -208,13 +208,9 @@ class CacheWriter:
             counters: what was met on the way; of a masked cache the number of rows that count is added.
             num_entries: stored entries of all rows; counted from `ids` by default.
         """
-        try:
+        with outrun(lambda: self.is_committed(unit)):
             return self._commit_unit(unit, chunks, counters, num_entries)
-        except CacheError as error:
-            # Another worker was first and finished the cache, temporary files removed: nothing is lost.
-            if isinstance(error.__cause__, FileNotFoundError) and self.is_committed(unit):
-                return 0
-            raise
+        return 0
 
     def _commit_unit(
         self,
@@ -282,12 +278,8 @@ class CacheWriter:
     def finalize(self) -> Manifest:
         """Write the manifest once every unit is committed (or load the one there), and remove the scratch folder."""
         if not self.complete:
-            try:
+            with outrun(lambda: self.complete):
                 self._write_manifest()
-            except CacheError as error:
-                # Another worker was first, and removed temporary files: nothing is lost.
-                if not (isinstance(error.__cause__, FileNotFoundError) and self.complete):
-                    raise
         # Also where it was there: a run killed after it left the folder, and so does one that resumes another output.
         self._sweep()
         return load_document(self.layout.manifest, Manifest)

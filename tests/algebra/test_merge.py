@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import shutil
 from pathlib import Path
 
@@ -33,6 +34,21 @@ def test_units_of_several_workers(tmp_path: Path, kind: str) -> None:
     whole.check(everything(reopened(tmp_path / "new")), 0, 21)
     shard = next((tmp_path / "new" / "shards").glob("000002-*"))
     assert shard.samefile(next((folders[0] / "shards").iterdir()))
+
+
+def test_several_merges_at_once(tmp_path: Path) -> None:
+    """Who finishes first takes the others' temporary files for leftovers; they find their work done."""
+    whole = make_cache(tmp_path / "whole")
+    fork = multiprocessing.get_context("fork")
+    for number in range(4):
+        root = tmp_path / str(number)
+        children = [fork.Process(target=merge_caches, args=([whole.root], root)) for _ in range(4)]
+        for child in children:
+            child.start()
+        for child in children:
+            child.join()
+        assert [child.exitcode for child in children] == [0] * 4
+        assert files_of(root) == files_of(whole.root)
 
 
 def test_units_that_come_later(tmp_path: Path) -> None:

@@ -229,6 +229,26 @@ def test_the_same_cache_twice_at_once(local: Made, url: str) -> None:
     assert verify(url).ok
 
 
+def test_a_copy_that_another_run_begins(local: Made, tmp_path: Path) -> None:
+    """Its marker's temporary file is no stranger's."""
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / "transfer.json.k3f9x2ab.tmp").write_text("{")
+    pull(str(local.root), tmp_path / "copy")
+    assert verify(tmp_path / "copy").ok
+
+
+def test_the_same_folder_pulled_several_times_at_once(local: Made, tmp_path: Path) -> None:
+    for number in range(4):
+        root = tmp_path / str(number)
+        children = [FORK.Process(target=_pull, args=(str(local.root), root)) for _ in range(4)]
+        for child in children:
+            child.start()
+        for child in children:
+            child.join()
+        assert [child.exitcode for child in children] == [0] * 4
+        assert files_of(root) == files_of(local.root)
+
+
 def refused(act: str, local: Made, url: str, proxy: Proxy, tmp_path: Path) -> tuple[Callable[[], Any], str]:
     """A copy that makes no sense, and what is said."""
     strange, unfinished = tmp_path / "strange", tmp_path / "unfinished"
