@@ -94,19 +94,23 @@ def load_model(
     with _explained(folder, gguf_file, "model"):
         if tensor_parallel:
             whole_head(model)
-            return model.eval()
-        if device_map is None:
-            return model.to(torch_device).eval()
-        away = offloaded_share(model)
-        if away and isinstance(spread, str):
-            _logger.warning(
-                "%.0f %% of the weights of %s do not fit on the devices here and are fetched for every batch, which is "
-                "slow",
-                100 * away,
-                folder,
-            )
-        keep_head(model)
+        elif spread is None:
+            model.to(torch_device)
+        else:
+            _settle(model, folder, named=isinstance(spread, str))
         return model.eval()
+
+
+def _settle(model: Any, folder: Path, named: bool) -> None:
+    """Keep the head of a spread model in place, and say where transformers chose to keep weights off the devices."""
+    away = offloaded_share(model)
+    if away and named:
+        _logger.warning(
+            "%.0f %% of the weights of %s do not fit on the devices here and are fetched for every batch: slow",
+            100 * away,
+            folder,
+        )
+    keep_head(model)
 
 
 def _placement(given: str, folder: Path, gguf_file: str | None, trust_remote_code: bool) -> str | DeviceMap:
