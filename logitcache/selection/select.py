@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from logitcache.selection.distribution import Distribution, largest, sorted_rows
-from logitcache.selection.draws import sample
+from logitcache.selection.draws import mass_outside, sample
 from logitcache.selection.spec import Selection
 from logitcache.selection.varopt import varopt
 from logitcache.targets import SparseTargets
@@ -41,10 +41,14 @@ def select(selection: Selection, dist: Distribution, uniforms: NDArray[np.float6
 
 def _most_probable(selection: Selection, dist: Distribution) -> SparseTargets:
     ids_nK = largest(dist.logits, selection.size)
-    weights_nK = dist.probs.gather(1, ids_nK)
+    probs_nK = dist.probs.gather(1, ids_nK)
+    rest_n = mass_outside(dist, ids_nK, probs_nK)
+    weights_nK = probs_nK.to(torch.float64)
+    # The float32 softmax of a large vocabulary sums to 1 only within 1e-4, and the tail may be smaller than that.
+    total_n1 = weights_nK.sum(1, keepdim=True) + rest_n.unsqueeze(1)
     if selection.mass is not None:
-        before_nK = weights_nK.cumsum(1, dtype=torch.float64) - weights_nK
-        weights_nK = torch.where(before_nK < selection.mass, weights_nK, 0)
-    tail_n = 1 - weights_nK.sum(1, dtype=torch.float64)
-    offsets, ids, weights = sorted_rows(ids_nK, weights_nK)
-    return SparseTargets(offsets, ids, weights, tail_mass=tail_n.clamp(0, 1).cpu().numpy())
+        kept_nK = weights_nK.cumsum(1) - weights_nK < selection.mass
+        rest_n += torch.where(kept_nK, 0, weights_nK).sum(1)
+        weights_nK = torch.where(kept_nK, weights_nK, 0)
+    offsets, ids, weights = sorted_rows(ids_nK, (weights_nK / total_n1).to(torch.float32))
+    return SparseTargets(offsets, ids, weights, tail_mass=(rest_n / total_n1.squeeze(1)).clamp(0, 1).cpu().numpy())
