@@ -83,6 +83,18 @@ class Groups:
         return column_nK
 
 
+def mass_outside(dist: Distribution, ids_nK: torch.Tensor, probs_nK: torch.Tensor) -> torch.Tensor:
+    """float64 [n]: the mass of all ids but these, whose probabilities are `probs_nK`.
+
+    Summed without them: 1 - head would lose the tail of a confident row. `dist.probs` is changed for the time of the
+    call, and then as it was: on a CPU a copy would take longer than the sum.
+    """
+    try:
+        return Groups.of(dist.probs.scatter_(1, ids_nK, 0)).total()
+    finally:
+        dist.probs.scatter_(1, ids_nK, probs_nK)
+
+
 def draw(probs_nV: torch.Tensor, uniforms_nK: torch.Tensor) -> torch.Tensor:
     """Ids drawn with replacement, int64 [n, K], one for each float64 number in [0, 1)."""
     return Groups.of(probs_nV).ids_at(uniforms_nK)

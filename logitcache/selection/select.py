@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from logitcache.selection.distribution import Distribution, ascending, entries_of, largest
-from logitcache.selection.draws import sample
+from logitcache.selection.draws import mass_outside, sample
 from logitcache.selection.kept import Kept
 from logitcache.selection.spec import Selection
 from logitcache.selection.varopt import varopt
@@ -56,12 +56,17 @@ def _no_entries(rows: NDArray[np.float32]) -> SparseTargets:
 
 def _most_probable(selection: Selection, dist: Distribution) -> Kept:
     ids_nK = largest(dist.logits, selection.size)
-    weights_nK = dist.probs.gather(1, ids_nK)
+    probs_nK = dist.probs.gather(1, ids_nK)
+    rest_n = mass_outside(dist, ids_nK, probs_nK)
+    weights_nK = probs_nK.to(torch.float64)
+    # The float32 softmax of a large vocabulary sums to 1 only within 1e-4, and the tail may be smaller than that.
+    total_n1 = weights_nK.sum(1, keepdim=True) + rest_n.unsqueeze(1)
     if selection.mass is not None:
-        before_nK = weights_nK.cumsum(1, dtype=torch.float64) - weights_nK
-        weights_nK = torch.where(before_nK < selection.mass, weights_nK, 0)
-    tail_n = 1 - weights_nK.sum(1, dtype=torch.float64)
-    return Kept({**ascending(ids_nK, weights_nK), "tail": tail_n.clamp(0, 1)}, _with_tail)
+        kept_nK = weights_nK.cumsum(1) - weights_nK < selection.mass
+        rest_n += torch.where(kept_nK, 0, weights_nK).sum(1)
+        weights_nK = torch.where(kept_nK, weights_nK, 0)
+    entries = ascending(ids_nK, (weights_nK / total_n1).to(torch.float32))
+    return Kept({**entries, "tail": (rest_n / total_n1.squeeze(1)).clamp(0, 1)}, _with_tail)
 
 
 def _with_tail(tail: NDArray[np.float64], **entries: NDArray[Any]) -> SparseTargets:

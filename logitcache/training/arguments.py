@@ -15,6 +15,8 @@ from logitcache.training.options import TrainOptions
 
 # Our names of learning rate schedules -> transformers'.
 _SCHEDULES = {"wsd": "warmup_stable_decay", "constant": "constant_with_warmup"}
+# Share of the run, at its end, in which wsd falls.
+_DECAY = 0.2
 
 
 def training_arguments(
@@ -26,6 +28,7 @@ def training_arguments(
     """
     _check_reporters(options.report_to)
     _check_early_stop(options)
+    _check_warmup(options)
     log_every = min(options.log_every, steps)
     eval_every = options.eval_every or max(1, steps // 5)
     # Whole numbers of log intervals, so that a resumed run logs the same averages.
@@ -41,7 +44,7 @@ def training_arguments(
         gradient_accumulation_steps=options.accumulate,
         learning_rate=options.learning_rate,
         lr_scheduler_type=_SCHEDULES.get(options.lr_schedule, options.lr_schedule),
-        lr_scheduler_kwargs={"num_decay_steps": max(1, steps // 5)} if options.lr_schedule == "wsd" else {},
+        lr_scheduler_kwargs={"num_decay_steps": max(1, int(steps * _DECAY))} if options.lr_schedule == "wsd" else {},
         warmup_steps=round(options.warmup * steps),
         weight_decay=options.weight_decay,
         max_grad_norm=options.max_grad_norm,
@@ -105,6 +108,14 @@ def _check_early_stop(options: TrainOptions) -> None:
         raise UsageError("early_stop watches the cross entropy of held-out blocks; give --held-out or --held-out-cache")
     if options.save_every is not None:
         raise UsageError("save_every: early_stop makes a checkpoint at each evaluation; set eval_every instead")
+
+
+def _check_warmup(options: TrainOptions) -> None:
+    if options.lr_schedule == "wsd" and options.warmup > 1 - _DECAY:
+        raise UsageError(
+            f"warmup is {options.warmup:g}, but with lr_schedule wsd the learning rate falls over the last {_DECAY:g} "
+            f"of the run; use a warmup of at most {1 - _DECAY:g}"
+        )
 
 
 def _sharding(options: TrainOptions) -> dict[str, Any]:

@@ -18,8 +18,6 @@ from logitcache.targets import DeviceTargets
 from logitcache.training.ranks import ALONE, Ranks
 
 CALIBRATION_BINS = 15
-
-
 # Sums over counted tokens; `rows` are those with a teacher's row.
 _SUMS = ("tokens", "ce", "kl", "agreements", "rows")
 
@@ -53,17 +51,18 @@ def evaluate_blocks(
         rows = _targets(batch, unbiased, device)
         ce_N, confidence_N, top_N, *divergence = _measured(model, batch["input_ids"].to(device), labels_N, rows)
         counted_N = labels_N >= 0
-        tokens = float(counted_N.sum())
-        found = [tokens, float(ce_N[counted_N].double().sum()), 0.0, 0.0, 0.0]
+        counted = float(counted_N.sum())
+        found = [counted, float(ce_N[counted_N].double().sum()), 0.0, 0.0, 0.0]
         calibration.add(confidence_N[counted_N], (top_N == labels_N)[counted_N])
         if rows is not None:
             teacher_top_N = rows.ids.gather(1, rows.weights.argmax(1, keepdim=True)).squeeze(1)
             agreements = float((top_N == teacher_top_N)[counted_N].sum())
-            found[2:] = [float(divergence[0].double().sum()), agreements, tokens]
+            found[2:] = [float(divergence[0].double().sum()), agreements, counted]
         sums += torch.tensor(found, dtype=torch.float64)
     calibration.counts = ranks.total(calibration.counts)
     total = dict(zip(_SUMS, ranks.total(sums).tolist(), strict=True))
-    metrics = {"ce": total["ce"] / max(1.0, total["tokens"]), "ece": calibration.error(), "tokens": total["tokens"]}
+    tokens = int(total["tokens"])
+    metrics = {"ce": total["ce"] / max(1, tokens), "ece": calibration.error(), "tokens": tokens}
     if total["rows"]:
         metrics |= {"kl": total["kl"] / total["rows"], "top1": total["agreements"] / total["rows"]}
     return metrics
@@ -82,7 +81,7 @@ def overall(results: dict[str, dict[str, float]]) -> dict[str, float]:
     tokens = sum(each["tokens"] for each in results.values())
     names = set.intersection(*(set(each) for each in results.values())) if results else set()
     metrics = {
-        name: sum(each[name] * each["tokens"] for each in results.values()) / max(1.0, tokens) for name in sorted(names)
+        name: sum(each[name] * each["tokens"] for each in results.values()) / max(1, tokens) for name in sorted(names)
     }
     if results:
         metrics["tokens"] = tokens
