@@ -15,6 +15,7 @@ import click
 from rich.console import Console, RenderableType
 
 from logitcache.errors import LogitcacheError
+from logitcache.errors import counted as counted
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -50,11 +51,6 @@ def debug_option(command: Callable[..., Any]) -> Callable[..., Any]:
 def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add `--json` to a command that prints facts."""
     return click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output instead.")(command)
-
-
-def counted(number: int, one: str, many: str = "") -> str:
-    """`1 shard`, `7 shards`, `1,234 entries`."""
-    return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
 def print_wide(renderable: RenderableType, width: int) -> None:

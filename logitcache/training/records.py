@@ -19,6 +19,8 @@ COMPLETE = "logitcache_reader.json"
 # Among the reader's state: name and CRC32C of the checkpoint's files.
 FILES = "files"
 _PART_BYTES = 4 << 20
+# A folder and the reader's state.
+Checkpoint = tuple[Path, dict[str, Any]]
 
 
 class MetricsLog:
@@ -110,29 +112,42 @@ class RecordCallback(TrainerCallback):
                 raise self._ranks.common(diverged)
 
 
-def last_whole_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that is whole, with its reader state. Older ones are not read."""
+def last_whole_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that is whole, with its reader state, and a sentence about each newer one.
+
+    Older ones are not read.
+    """
+    passed_over: list[str] = []
     for path in sorted(folder.glob("checkpoint-*"), key=_step_of, reverse=True):
-        if (state := _whole_state(path)) is not None:
-            return path, state
-    return None
+        state, wrong = _state_of(path)
+        if state is not None:
+            return (path, state), passed_over
+        passed_over.append(f"{path} is passed over: {wrong}")
+    return None, passed_over
 
 
 def _step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def _whole_state(folder: Path) -> dict[str, Any] | None:
-    """The reader's state of a checkpoint; None unless it is what was written, completely.
+def _state_of(folder: Path) -> tuple[dict[str, Any] | None, str]:
+    """The reader's state of a checkpoint; None, and why, unless it is what was written, completely.
 
     Trainer itself goes on without a word where the optimizer's file is gone. A power failure may cut files short.
     """
+    if not (folder / COMPLETE).exists():
+        return None, "it was not written to its end"
     try:
         state = json.loads((folder / COMPLETE).read_text())
-        written = state.pop(FILES, {})
-        return state if written.items() <= _checksums(folder).items() else None
-    except (OSError, ValueError, TypeError, AttributeError):
-        return None
+        written, there = state.pop(FILES, {}), _checksums(folder)
+        differing = next((name for name, checksum in written.items() if there.get(name) != checksum), None)
+    except OSError as error:
+        return None, f"it cannot be read ({error.strerror})"
+    except (ValueError, TypeError, AttributeError):
+        return None, f"{COMPLETE} is damaged"
+    if differing is None:
+        return state, ""
+    return None, f"{differing} is {'damaged' if differing in there else 'missing'}"
 
 
 def _checksums(folder: Path) -> dict[str, str]:

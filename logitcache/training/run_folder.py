@@ -15,12 +15,11 @@ from safetensors import SafetensorError
 from logitcache.errors import TrainingError
 from logitcache.store.layout import refuse_inside_cache
 from logitcache.training.options import TrainOptions
-from logitcache.training.records import MetricsLog, last_whole_checkpoint, remove_half_checkpoints
+from logitcache.training.records import Checkpoint, MetricsLog, last_whole_checkpoint, remove_half_checkpoints
 
 # Where a run is done, which changes nothing about it.
 _MAY_CHANGE = ("cache", "out", "device")
 _CONFIG_HEAD = "# The same run again: logitcache train --config THIS_FILE --out ANOTHER_FOLDER\n"
-Checkpoint = tuple[Path, dict[str, Any]]
 
 
 class RunFolder:
@@ -55,8 +54,8 @@ class RunFolder:
             # Who compares the record with this run says what is wrong with it.
             return None
 
-    def find_checkpoint(self, record: dict[str, Any], resume: bool) -> Checkpoint | None:
-        """The last whole checkpoint with its reader state, None at the start of a run.
+    def find_checkpoint(self, record: dict[str, Any], resume: bool) -> tuple[Checkpoint | None, list[str]]:
+        """The last whole checkpoint with its reader state, None at the start of a run; and why newer ones are not it.
 
         Raises TrainingError unless the folder is free or, to resume, holds the run of this record.
         """
@@ -71,7 +70,7 @@ class RunFolder:
             raise TrainingError(f"{self.path} is not empty and holds no run; choose another folder for --out")
         if resume:
             raise TrainingError(f"{self.path} holds no run to resume; start it without --resume")
-        return None
+        return None, []
 
     def begin(self, record: dict[str, Any], last_step: int) -> None:
         """Make the folder, or clear it of what a killed run left from after `last_step`, -1 at the start.

@@ -274,9 +274,9 @@ def test_an_objective_on_the_command_line(logitcache: Main, dumped: Dumped, tmp_
     assert refused.status == 1
     assert "beta: the run has 0.2, now 0.3" in refused.err
     for given, status, words in (
-        (("--objective", "tvd", "--clip", "3"), 1, "tvd has no clip, but clip is 3.0; leave it out"),
+        (("--objective", "tvd", "--clip", "3"), 2, "--objective tvd has no --clip, but --clip is 3.0; leave it out"),
         (("--tail", "blend"), 1, "dump a cache with --select varopt:K"),
-        (("--blend", "0.3"), 2, "only tail 'blend' mixes two terms"),
+        (("--blend", "0.3"), 2, "only --tail blend mixes two terms"),
         (("--blend", "3"), 2, "less than or equal to 1"),
         (("--mask", "0.85"), 2, "the mask '0.85' is not understood; write what ranks the tokens"),
         (("--mask-rest", "nothing"), 2, "there is no mask"),
