@@ -10,7 +10,7 @@ import click
 from rich.table import Table
 
 from .console import debug_option, json_option, out, print_json, print_wide
-from .options import teacher_options
+from .options import NEW_PATH, teacher_options
 from .progress import DumpView
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def bench() -> None:
 
 @bench.command(epilog=EXAMPLE)
 @teacher_options
-@click.option("--out", "root", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Folder for caches.")
+@click.option("--out", "root", required=True, type=NEW_PATH, metavar="DIR", help="Folder for caches.")
 @click.option("--select", multiple=True, metavar="SPEC", help="What to keep; may be repeated. Default: a wide choice.")
 @click.option("--max-tokens", default=204_800, show_default=True, help="Size of each cache.")
 @click.option("--block-length", default=512, show_default=True, help="Tokens in a block.")

@@ -9,7 +9,7 @@ import click
 from rich.table import Table
 
 from .console import counted, debug_option, json_option, out, print_json
-from .options import cache_options, field_options, server_of, server_options, teacher_options
+from .options import NEW_PATH, cache_options, field_options, server_of, server_options, teacher_options
 from .plan_table import show_plan
 from .progress import DumpView
 from .watch import Watchable
@@ -48,11 +48,13 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 
 @click.command(cls=Watchable, epilog=EXAMPLE)
 @teacher_options
-@click.option("--out", "root", required=True, type=click.Path(path_type=Path), metavar="CACHE", help="Cache folder.")
+@click.option("--out", "root", required=True, type=NEW_PATH, metavar="CACHE", help="Cache folder.")
 @click.option(
     "--select", required=True, metavar="SPEC", help="What to keep, for example sample:50, varopt:12 or label."
 )
-@click.option("--also", nargs=2, multiple=True, metavar="SPEC CACHE", help="Write another cache from the same run.")
+@click.option(
+    "--also", type=(str, NEW_PATH), multiple=True, metavar="SPEC CACHE", help="Write another cache from the same run."
+)
 @click.option("--block-length", default=1024, show_default=True, help="Tokens in a block.")
 @click.option("--max-tokens", type=int, help="Stop the corpus after so many tokens.")
 @click.option(

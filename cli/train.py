@@ -11,6 +11,7 @@ import click
 from rich.table import Table
 
 from .console import debug_option, json_option, out, print_json
+from .options import NewPath
 from .progress import TrainView
 from .train_config import assignment, read_config
 
@@ -43,7 +44,7 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 @click.option("--cache-weights", metavar="W,W...", help="A share for each cache.  [default: equal; corpora by size]")
 @click.option("--partial", is_flag=True, default=None, help="Train on what an unfinished dump has written by now.")
 @click.option("--student", metavar="CONFIG_OR_DIR", help="Model folder, or YAML/JSON of a transformers config.")
-@click.option("--out", metavar="DIR", help="Folder of the run and of the trained student.")
+@click.option("--out", type=NewPath(), metavar="DIR", help="Folder of the run and of the trained student.")
 @click.option(
     "--objective",
     help="auto (forward-kl), cross-entropy, forward-kl, reverse-kl, jsd, skew-kl, tvd, decoupled, mse or "

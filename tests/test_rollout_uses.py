@@ -119,7 +119,7 @@ def test_what_label_cannot_be_derived_from_and_cannot_give(whole: dict[str, Path
 def test_caches_of_two_masks_are_no_average(place: Path, rollouts: dict[str, Path], whole: dict[str, Path]) -> None:
     """What else can be done with them is said; asked for, it is done."""
     values = {"cache": (str(rollouts["label"]), str(whole["label"])), "student": "s", "out": str(place / "no")}
-    with pytest.raises(TrainingError, match="or take them for several corpora with --set combine=mix$"):
+    with pytest.raises(TrainingError, match=r"or take them for several corpora with --set combine=mix$"):
         RunData(TrainOptions.build(values))
     assert len(RunData(TrainOptions.build(values | {"combine": "mix"})).sources) == 2
 

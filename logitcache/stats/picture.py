@@ -28,7 +28,7 @@ def check_picture(path: Path) -> None:
 
     `path` is what `draw_stats` is given.
     """
-    refuse_inside_cache(path)
+    refuse_inside_cache(path, or_one=True)
     picture = path.suffix.lower() == ".png"
     if picture == path.is_dir() and path.exists():
         raise UsageError(f"--out {path} is a {'folder' if picture else 'file'}; give a name.png, or a folder")

@@ -48,7 +48,7 @@ class TrainOptions(BaseModel):
     cache_weights: tuple[float, ...] = ()
     partial: bool = False
     student: str
-    out: str
+    out: str = Field(min_length=1)
     objective: ObjectiveName = "auto"
     tail: Tail = "auto"
     beta: float | None = None
@@ -142,7 +142,12 @@ def as_option(key: str) -> str:
 
 def _demand(message: str) -> str:
     """pydantic's "Input should be less than 1, ..." as "it must be less than 1"."""
-    return message.partition(", unable")[0].replace("Input should be", "it must be", 1).replace("tuple", "list")
+    return (
+        message.partition(", unable")[0]
+        .replace("Input should be", "it must be", 1)
+        .replace("String should", "it must")
+        .replace("tuple", "list")
+    )
 
 
 def _unknown_key(key: str, known: Iterable[str]) -> str:

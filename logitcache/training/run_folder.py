@@ -25,12 +25,12 @@ _CONFIG_HEAD = "# The same run again: logitcache train --config THIS_FILE --out 
 class RunFolder:
     """The folder of one run. Nothing is written before `begin`; of several ranks only the main one writes.
 
-    Raises UsageError for a folder inside a cache, CacheError for a URL.
+    Raises UsageError for a cache or a folder inside one, CacheError for a URL.
     """
 
     def __init__(self, out: str | Path) -> None:
         self.path = Path(out)
-        refuse_inside_cache(self.path)
+        refuse_inside_cache(self.path, or_one=True)
         self.checkpoints = self.path / "checkpoints"
         self.metrics = MetricsLog(self.path / "metrics.jsonl")
         self._record, self._result = self.path / "run.json", self.path / "result.json"

@@ -143,6 +143,18 @@ CASES: dict[str, tuple[int, str, Line]] = {
         lambda r, d: dump(r, d, out=folder(r, "a")),
     ),
     "inside another cache": (2, "lies inside the cache", lambda r, d: dump(r, d, out=d.top_k / "new")),
+    "nothing as cache": (2, "--out': it is empty, which would be the current folder", lambda r, d: dump(r, d, out="")),
+    "nothing as another": (2, "'--also': it is empty", lambda r, d: [*dump(r, d), "--also", "top-k:3", ""]),
+    "a run in nothing": (2, "'--out': it is empty", lambda r, d: train(r, d, out="")),
+    "a run in what --set names nothing": (
+        2,
+        "--out is ''; it must have at least 1 character",
+        lambda r, d: [*train(r, d), "--set", "out=''"],
+    ),
+    "a run in a cache": (2, "top_k is a cache; choose another folder", lambda r, d: train(r, d, out=d.top_k)),
+    "pictures in nothing": (2, "'--out': it is empty", lambda r, d: ["plot", d.top_k, "--out", ""]),
+    "pictures in the cache": (2, "top_k is a cache; choose", lambda r, d: ["plot", d.top_k, "--out", d.top_k]),
+    "a copy to nothing": (2, "'FOLDER': it is empty", lambda r, d: ["pull", "s3://bucket/cache", ""]),
     "a file as cache": (1, "is a file", lambda r, d: dump(r, d, out=d.corpus)),
     # verify and inspect
     "verify nothing": (1, "does not exist", lambda r, d: ["verify", r / "nothing"]),

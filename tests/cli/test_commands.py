@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from logitcache.cli.console import out
+from logitcache.cli.console import NOTHING, out
 from logitcache.store import open_cache
 from tests.caches import Dumped, corpus_text, student_yaml
 from tests.cli.conftest import Main
@@ -319,6 +319,40 @@ def test_stopped_and_resumed(
     tokens = open_cache(tmp_path / "cache").num_tokens
     assert 0 < json.loads(finished.out)["computed_tokens"] <= tokens
     assert logitcache("verify", tmp_path / "cache").status == 0
+
+
+STOPPED = """
+import os, signal, sys
+from logitcache.cli.main import main
+from logitcache.cli.progress import View
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sent = int(sys.argv[1])
+View.stage = View.bar = lambda *_: os.kill(os.getpid(), sent)
+sys.argv = ["logitcache", *sys.argv[2:]]
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "sent", "said"),
+    [
+        ("stats {top_k}", signal.SIGINT, "interrupted; nothing was written"),
+        ("derive {top_k} --select top-k:4 --out {out}", signal.SIGINT, "interrupted; what is committed is kept, and"),
+        ("export {top_k} --to parquet --out {out}", signal.SIGTERM, "stopped by SIGTERM; nothing is kept; the same"),
+        ("dump --dry-run --teacher {teacher} --corpus {corpus} --select label --out {out}", signal.SIGINT, NOTHING),
+    ],
+)
+def test_what_is_said_of_what_was_stopped(
+    command: str, sent: signal.Signals, said: str, dumped: Dumped, tmp_path: Path
+) -> None:
+    """Only of commands that write is it said how to go on; the signal comes with its first sign of life."""
+    line = command.format(**vars(dumped), out=tmp_path / "out").split()
+    ran = subprocess.run(
+        [sys.executable, "-c", STOPPED, str(int(sent)), *line], capture_output=True, text=True, env=ENVIRONMENT
+    )
+    assert ran.returncode == 128 + sent
+    assert said in ran.stderr.splitlines()[-1]
+    assert "Traceback" not in ran.stderr
 
 
 MODULES = """
