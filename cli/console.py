@@ -20,6 +20,9 @@ from logitcache.errors import counted as counted
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
+if not out.is_terminal and "COLUMNS" not in os.environ:
+    # Who reads a pipe or a file wants paths and hashes in one piece.
+    out.width = 10_000
 KEPT = "what is committed is kept, and the same command goes on from there"
 NOTHING = "nothing was written"
 # What to say of a command that was stopped; of others, that nothing was written.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from logitcache.errors import UsageError
+from logitcache.errors import UsageError, counted
 from logitcache.stats.measure import CacheStats
 from logitcache.store.layout import refuse_inside_cache
 
@@ -176,7 +176,7 @@ def _used_ids(axes: Axes, stats: CacheStats) -> None:
     axes.barh(places + 0.2, [used.mean_weight for used in stats.top_ids], height=0.4, color=ORANGE, label="mean weight")
     axes.set_yticks(places, names, fontsize=8)
     axes.invert_yaxis()
-    axes.set(xlabel=f"of all rows; {stats.distinct_ids:,} ids are kept by some row")
+    axes.set(xlabel=f"of all rows; {counted(stats.distinct_ids, 'id is', 'ids are')} kept by some row")
     axes.legend(frameon=False, loc="lower right")
     axes.grid(alpha=0.3, axis="x")
 

@@ -12,6 +12,8 @@ from logitcache.store.schema import Identity
 # Dotted name of a field, and its values in two documents.
 Difference = tuple[str, object, object]
 
+# Fields that are all of what their option says.
+_OPTION_ALONE = ("codec.layout",)
 STEP_OPTIONS: dict[str, tuple[str, ...]] = {
     "convert": ("container",),
     "derive": ("select", "drop", "codec", "seed"),
@@ -52,8 +54,11 @@ class Wording:
                 option = label = name
             elif name.startswith("selection."):
                 label, old, new = option, _spelled(stored), _spelled(given)
+            elif name == "geometry.unit_blocks":
+                label, old, new = option, _unit_tokens(stored), _unit_tokens(given)
             else:
-                label = option if name.endswith(option.removeprefix("--").replace("-", "_")) else f"{option} ({name})"
+                plain = name in _OPTION_ALONE or name.endswith(option.removeprefix("--").replace("-", "_"))
+                label = option if plain else f"{option} ({name})"
             lines.setdefault(option, f"{label}: the cache has {old!r}, this run {new!r}")
         return list(lines.values())
 
@@ -87,6 +92,10 @@ def _fitting(beginnings: Iterable[str], name: str) -> str | None:
 
 def _spelled(identity: Identity) -> str:
     return str(Selection.from_dict(identity.selection.model_dump()))
+
+
+def _unit_tokens(identity: Identity) -> int:
+    return identity.geometry.unit_blocks * identity.geometry.block_length
 
 
 def _numbered(value: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from logitcache.errors import ObjectiveError, UsageError
+from logitcache.errors import ObjectiveError, UsageError, counted
 from logitcache.kernels import check_implementation
 from logitcache.training.options import TrainOptions
 
@@ -22,8 +22,8 @@ def check_shares(options: TrainOptions, batch_blocks: int, block_length: int, wo
     if batch_blocks % world_size:
         even = world_size * max(1, batch_blocks // world_size)
         raise UsageError(
-            f"--batch-tokens {options.batch_tokens} is {batch_blocks} blocks of {block_length} tokens a batch, which "
-            f"{world_size} processes cannot share evenly; use --batch-tokens {even * block_length}"
+            f"--batch-tokens {options.batch_tokens} is {counted(batch_blocks, 'block')} of {block_length} tokens a "
+            f"batch, which {world_size} processes cannot share evenly; use --batch-tokens {even * block_length}"
         )
 
 

@@ -213,11 +213,11 @@ def _refuse_without_labels(source: BlockSource, first: int, stop: int, what: str
         blocks = np.arange(ref.first_block, ref.first_block + ref.num_blocks)
         chosen = (blocks >= first) & (blocks < stop)
         if chosen.any():
-            _, _, counted = source.read(ref, with_targets=False)
-            if counted is None or counted[np.repeat(chosen, source.block_tokens(blocks[0], blocks[-1] + 1))].any():
+            _, _, mask = source.read(ref, with_targets=False)
+            if mask is None or mask[np.repeat(chosen, source.block_tokens(blocks[0], blocks[-1] + 1))].any():
                 return
     raise TrainingError(
-        f"nothing is to be learnt in the {stop - first} blocks of {source.location} that are {what}, as inside long "
+        f"nothing is to be learnt in {counted(stop - first, 'block')} of {source.location} {what}, as inside long "
         "prompts; give more of them with --held-out and --eval-tokens or a --held-out-cache, or a larger cache"
     )
 

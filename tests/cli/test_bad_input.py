@@ -102,6 +102,23 @@ CASES: dict[str, tuple[int, str, Line]] = {
     "empty text": (1, "the corpus is empty", lambda r, d: dump(r, d, corpus=file(r, ""))),
     "white text": (1, "the corpus is empty", lambda r, d: dump(r, d, corpus=file(r, " \n\t\n"))),
     "invalid UTF-8": (1, "is not UTF-8 at byte offset 3", lambda r, d: dump(r, d, corpus=file(r, b"abc\xff def"))),
+    "UTF-16": (
+        1,
+        "offset 0; it is UTF-16, so convert the file to UTF-8 with `iconv -f utf-16 -t utf-8`",
+        lambda r, d: dump(r, d, corpus=file(r, "text".encode("utf-16"))),
+    ),
+    "UTF-16 of JSONL": (
+        1,
+        "a.jsonl:1 is not UTF-8 at byte 0 of the line; it is UTF-16",
+        lambda r, d: dump(r, d, corpus=file(r, '{"text": "a"}'.encode("utf-16"), "a.jsonl")),
+    ),
+    "booleans among ids": (
+        1,
+        "a.jsonl:2 has a field 'ids' that is an array with booleans, not a list of whole numbers",
+        lambda r, d: dump(
+            r, d, corpus=file(r, '{"ids": [1, 2, 3]}\n{"ids": [1, true, 3]}\n', "a.jsonl"), ids_field="ids"
+        ),
+    ),
     "not JSONL": (1, "is not a JSON object", lambda r, d: dump(r, d, corpus=file(r, "{", "a.jsonl"))),
     "no such field": (1, "has no field 'text'", lambda r, d: dump(r, d, corpus=file(r, '{"a": 1}', "a.jsonl"))),
     "not Parquet": (1, "damaged or not Parquet", lambda r, d: dump(r, d, corpus=file(r, "PAR", "a.parquet"))),

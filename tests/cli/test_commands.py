@@ -168,6 +168,16 @@ def test_inspect_on_a_narrow_terminal(logitcache: Main, dumped: Dumped, monkeypa
         assert re.search(rf"^ *{token} .* {weight:.4f} *$", shown, re.MULTILINE)
 
 
+def test_nothing_is_folded_in_a_pipe(dumped: Dumped, tmp_path: Path) -> None:
+    """A path longer than most terminals are wide."""
+    root = tmp_path / ("a-long-name-" * 10)
+    shutil.copytree(dumped.top_k, root)
+    environment = {name: value for name, value in ENVIRONMENT.items() if name != "COLUMNS"}
+    ran = subprocess.run([*SCRIPT, "inspect", str(root)], capture_output=True, text=True, check=True, env=environment)
+    assert [line.split() for line in ran.stdout.splitlines()][0] == ["cache", str(root)]
+    assert open_cache(root).fingerprint in ran.stdout
+
+
 def test_inspect_says_which_weights_are_exact(logitcache: Main, dumped: Dumped, tmp_path: Path) -> None:
     root = tmp_path / "cache"
     line = ("dump", "--teacher", dumped.teacher, "--corpus", dumped.corpus, "--block-length", 32, "--max-tokens", 64)
