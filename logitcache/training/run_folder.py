@@ -98,6 +98,11 @@ class RunFolder:
         except (OSError, SafetensorError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
                 raise
+            if isinstance(error, SafetensorError) and "deserializ" in str(error):
+                raise TrainingError(
+                    f"weights in {self.checkpoints} cannot be read ({error}); remove the damaged checkpoint and go on "
+                    "with --resume"
+                ) from error
             reason, free = str(error).splitlines()[0], shutil.disk_usage(self.path).free
             raise TrainingError(
                 f"{self.path} cannot be written ({reason}); make room there ({free:,} bytes are free) and go on with "

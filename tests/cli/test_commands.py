@@ -174,7 +174,7 @@ def test_nothing_is_folded_in_a_pipe(dumped: Dumped, tmp_path: Path) -> None:
     shutil.copytree(dumped.top_k, root)
     environment = {name: value for name, value in ENVIRONMENT.items() if name != "COLUMNS"}
     ran = subprocess.run([*SCRIPT, "inspect", str(root)], capture_output=True, text=True, check=True, env=environment)
-    assert [line.split() for line in ran.stdout.splitlines()][0] == ["cache", str(root)]
+    assert ran.stdout.splitlines()[0].split() == ["cache", str(root)]
     assert open_cache(root).fingerprint in ran.stdout
 
 

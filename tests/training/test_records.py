@@ -7,7 +7,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from safetensors.torch import load_file
 
+from logitcache.errors import TrainingError
 from logitcache.training.records import (
     COMPLETE,
     MetricsLog,
@@ -16,6 +18,7 @@ from logitcache.training.records import (
     plot_losses,
     remove_half_checkpoints,
 )
+from logitcache.training.run_folder import RunFolder
 
 
 def test_metrics_come_back_in_order(tmp_path: Path) -> None:
@@ -105,6 +108,14 @@ def test_no_whole_checkpoint(tmp_path: Path) -> None:
     assert last_whole_checkpoint(tmp_path)[0] is None
     remove_half_checkpoints(tmp_path, -1)
     assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_cannot_be_read(tmp_path: Path) -> None:
+    """They are not said to be impossible to write."""
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    wrong = pytest.raises(TrainingError, match=r"cannot be read .*remove the damaged checkpoint")
+    with wrong, RunFolder(tmp_path / "out").writing():
+        load_file(tmp_path / "model.safetensors")
 
 
 @pytest.mark.parametrize(
