@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .console import debug_option, json_option, out, plain_table, print_json, print_wide
-from .options import choice, teacher_options
+from .options import NEW_PATH, choice, teacher_options
 from .progress import DumpView
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def bench() -> None:
 
 @bench.command(epilog=EXAMPLE)
 @teacher_options
-@click.option("--out", "root", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Folder for caches.")
+@click.option("--out", "root", required=True, type=NEW_PATH, metavar="DIR", help="Folder for caches.")
 @click.option("--select", multiple=True, metavar="SPEC", help="What to keep; may be repeated. Default: a wide choice.")
 @click.option("--max-tokens", default=204_800, show_default=True, help="Size of each cache.")
 @click.option("--block-length", default=512, show_default=True, help="Tokens in a block.")

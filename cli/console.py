@@ -7,7 +7,8 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -16,10 +17,22 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 
 from logitcache.errors import LogitcacheError
+from logitcache.errors import counted as counted
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
-GO_ON = "the same command goes on from there (train: add --resume; export: begins anew)"
+if not out.is_terminal and "COLUMNS" not in os.environ:
+    # Who reads a pipe or a file wants paths and hashes in one piece.
+    out.width = 10_000
+KEPT = "what is committed is kept, and the same command goes on from there"
+NOTHING = "nothing was written"
+# What to say of a command that was stopped; of others, that nothing was written.
+AFTER_STOP = {
+    **dict.fromkeys(("dump", "derive", "merge", "subset", "convert", "import", "push", "pull", "bench", "demo"), KEPT),
+    "train": "what is saved is kept, and the same command with --resume goes on from there",
+    "export": "nothing is kept; the same command begins anew",
+    **dict.fromkeys(("plot", "gc", "repair"), "run the same command again"),
+}
 
 
 def is_main() -> bool:
@@ -34,6 +47,29 @@ def _launched() -> bool:
 
 class Terminated(BaseException):
     """SIGTERM arrived."""
+
+
+class Commands(click.Group):
+    """A group whose commands say what is left when they are stopped."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """As click does; a note of what to do next goes with KeyboardInterrupt and Terminated."""
+        try:
+            return super().invoke(ctx)
+        except (KeyboardInterrupt, Terminated) as error:
+            if not hasattr(error, "__notes__"):
+                error.add_note(AFTER_STOP.get(str(ctx.invoked_subcommand), NOTHING))
+            raise
+
+
+@contextmanager
+def writing_nothing() -> Iterator[None]:
+    """For a part of a command that leaves nothing when it is stopped, where the rest of the command does."""
+    try:
+        yield
+    except (KeyboardInterrupt, Terminated) as error:
+        error.add_note(NOTHING)
+        raise
 
 
 def debug_option(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -51,11 +87,6 @@ def debug_option(command: Callable[..., Any]) -> Callable[..., Any]:
 def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add `--json` to a command that prints facts."""
     return click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output instead.")(command)
-
-
-def counted(number: int, one: str, many: str = "") -> str:
-    """`1 shard`, `7 shards`, `1,234 entries`."""
-    return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
 def plain_table(names: Iterable[str], left: Collection[str] = (), fold: bool = False) -> Table:
@@ -126,11 +157,11 @@ def _explain(error: BaseException) -> int:
         return error.exit_code
     if isinstance(error, KeyboardInterrupt | click.Abort):
         if is_main():
-            _say(f"interrupted; what is committed is kept, and {GO_ON}")
+            _say(f"interrupted; {_next(error)}")
         return 130
     if isinstance(error, Terminated):
         if is_main():
-            _say(f"stopped by SIGTERM; what is committed is kept; {GO_ON}")
+            _say(f"stopped by SIGTERM; {_next(error)}")
         return 143
     if getattr(error, "said_elsewhere", False):
         return getattr(error, "exit_code", 1)
@@ -149,6 +180,11 @@ def _explain(error: BaseException) -> int:
         return 1
     _say(f"error: unexpected {type(error).__name__}: {error}; run again with --debug and report it")
     return 1
+
+
+def _next(stopped: BaseException) -> str:
+    """What was noted of how to go on. click puts an `Abort` in the place of KeyboardInterrupt."""
+    return next(iter(getattr(stopped.__cause__ or stopped, "__notes__", [])), NOTHING)
 
 
 def _say(message: str) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .console import debug_option, err, json_option, out, plain_table, print_json
+from .options import NEW_PATH
 from .progress import DumpView, TrainView
 
 if TYPE_CHECKING:
@@ -25,9 +26,7 @@ Run it again to resume. Exit status: 0 done, 1 failed, 2 wrong usage.
 
 
 @click.command(epilog=EXAMPLE)
-@click.option(
-    "--out", "folder", default="demo-output", show_default=True, type=click.Path(path_type=Path), help="Where to write."
-)
+@click.option("--out", "folder", default="demo-output", show_default=True, type=NEW_PATH, help="Where to write.")
 @json_option
 @debug_option
 def demo(folder: Path, as_json: bool) -> None:

@@ -9,6 +9,7 @@ import click
 
 from .console import counted, debug_option, json_option, out, plain_table, print_json
 from .options import (
+    NewPath,
     cache_options,
     choice,
     run_options,
@@ -60,12 +61,14 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 @click.command(cls=Watchable, epilog=EXAMPLE)
 @teacher_options
 @click.option(
-    "--out", "root", required=True, type=click.Path(), metavar="CACHE", help="Cache folder, or s3://bucket/prefix."
+    "--out", "root", required=True, type=NewPath(), metavar="CACHE", help="Cache folder, or s3://bucket/prefix."
 )
 @click.option(
     "--select", required=True, metavar="SPEC", help="What to keep, for example sample:50, varopt:12 or label."
 )
-@click.option("--also", nargs=2, multiple=True, metavar="SPEC CACHE", help="Write another cache from the same run.")
+@click.option(
+    "--also", type=(str, NewPath()), multiple=True, metavar="SPEC CACHE", help="Write another cache from the same run."
+)
 @click.option(
     "--staging",
     type=click.Path(path_type=Path),

@@ -9,6 +9,7 @@ import click
 from logitcache.errors import UsageError
 
 from .console import counted, debug_option, json_option, out, print_json
+from .options import NEW_PATH
 from .progress import View
 
 EXAMPLE = """
@@ -31,7 +32,7 @@ Columns and what is lost: docs/interchange.md. Exit status: 0 done, 1 failed, 2 
 @click.command(epilog=EXAMPLE)
 @click.argument("cache", type=click.Path())
 @click.option("--to", "target", required=True, type=click.Choice(["parquet", "distillkit", "trl"]), help="For whom.")
-@click.option("--out", "folder", required=True, type=click.Path(path_type=Path), metavar="FOLDER", help="New folder.")
+@click.option("--out", "folder", required=True, type=NEW_PATH, metavar="FOLDER", help="New folder.")
 @click.option("--blocks", metavar="FIRST:STOP", help="Only these blocks; either may be left out.")
 @click.option(
     "--layout",

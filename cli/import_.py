@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
 
 from .console import counted, debug_option, json_option, out, print_json
-from .options import cache_options
+from .options import NEW_PATH, cache_options
 from .progress import DumpView
 
 EXAMPLE = """
@@ -28,7 +27,7 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 @click.command("import", epilog=EXAMPLE)
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
 @click.option("--from", "source", required=True, type=click.Choice(["distillkit"]), help="Whose files they are.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), metavar="CACHE", help="Cache folder.")
+@click.option("--out", required=True, type=NEW_PATH, metavar="CACHE", help="Cache folder.")
 @click.option("--tokenizer", required=True, metavar="DIR_OR_ID", help="The tokenizer that made the tokens.")
 @click.option("--layout", metavar="NAME|FILE", help="recommended, budget, or a YAML file of logprob_compressor fields.")
 @click.option("--vocab-size", type=int, metavar="V", help="Rows of the teacher's LM head; default: the layout's d.")

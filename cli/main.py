@@ -7,7 +7,7 @@ import click
 from logitcache import __version__
 
 from .bench import bench
-from .console import run
+from .console import Commands, run
 from .convert import convert
 from .demo import demo
 from .derive import derive
@@ -28,7 +28,7 @@ from .train import train
 from .verify import verify
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="logitcache")
 def cli() -> None:
     """Distil language models without a live teacher.

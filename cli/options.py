@@ -27,6 +27,18 @@ def together(*options: Callable[[Command], Command]) -> Callable[[Command], Comm
     return add
 
 
+class NewPath(click.Path):
+    """A path to write to. An empty one, as of a shell's unset variable, would be the current folder."""
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
+        if value == "":
+            self.fail("it is empty, which would be the current folder; give a name, or . for that", parameter, context)
+        return super().convert(value, parameter, context)
+
+
+NEW_PATH = NewPath(path_type=Path)
+
+
 def teacher_options(command: Command) -> Command:
     """Add `--teacher`, `--gguf-file` and `--corpus`: what a dump reads."""
     return together(
@@ -165,7 +177,7 @@ def new_cache_option(command: Command) -> Command:
         "--out",
         "root",
         required=True,
-        type=click.Path(path_type=Path),
+        type=NEW_PATH,
         metavar="CACHE",
         help="The new cache; no cache that is read, nor a folder inside one.",
     )(command)

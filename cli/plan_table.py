@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from .console import counted, out, plain_table, print_json, print_wide
+from .console import counted, out, plain_table, print_json, print_wide, writing_nothing
 from .progress import StageView
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ def show_plan(options: PlanOptions, command: str, as_json: bool) -> None:
     """Make the plan and print it, as a table or as JSON."""
     from logitcache.planning import make_plan
 
-    with StageView(command) as view:
+    with writing_nothing(), StageView(command) as view:
         plan = make_plan(options, view)
     if as_json:
         print_json(plan.to_dict())

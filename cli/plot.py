@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from .console import counted, debug_option, json_option, out, print_json
-from .options import rows_options
+from .options import NEW_PATH, rows_options
 from .progress import StageView
 from .tokens import token_text
 
@@ -27,7 +27,7 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 
 @click.command(epilog=EXAMPLE)
 @click.argument("cache", type=click.Path())
-@click.option("--out", "path", required=True, type=click.Path(path_type=Path), metavar="FILE_OR_DIR", help="Where to.")
+@click.option("--out", "path", required=True, type=NEW_PATH, metavar="FILE_OR_DIR", help="Where to.")
 @rows_options
 @json_option
 @debug_option

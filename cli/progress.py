@@ -130,7 +130,7 @@ class DumpView(View):
             self._live.below = workers_table(seen)
         if seen.total_tokens is None:
             return
-        units = f"{seen.committed_units:,} of {seen.total_units:,} units"
+        units = f"{seen.committed_units:,} of {counted(seen.total_units or 0, 'unit')}"
         facts = f"{seen.done_tokens:,} of {seen.total_tokens:,} tokens, {units}, {seen.tokens_per_second:,.0f} tokens/s"
         self.bar(seen.done_tokens, seen.total_tokens, f"{facts}, {busy} computing", seen.seconds_left)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from .console import debug_option, json_option
+from .options import NewPath
 from .transfer import transfer
 
 EXAMPLE = """
@@ -21,7 +22,7 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 
 @click.command(epilog=EXAMPLE)
 @click.argument("source", metavar="URL")
-@click.argument("folder", type=click.Path())
+@click.argument("folder", type=NewPath())
 @json_option
 @debug_option
 def pull(source: str, folder: str, as_json: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from .console import debug_option, json_option
+from .options import NewPath
 from .transfer import transfer
 
 EXAMPLE = """
@@ -23,7 +24,7 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 
 @click.command(epilog=EXAMPLE)
 @click.argument("cache", type=click.Path())
-@click.argument("destination", metavar="URL")
+@click.argument("destination", type=NewPath(), metavar="URL")
 @json_option
 @debug_option
 def push(cache: str, destination: str, as_json: bool) -> None:

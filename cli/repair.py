@@ -43,7 +43,11 @@ def repair(cache: str, apply: bool, as_json: bool) -> None:
             table.add_row("" if item.unit is None else str(item.unit), item.file, item.what)
         out.print(table)
         said = counted(len(units), "unit")
-        if apply:
+        if not units:
+            done = "nothing was" if apply else "nothing is to be"
+            after = "run the command that made the cache again to finish it" if apply else "--apply mends the files"
+            out.print(f"{cache}: {done} taken back of what was computed; {after}")
+        elif apply:
             out.print(f"{cache}: {said} taken back; run the command that made the cache again to compute them")
         else:
             out.print(f"{cache}: {said} to be computed again; --apply takes their commits back")

@@ -9,7 +9,7 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from .console import counted, debug_option, json_option, out, plain_table, print_json
+from .console import counted, debug_option, json_option, out, plain_table, print_json, print_wide
 from .options import rows_options
 from .progress import StageView
 from .tokens import token_text
@@ -30,6 +30,7 @@ unfinished cache what is committed is read.
 Exit status: 0 done, 1 damaged or no cache, 2 wrong usage, 130 or 143 interrupted.
 """
 SHOWN_IDS = 10
+WIDTH = 90
 
 
 @click.command(epilog=EXAMPLE)
@@ -78,7 +79,7 @@ def show(found: CacheStats) -> None:
     _add(table, "tail mass", found.kept_mass, 4, turned=True)
     _add(table, "entropy (nats)", found.entropy, 3)
     _add(table, "surprise (nats)", found.surprise, 3)
-    out.print(table)
+    print_wide(table, WIDTH)
     if not found.keeps_ids:
         out.print("Rows have no ids: only the log-probability of the next token is kept.", style="dim")
     elif found.kept_mass is None and found.rows:
@@ -113,7 +114,7 @@ def _show_arrays(found: CacheStats) -> None:
     for name, count in found.array_bytes.items():
         table.add_row(name, f"{count:,}", f"{count / found.shard_tokens:.2f}", f"{count / total:.1%}")
     table.add_row("all arrays", f"{total:,}", f"{total / found.shard_tokens:.2f}", "", style="bold")
-    out.print(table)
+    print_wide(table, WIDTH)
     out.print(f"and {found.codebook_bytes:,} bytes of tables in the whole cache", style="dim")
 
 
@@ -126,7 +127,7 @@ def _show_places(found: CacheStats) -> None:
             *(_cell(value, digits) for value, digits in ((place.ids, 1), (place.kept_mass, 4))),
             *(_cell(value, 3) for value in (place.entropy, place.cross_entropy)),
         )
-    out.print(table)
+    print_wide(table, WIDTH)
 
 
 def _show_ids(found: CacheStats) -> None:
@@ -138,8 +139,8 @@ def _show_ids(found: CacheStats) -> None:
     for used in found.top_ids[:SHOWN_IDS]:
         token = "" if used.token is None else repr(used.token)
         table.add_row(str(used.id), Text(token), f"{used.row_share:.1%}", f"{used.mean_weight:.4f}")
-    out.print(table)
-    out.print(f"{found.distinct_ids:,} ids are kept by some row", style="dim")
+    print_wide(table, WIDTH)
+    out.print(f"{counted(found.distinct_ids, 'id is', 'ids are')} kept by some row", style="dim")
 
 
 def _cell(value: float | None, digits: int) -> str:

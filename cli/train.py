@@ -11,7 +11,9 @@ import click
 from rich.table import Table
 
 from .console import debug_option, json_option, out, print_json
+from .options import NewPath
 from .progress import TrainView
+from .train_config import assignment, read_config
 
 EXAMPLE = """
 \b
@@ -42,7 +44,7 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 @click.option("--cache-weights", metavar="W,W...", help="A share for each cache.  [default: equal; corpora by size]")
 @click.option("--partial", is_flag=True, default=None, help="Train on what an unfinished dump has written by now.")
 @click.option("--student", metavar="CONFIG_OR_DIR", help="Model folder, or YAML/JSON of a transformers config.")
-@click.option("--out", metavar="DIR", help="Folder of the run and of the trained student.")
+@click.option("--out", type=NewPath(), metavar="DIR", help="Folder of the run and of the trained student.")
 @click.option(
     "--objective",
     help="auto (forward-kl), cross-entropy, forward-kl, reverse-kl, jsd, skew-kl, tvd, decoupled, mse or "
@@ -107,19 +109,21 @@ def train(
     from logitcache.training.ranks import Ranks
 
     def read_options() -> TrainOptions:
-        values = _read_config(config) | {key: value for key, value in given.items() if value is not None}
+        values, places = read_config(config)
         weights = tuple(cache_weights.split(",")) if cache_weights else ()
         lists = {"cache": cache, "cache_weights": weights, "eval_text": eval_text}
-        values |= {key: value for key, value in lists.items() if value}
-        values |= dict(_assignment(text) for text in assignments)
-        return TrainOptions.build(values)
+        options = {key: value for key, value in given.items() if value is not None}
+        options |= {key: value for key, value in lists.items() if value}
+        options |= dict(assignment(text) for text in assignments)
+        return TrainOptions.build(values | options, {key: places[key] for key in places.keys() - options.keys()})
 
     ranks = Ranks.of_environment()
     options = ranks.agree(read_options)
     with TrainView() if ranks.is_main else nullcontext() as view:
         if view is not None:
             view.stage("loading")
-        metrics = run_training(options, resume, view.step if view else None, sys.argv)
+        step, note = (view.step, view.note) if view else (None, None)
+        metrics = run_training(options, resume, step, sys.argv, note)
     ranks.leave()
     if ranks.is_main:
         _report(metrics, options.out, as_json)
@@ -134,39 +138,3 @@ def _report(metrics: dict[str, Any], folder: str, as_json: bool) -> None:
         table.add_row(name.replace("_", " "), f"{value:,.4f}" if isinstance(value, float) else f"{value:,}")
     out.print(table)
     out.print(f"The student is in {folder}, its loss curve in {Path(folder) / 'loss.png'}")
-
-
-def _read_config(path: Path | None) -> dict[str, Any]:
-    if path is None:
-        return {}
-    import yaml
-
-    from logitcache.errors import UsageError
-
-    try:
-        values = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UsageError(f"--config {path} cannot be read ({error.strerror}); check the path") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config {path} is not YAML: {str(error).splitlines()[0]}; mend it") from error
-    if not isinstance(values, dict):
-        raise UsageError(f"--config {path} must hold keys and values, for example `alpha: 0.9`")
-    return {_text(key): value for key, value in values.items()}
-
-
-def _assignment(text: str) -> tuple[str, Any]:
-    import yaml
-
-    from logitcache.errors import UsageError
-
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise UsageError(f"--set {text} has no value; write --set key=value")
-    try:
-        return _text(key), yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise UsageError(f"--set {text}: the value is not YAML; quote it") from error
-
-
-def _text(key: Any) -> str:
-    return str(key).strip().replace("-", "_")

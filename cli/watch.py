@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from .console import debug_option, err, json_option, out, print_json
+from .console import counted, debug_option, err, json_option, out, print_json
 from .progress import DumpView
 
 _SECONDS = 1.0
@@ -37,7 +37,7 @@ def watch(cache: str, as_json: bool) -> None:
     except KeyboardInterrupt:
         err.print("Only the view ended; the dump goes on.")
         return
-    out.print(f"{cache}: complete, {seen.done_tokens:,} tokens in {seen.committed_units:,} units")
+    out.print(f"{cache}: complete, {seen.done_tokens:,} tokens in {counted(seen.committed_units, 'unit')}")
 
 
 class Watchable(click.Command):

@@ -19,6 +19,7 @@ from logitcache.reader import CacheDataset, ReaderOptions
 from logitcache.store import Cache
 from logitcache.training import DistillationTrainer, evaluate_blocks
 from logitcache.training.arguments import training_arguments
+from logitcache.training.checks import check_impl, check_shares, remark_on_batch
 from logitcache.training.evaluation import empty_batch, overall
 from logitcache.training.load import check_fits, load_student
 from logitcache.training.options import TrainOptions
@@ -40,6 +41,7 @@ def run_training(
     resume: bool = False,
     progress: StepProgress | None = None,
     command: Sequence[str] | None = None,
+    remark: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Train a student and write it to `options.out`, a folder that `AutoModelForCausalLM.from_pretrained` loads.
 
@@ -52,6 +54,7 @@ def run_training(
             others; of a finished run, return its result.
         progress: called as progress(step, total_steps, latest metrics), on the main rank.
         command: the command line that asked for this, for run.json.
+        remark: called on the main rank, before the first step, with each sentence about what may not be as expected.
 
     Returns:
         The final evaluation's metrics and `steps`, `tokens`, `tokens_per_second`; with early_stop also `best_step`,
@@ -71,6 +74,9 @@ def run_training(
         run.check_same(result)
         if result is not None:
             return result
+        if remark is not None and ranks.is_main:
+            for sentence in run.remarks:
+                remark(sentence)
         with run.folder.writing():
             return run.train(progress or (lambda step, total, metrics: None))
 
@@ -93,9 +99,13 @@ class _Run:
         self.batch_blocks = max(1, round(options.batch_tokens / self.data.block_length))
         self.steps = self._count_steps()
         self.device = ranks.device(options.device)
+        check_impl(options, self.device)
+        check_shares(options, self.batch_blocks, self.data.block_length, ranks.world_size)
         self.reading = self._reading()
         self.record = _record(options, self.data, self.steps, ranks, command)
-        self.checkpoint = self.folder.find_checkpoint(self.record, resume)
+        self.checkpoint, passed_over = self.folder.find_checkpoint(self.record, resume)
+        batch = remark_on_batch(options, self._step_blocks, self.data.num_blocks, self.data.block_length)
+        self.remarks = [*passed_over, *([batch] if batch else [])]
         self.tokenizer = _load_tokenizer(options, self.data.caches[0])
         self.other_domain = plain_text_batches(
             options, self.tokenizer, self.data.block_length, self.reading.batch_blocks

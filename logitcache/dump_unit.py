@@ -17,7 +17,7 @@ from logitcache.codec import Planes
 from logitcache.dump_corpus import counted_of
 from logitcache.dump_job import Job
 from logitcache.dump_pipeline import Pipeline
-from logitcache.errors import ModelError
+from logitcache.errors import ModelError, counted
 from logitcache.selection import Selection
 from logitcache.store import CacheWriter
 from logitcache.targets import SparseTargets
@@ -202,7 +202,7 @@ def _captured_or_halved(
     if not job.said_halved:
         job.said_halved = True
         job.progress.note(
-            f"{batch.shape[0]} blocks at a time are too much for the teacher's memory; going on with "
+            f"{counted(batch.shape[0], 'block')} at a time are too much for the teacher's memory; going on with "
             f"{job.batch_blocks} (--batch-tokens {job.batch_blocks * batch.shape[1]})"
         )
     return None

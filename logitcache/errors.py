@@ -5,6 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 
+def counted(number: int, one: str, many: str = "") -> str:
+    """How a message counts: `1 shard`, `7 shards`, `1,234 entries`."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
 class LogitcacheError(Exception):
     """Base of every error a user can cause or meet; the command line prints it without a traceback."""
 

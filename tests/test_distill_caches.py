@@ -121,8 +121,10 @@ def test_subsets_of_one_corpus_are_mixed(values: dict[str, Any], dumped: Dumped,
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"cache_weights": (1, 2, 3)}, "cache-weights gives 3 weights for 2 caches"),
-    ({"cache_weights": (1, -2)}, "do not give each of 2 caches a positive share"),
+    ({"cache_weights": (1, 2, 3)}, "--cache-weights gives 3 weights for 2 caches"),
+    ({"cache_weights": (1, -2)}, "^--cache-weights 1.0,-2.0 makes no shares; give each cache a number above 0$"),
+    ({"cache_weights": (1, 0)}, "--cache-weights 1.0,0.0 makes no shares"),
+    ({"cache_weights": (1e308, 1e308)}, "--cache-weights 1e.308,1e.308 makes no shares"),
     ({"combine": "average"}, "cannot be averaged: corpus is"),
 ]
 

@@ -150,7 +150,11 @@ def test_a_refusal_is_said_once(nursery: Nursery, options: dict[str, Any], tmp_p
     config = tmp_path / "train.json"
     config.write_text(json.dumps(options | {"out": str(tmp_path / "out")}))
     for given, status, words in (
-        (["--batch-tokens", "96"], 1, "a global batch of 3 blocks cannot be split evenly over 2 ranks"),
+        (
+            ["--batch-tokens", "96"],
+            2,
+            "96 is 3 blocks of 32 tokens a batch, which 2 processes cannot share evenly; use --batch-tokens 64",
+        ),
         (["--set", "fsdp=full-shard"], 2, "accelerate shards on no CPU"),
         (["--alpha", "3"], 2, "less than or equal to 1"),
         (["--alpa", "3"], 2, "No such option"),

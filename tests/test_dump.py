@@ -239,7 +239,7 @@ def whole(place: Path) -> Path:
 def test_every_failpoint_is_tried() -> None:
     sources = Path(store.__file__).parent.glob("*.py")
     names = {name for path in sources for name in re.findall(r'failpoint\("([a-z._]+)"\)', path.read_text())}
-    # Those of push and pull are tried in tests/store/test_transfer.py, those of buckets in tests/engines/test_bucket.py. those of buckets in test_bucket_writer.py.
+    # Those of push and pull are tried in tests/store/test_transfer.py, those of buckets in test_bucket_writer.py.
     assert {name for name in names if not name.startswith(("transfer.", "bucket."))} == set(FAILPOINTS)
 
 

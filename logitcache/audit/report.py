@@ -131,7 +131,9 @@ class AuditReport:
     def _reason(self) -> str:
         over = max(self.figures, key=lambda figure: abs(figure.mean) / figure.limit if figure.limit else 0)
         times = abs(over.mean) / over.limit if over.limit else float("inf")
-        found = f"{over.measure} is {times:,.{0 if times >= 10 else 1}f} times its limit"
+        # Rounded, a little over the limit would be 1.0 times the limit.
+        of = f"{times:.2%} of" if times < 1.1 else f"{times:,.{0 if times >= 10 else 1}f} times"
+        found = f"{over.measure} is {of} its limit"
         where = f" in {len(self.blocks_off)} of {self.blocks} blocks"
         found += where if 0 < len(self.blocks_off) < self.blocks else ""
         if self.fits is not None:

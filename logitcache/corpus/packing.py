@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from logitcache.corpus.documents import Document
 from logitcache.corpus.encoding import Encoded, encode_texts
 from logitcache.corpus.policy import PackingPolicy
-from logitcache.errors import CorpusError, EmptyCorpusError, UsageError
+from logitcache.errors import CorpusError, EmptyCorpusError, UsageError, counted
 
 Progress = Callable[[int], None]
 Tokens = NDArray[np.int32]
@@ -234,7 +234,7 @@ class _Packer:
         """Pad the last block and complete the hash."""
         if not self.num_tokens:
             raise EmptyCorpusError(
-                f"the corpus is empty: {self.empty_documents} documents, none of which holds any text; "
+                f"the corpus is empty: {counted(self.empty_documents, 'document')} and no text in any; "
                 "check the files and the text field"
             )
         if self.mask is not None and not self.learnt_tokens:

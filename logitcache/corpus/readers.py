@@ -8,7 +8,7 @@ from typing import Any
 
 from logitcache.corpus.columnar import iter_batches
 from logitcache.corpus.documents import Document, cut_pieces
-from logitcache.corpus.records import UTF8_ADVICE, cell, encodable, iter_objects, json_kind, picked
+from logitcache.corpus.records import cell, encodable, iter_objects, json_kind, picked, utf8_advice
 from logitcache.corpus.sources import CorpusFile, unreadable
 from logitcache.errors import CorpusError
 
@@ -54,7 +54,7 @@ def _decoded_chunks(file: CorpusFile) -> Iterator[str]:
                 text = decoder.decode(chunk, final=not chunk)
             except UnicodeDecodeError as error:
                 offset = consumed - undecoded + error.start
-                raise CorpusError(f"{file} is not UTF-8 at byte offset {offset}; {UTF8_ADVICE}") from error
+                raise CorpusError(f"{file} is not UTF-8 at byte offset {offset}; {utf8_advice(error)}") from error
             yield text.removeprefix("\ufeff") if consumed == 0 else text
             consumed += len(chunk)
             if not chunk:

@@ -17,7 +17,7 @@ from logitcache.corpus.columnar import iter_batches
 from logitcache.corpus.sources import CorpusFile, unreadable
 from logitcache.errors import CorpusError
 
-UTF8_ADVICE = "convert the file to UTF-8, for example with `iconv -f latin1 -t utf-8`"
+_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +57,9 @@ class Record:
     def integers(self, role: str) -> NDArray[Any]:
         """A field that must be a flat list of whole numbers, of any integer type. Raises CorpusError."""
         value = self.values[role]
+        if isinstance(value, list) and role == "ids" and bool in map(type, value):
+            # numpy would make a 1 of True among numbers.
+            raise self.wrong(role, "a list of whole numbers", "an array with booleans")
         if isinstance(value, list):
             try:
                 value = np.array(value) if value else np.zeros(0, dtype=np.int64)
@@ -67,9 +70,9 @@ class Record:
             raise self.wrong(role, "a list of whole numbers")
         return value
 
-    def wrong(self, role: str, wanted: str) -> CorpusError:
+    def wrong(self, role: str, wanted: str, found: str = "") -> CorpusError:
         """What to say of a field of another type."""
-        found = json_kind(self.values[role])
+        found = found or json_kind(self.values[role])
         return CorpusError(
             f"{self.place} has a field {self.names[role]!r} that is {found}, not {wanted}; choose another {role} "
             "field or repair the record"
@@ -113,7 +116,7 @@ def _object(line: bytes, place: str) -> dict[str, Any]:
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise CorpusError(f"{place} is not UTF-8 at byte {error.start} of the line; {UTF8_ADVICE}") from error
+        raise CorpusError(f"{place} is not UTF-8 at byte {error.start} of the line; {utf8_advice(error)}") from error
     except (json.JSONDecodeError, RecursionError) as error:
         what = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
         raise CorpusError(f"{place} is not a JSON object ({what}); write one object on each line") from error
@@ -159,6 +162,13 @@ def cell(scalar: Any, place: str) -> Any:
         return scalar.as_py()
     except UnicodeDecodeError as error:
         raise CorpusError(f"{place} is not UTF-8 at byte {error.start}; write the file again as UTF-8") from error
+
+
+def utf8_advice(error: UnicodeDecodeError) -> str:
+    """How to make UTF-8 of bytes that are none; UTF-16 is known by its first two."""
+    if error.object.startswith(_UTF_16):
+        return "it is UTF-16, so convert the file to UTF-8 with `iconv -f utf-16 -t utf-8`"
+    return "convert the file to UTF-8, for example with `iconv -f latin1 -t utf-8`"
 
 
 def encodable(text: str, place: str) -> str:

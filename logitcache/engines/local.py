@@ -22,7 +22,7 @@ from logitcache.dump_options import DumpOptions
 from logitcache.engines.devices import take_device
 from logitcache.engines.watch import Watcher
 from logitcache.engines.worker import run_worker, sweep
-from logitcache.errors import CacheError
+from logitcache.errors import CacheError, counted
 from logitcache.progress import Progress, Silent
 from logitcache.store import check_place
 
@@ -66,7 +66,7 @@ class Fleet:
 
     def run(self) -> DumpReport:
         """Start them all, restart those that die, return what the first to finish reports."""
-        self._progress.stage(f"starting {self._count} workers")
+        self._progress.stage(f"starting {counted(self._count, 'worker')}")
         before = self._watcher.done_tokens()
         for slot in range(self._count):
             self._start(slot)

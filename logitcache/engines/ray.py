@@ -16,7 +16,7 @@ from logitcache.dump_options import DumpOptions
 from logitcache.engines.devices import take_device
 from logitcache.engines.watch import Watcher
 from logitcache.engines.worker import run_worker, sweep
-from logitcache.errors import LogitcacheError, UsageError
+from logitcache.errors import LogitcacheError, UsageError, counted
 from logitcache.progress import Progress, Silent
 from logitcache.store import check_place
 
@@ -64,7 +64,7 @@ def _run(ray: Any, options: DumpOptions, progress: Progress) -> DumpReport:
     watcher = Watcher([output.location for output in options.outputs], options.lease_seconds, progress)
     before = watcher.done_tokens()
     resources, count = _resources(ray, options)
-    progress.stage(f"placing {count} workers on the Ray cluster")
+    progress.stage(f"placing {counted(count, 'worker')} on the Ray cluster")
     # A node that is lost takes its actor along; Ray starts it anew elsewhere and calls `run` again.
     actor = ray.remote(max_restarts=-1, max_task_retries=-1, **resources)(Worker)
     actors = [actor.remote(options, rank, os.getcwd()) for rank in range(count)]

@@ -46,10 +46,15 @@ IMPLEMENTATIONS = ("reference", "split", "chunk", "triton")
 WIDEST_RECOMPUTED = 1650
 
 
-def check_implementation(impl: str) -> None:
-    """Raise ObjectiveError for a name that does not exist."""
+def check_implementation(impl: str, device: torch.device | None = None, spelling: str = 'impl="{}"') -> None:
+    """Raise ObjectiveError for a name that does not exist, or that cannot run on a device where one is given.
+
+    `spelling` is how the message names an implementation.
+    """
     if impl not in ("auto", *IMPLEMENTATIONS):
         raise ObjectiveError(f"impl is {impl!r}; this version has auto, {', '.join(IMPLEMENTATIONS)}")
+    if impl == "triton" and device and (reason := triton_gather.unavailable(device, spelling=spelling)):
+        raise ObjectiveError(reason)
 
 
 def choose_implementation(impl: str, hidden: torch.Tensor, weight: torch.Tensor, summed: bool) -> str:

@@ -25,23 +25,28 @@ def kernels() -> ModuleType:
     return triton_kernels
 
 
-def unavailable(device: torch.device, dtype: torch.dtype | None = None) -> str | None:
-    """Why the kernels cannot run on `device` (with logits of `dtype`), as one sentence; None if they can."""
+def unavailable(device: torch.device, dtype: torch.dtype | None = None, spelling: str = 'impl="{}"') -> str | None:
+    """Why the kernels cannot run on `device` (with logits of `dtype`), as one sentence; None if they can.
+
+    `spelling` is how it names an implementation.
+    """
+    triton, split = spelling.format("triton"), spelling.format("split")
     if dtype == torch.float64:
-        return 'impl="triton" has no float64; use impl="split" or impl="reference", or convert the inputs to float32'
+        reference = spelling.format("reference")
+        return f"{triton} has no float64; use {split} or {reference}, or convert the inputs to float32"
     try:
         interpreted = kernels().INTERPRETED
     except ImportError as error:
-        return f'impl="triton" needs the package triton ({error}); install it, or use impl="split"'
+        return f"{triton} needs the package triton ({error}); install it, or use {split}"
     if interpreted and device.type in ("cpu", "cuda"):
         return None
     if device.type != "cuda":
-        return f'impl="triton" needs a CUDA device, but hidden is on {device}; use impl="split"'
+        return f"{triton} needs a CUDA device, but the device is {device}; use {split}"
     if torch.version.hip is not None:
-        return 'impl="triton" was never tried on ROCm; use impl="split"'
+        return f"{triton} was never tried on ROCm; use {split}"
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
-        return f'impl="triton" needs compute capability 8.0, but {device} has {capability}; use impl="split"'
+        return f"{triton} needs compute capability 8.0, but {device} has {capability}; use {split}"
     return None
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeGuard
 
 import torch
@@ -15,6 +16,7 @@ import torch
 from logitcache.errors import ObjectiveError
 from logitcache.kernels import check_temperature
 from logitcache.losses.checks import check_share
+from logitcache.losses.spelling import PYTHON, Spelling
 
 TAILS = ("bucket", "renormalised", "teacher_renormalised", "unnormalised", "label", "unbiased", "blend")
 CLASS_TAILS = ("bucket", "renormalised")
@@ -31,6 +33,7 @@ _FIELDS: dict[str, dict[str, Any]] = {
     "policy_gradient": {"clip": None},
 }
 KINDS = tuple(_FIELDS)
+_OPTIONS = ("tail", "beta", "reverse", "clip")
 
 
 @dataclass(frozen=True)
@@ -55,31 +58,7 @@ class Objective:
     clip: float | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ObjectiveError(f"objective kind {self.kind!r} does not exist; use one of {', '.join(KINDS)}")
-        fields = _FIELDS[self.kind]
-        for name in ("tail", "beta", "reverse", "clip"):
-            if name not in fields and getattr(self, name) is not None:
-                raise ObjectiveError(f"{self.kind} has no {name}, but {name} is {getattr(self, name)!r}; leave it out")
-        tails = TAILS if self.kind == "forward_kl" else CLASS_TAILS
-        if "tail" in fields and self.tail not in tails:
-            raise ObjectiveError(f"tail {self.tail!r} does not exist for {self.kind}; use one of {', '.join(tails)}")
-        if "beta" in fields:
-            self._check_beta()
-        if "reverse" in fields and not isinstance(self.reverse, bool):
-            raise ObjectiveError(f"reverse is {self.reverse!r}; it must be True or False")
-        if self.clip is not None and not (_is_number(self.clip) and math.isfinite(self.clip) and self.clip > 0):
-            raise ObjectiveError(f"clip is {self.clip!r}; it must be a finite number of nats above 0, or None for none")
-
-    def _check_beta(self) -> None:
-        """jsd vanishes at both ends; skew_kl is a KL divergence at 0 and vanishes at 1."""
-        if self.kind == "jsd" and not (_is_number(self.beta) and 0 < self.beta < 1):
-            raise ObjectiveError(
-                f"beta is {self.beta!r}; it must be a number in (0, 1), as jsd is 0 at both ends: use forward_kl or "
-                "reverse_kl, which it becomes there when divided by beta or by 1 - beta"
-            )
-        if self.kind == "skew_kl" and not (_is_number(self.beta) and 0 <= self.beta < 1):
-            raise ObjectiveError(f"beta is {self.beta!r}; it must be a number in [0, 1), as skew_kl is 0 at 1")
+        _check_options(self.kind, {name: getattr(self, name) for name in _OPTIONS}, PYTHON)
 
     @classmethod
     def cross_entropy(cls) -> Objective:
@@ -187,13 +166,17 @@ class Objective:
         return cls.forward_kl("unbiased" if unbiased else "bucket")
 
     @classmethod
-    def named(cls, kind: str, **options: Any) -> Objective:
-        """The objective of a kind, with the options given and defaults for the others: for command lines."""
-        known = [field.name for field in fields(cls) if field.name != "kind"]
+    def named(cls, kind: str, spelling: Spelling = PYTHON, **options: Any) -> Objective:
+        """The objective of a kind, with the options given and defaults for the others: for command lines.
+
+        What ObjectiveError says is spelled as `spelling` does.
+        """
         for name in options:
-            if name not in known:
-                raise ObjectiveError(f"objectives have no option {name!r}; they have {', '.join(known)}")
-        return cls(kind, **{**_FIELDS.get(kind, {}), **options})
+            if name not in _OPTIONS:
+                raise ObjectiveError(f"objectives have no option {name!r}; they have {', '.join(_OPTIONS)}")
+        options = {**_FIELDS.get(kind, {}), **options}
+        _check_options(kind, options, spelling)
+        return cls(kind, **options)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Objective:
@@ -230,11 +213,12 @@ class Objective:
         """Whether, of unbiased targets, the exact entries stand for all: a short top-k."""
         return self.tail == "bucket" or self.kind in ("decoupled", "mse")
 
-    @property
-    def _name(self) -> str:
-        if self.kind == "forward_kl":
-            return f"tail={self.tail!r}"
-        return self.kind if self.tail is None else f"{self.kind} with tail={self.tail!r}"
+    def _name(self, spelling: Spelling) -> str:
+        kind = spelling.kind(self.kind)
+        if self.tail is None:
+            return kind
+        tail = spelling.option("tail", self.tail)
+        return tail if self.kind == "forward_kl" else f"{kind} with {tail}"
 
     def check(
         self,
@@ -244,6 +228,7 @@ class Objective:
         has_exact_head: bool = False,
         has_label_logprob: bool = True,
         has_ids: bool = True,
+        spelling: Spelling = PYTHON,
     ) -> None:
         """Refuse combinations without a correct meaning.
 
@@ -255,6 +240,7 @@ class Objective:
             has_exact_head: whether unbiased targets say which of their weights are exact (varopt:K does).
             has_label_logprob: whether the targets hold the teacher's log-probability of the labels.
             has_ids: whether the targets' rows have entries; those of a `label` cache have none.
+            spelling: how the message names options.
 
         Raises:
             ObjectiveError: says what to use or to store instead.
@@ -266,59 +252,100 @@ class Objective:
         if self.kind == "policy_gradient":
             if not has_label_logprob:
                 raise ObjectiveError(
-                    "policy_gradient needs the teacher's log-probability of every label, which these targets do not "
-                    "hold; use a cache that `dump` wrote and whose label_logprob was not dropped"
+                    f"{spelling.kind(self.kind)} needs the teacher's log-probability of every label, which these "
+                    "targets do not hold; use a cache that `dump` wrote and whose label_logprob was not dropped"
                 )
         elif not has_ids:
             raise ObjectiveError(
-                f"{self._name} needs the teacher's probabilities of ids, but these targets hold none (--select label "
-                "keeps the labels' log-probabilities only); use policy_gradient (train --objective policy-gradient), "
-                "or dump with another --select"
+                f"{self._name(spelling)} needs the teacher's probabilities of ids, but these targets hold none "
+                "(--select label keeps the labels' log-probabilities only); use "
+                f"{spelling.kind('policy_gradient')}, or dump with another --select"
             )
         elif unbiased:
-            self._check_samples(has_exact_head)
+            self._check_samples(has_exact_head, spelling)
         elif self.tail in ("unbiased", "blend"):
             spec = "sample:N or varopt:K" if self.tail == "unbiased" else "varopt:K"
             raise ObjectiveError(
-                f"{self._name} needs sampled targets, but these hold probabilities of top-k or top-p; use "
-                f"tail='bucket', or dump a cache with --select {spec}"
+                f"{self._name(spelling)} needs sampled targets, but these hold probabilities of top-k or top-p; use "
+                f"{spelling.option('tail', 'bucket')}, or dump a cache with --select {spec}"
             )
-        self._check_temperature(unbiased, temperature)
+        self._check_temperature(unbiased, temperature, spelling)
 
-    def _check_samples(self, has_exact_head: bool) -> None:
+    def _check_samples(self, has_exact_head: bool, spelling: Spelling) -> None:
         """Raise ObjectiveError unless unbiased targets can be used: as they are, or the exact head of them."""
         needs_head = self.reads_exact_head or self.tail == "blend"
         if self.tail == "unbiased" or (needs_head and has_exact_head):
             return
-        sampled = "tail='unbiased'" if self.kind == "forward_kl" else "forward_kl with tail='unbiased'"
+        name, tail, is_forward = self._name(spelling), partial(spelling.option, "tail"), self.kind == "forward_kl"
+        sampled = tail("unbiased") if is_forward else f"{spelling.kind('forward_kl')} with {tail('unbiased')}"
         if needs_head:
             also = {"bucket": " (it serves both), top-k:K or top-p:P:K", "blend": ""}
             raise ObjectiveError(
-                f"{self._name} needs exact probabilities, but none of these samples is exact; use {sampled}, or dump "
+                f"{name} needs exact probabilities, but none of these samples is exact; use {sampled}, or dump "
                 f"a cache with --select varopt:K{also.get(str(self.tail), ', top-k:K or top-p:P:K')}"
             )
         if has_exact_head:
-            sampled = "tail='unbiased' or 'bucket'" if self.kind == "forward_kl" else "tail='bucket'"
+            sampled = tail("unbiased", "bucket") if is_forward else tail("bucket")
         raise ObjectiveError(
-            f"{self._name} needs probabilities, but these targets are unbiased samples; use {sampled}, "
+            f"{name} needs probabilities, but these targets are unbiased samples; use {sampled}, "
             "or dump a cache with --select top-k:K or top-p:P:K"
         )
 
-    def _check_temperature(self, unbiased: bool, temperature: float) -> None:
+    def _check_temperature(self, unbiased: bool, temperature: float, spelling: Spelling) -> None:
         """Raise ObjectiveError unless the divergence can be had at this temperature from what is stored."""
         if temperature == 1 or self.tail == "renormalised" or self.kind == "decoupled":
             return
+        given, plain = f"{spelling.name('temperature')} is {temperature}", spelling.option("temperature", 1)
+        renormalised = spelling.option("tail", "renormalised")
         if self.kind in ("mse", "policy_gradient"):
-            raise ObjectiveError(f"temperature is {temperature}, but {self.kind} has none; use temperature=1")
+            raise ObjectiveError(f"{given}, but {spelling.kind(self.kind)} has none; use {plain}")
         if unbiased:
             raise ObjectiveError(
-                f"temperature is {temperature}, but sampled weights are unbiased at temperature 1 only; use "
-                "temperature=1, or tail='renormalised' with a cache dumped with --select top-k:K"
+                f"{given}, but sampled weights are unbiased at temperature 1 only; use {plain}, or {renormalised} "
+                "with a cache dumped with --select top-k:K"
             )
         raise ObjectiveError(
-            f"temperature is {temperature}, but {self._name} needs the teacher's tail mass at that temperature, and "
-            "the cache stores it at temperature 1; use tail='renormalised', or temperature=1"
+            f"{given}, but {self._name(spelling)} needs the teacher's tail mass at that temperature, and the cache "
+            f"stores it at temperature 1; use {renormalised}, or {plain}"
         )
+
+
+def _check_options(kind: str, options: Mapping[str, Any], spelling: Spelling) -> None:
+    """Raise ObjectiveError for an unknown kind, an option that it does not have, and one out of range."""
+    if kind not in KINDS:
+        raise ObjectiveError(f"objective kind {kind!r} does not exist; use one of {', '.join(KINDS)}")
+    fields, name = _FIELDS[kind], spelling.name
+    for option, value in options.items():
+        if option not in fields and value is not None:
+            raise ObjectiveError(
+                f"{spelling.kind(kind)} has no {name(option)}, but {name(option)} is {value!r}; leave it out"
+            )
+    tails = TAILS if kind == "forward_kl" else CLASS_TAILS
+    if "tail" in fields and (tail := options.get("tail")) not in tails:
+        raise ObjectiveError(
+            f"{name('tail')} {tail!r} does not exist for {spelling.kind(kind)}; use one of {', '.join(tails)}"
+        )
+    if "beta" in fields:
+        _check_beta(kind, options.get("beta"), spelling)
+    if "reverse" in fields and not isinstance(reverse := options.get("reverse"), bool):
+        raise ObjectiveError(f"{name('reverse')} is {reverse!r}; it must be True or False")
+    clip = options.get("clip")
+    if clip is not None and not (_is_number(clip) and math.isfinite(clip) and clip > 0):
+        raise ObjectiveError(
+            f"{name('clip')} is {clip!r}; it must be a finite number of nats above 0; leave it out for none"
+        )
+
+
+def _check_beta(kind: str, beta: Any, spelling: Spelling) -> None:
+    """jsd vanishes at both ends; skew_kl is a KL divergence at 0 and vanishes at 1."""
+    given = f"{spelling.name('beta')} is {beta!r}"
+    if kind == "jsd" and not (_is_number(beta) and 0 < beta < 1):
+        raise ObjectiveError(
+            f"{given}; it must be a number in (0, 1), as jsd is 0 at both ends: use {spelling.kind('forward_kl')} or "
+            f"{spelling.kind('reverse_kl')}, which it becomes there when divided by beta or by 1 - beta"
+        )
+    if kind == "skew_kl" and not (_is_number(beta) and 0 <= beta < 1):
+        raise ObjectiveError(f"{given}; it must be a number in [0, 1), as {kind} is 0 at 1")
 
 
 def _is_number(value: Any) -> TypeGuard[float]:

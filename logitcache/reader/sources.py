@@ -253,6 +253,11 @@ def _mean(columns: Sequence[NDArray[Any]], shares: Sequence[float]) -> NDArray[n
     return total
 
 
+def _shown(fact: Any) -> str:
+    """The beginning of a hash, or a fact as it is."""
+    return "none" if fact is None else str(fact)[:12] if isinstance(fact, str) else str(fact)
+
+
 def _same_mask(one: NDArray[np.bool_] | None, other: NDArray[np.bool_] | None) -> bool:
     return one is other is None or (one is not None and other is not None and np.array_equal(one, other))
 
@@ -292,6 +297,7 @@ def _refuse_other_blocks(one: Cache, other: Cache) -> None:
     for what, mine in facts[0].items():
         if mine != facts[1][what]:
             raise TrainingError(
-                f"{one.location} and {other.location} cannot be averaged: {what} is {mine} and {facts[1][what]}; dump "
-                "both teachers over the same text with the same tokenizer, block length and kind of selection"
+                f"{one.location} and {other.location} cannot be averaged: {what} is {_shown(mine)} and "
+                f"{_shown(facts[1][what])}; dump both teachers over the same text with the same tokenizer, block "
+                "length and kind of selection"
             )

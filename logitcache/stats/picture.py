@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from logitcache.errors import UsageError
+from logitcache.errors import UsageError, counted
 from logitcache.stats.measure import CacheStats
 from logitcache.store.layout import refuse_inside_cache
 
@@ -28,7 +28,7 @@ def check_picture(path: Path) -> None:
 
     `path` is what `draw_stats` is given.
     """
-    refuse_inside_cache(path)
+    refuse_inside_cache(path, or_one=True)
     picture = path.suffix.lower() == ".png"
     if picture == path.is_dir() and path.exists():
         raise UsageError(f"--out {path} is a {'folder' if picture else 'file'}; give a name.png, or a folder")
@@ -178,7 +178,7 @@ def _used_ids(axes: Axes, stats: CacheStats) -> None:
     axes.set_yticks(places, names, fontsize=8.5, family="monospace", va="center_baseline")
     axes.tick_params(axis="y", length=0)
     axes.invert_yaxis()
-    axes.set(xlabel=f"over all rows; {stats.distinct_ids:,} ids are kept by some row")
+    axes.set(xlabel=f"over all rows; {counted(stats.distinct_ids, 'id is', 'ids are')} kept by some row")
     axes.legend(frameon=False, loc="lower right")
     axes.grid(alpha=0.3, axis="x")
 

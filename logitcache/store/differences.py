@@ -11,6 +11,8 @@ from logitcache.store.schema import Identity
 # Dotted name of a field, and its values in two documents.
 Difference = tuple[str, object, object]
 
+# Fields that are all of what their option says.
+_OPTION_ALONE = ("codec.layout",)
 STEP_OPTIONS: dict[str, tuple[str, ...]] = {
     "convert": ("container",),
     "derive": ("select", "drop", "codec", "seed"),
@@ -51,8 +53,11 @@ class Wording:
                 option = label = name
             elif name.startswith("selection."):
                 label, old, new = option, str(stored.selection.spec), str(given.selection.spec)
+            elif name == "geometry.unit_blocks":
+                label, old, new = option, _unit_tokens(stored), _unit_tokens(given)
             else:
-                label = option if name.endswith(option.removeprefix("--").replace("-", "_")) else f"{option} ({name})"
+                plain = name in _OPTION_ALONE or name.endswith(option.removeprefix("--").replace("-", "_"))
+                label = option if plain else f"{option} ({name})"
             lines.setdefault(option, f"{label}: the cache has {old!r}, this run {new!r}")
         return list(lines.values())
 
@@ -82,6 +87,10 @@ def _fitting(beginnings: Iterable[str], name: str) -> str | None:
     """The longest of some beginnings of dotted names that is one of `name`."""
     found = (part for part in beginnings if not part or f"{name}.".startswith(f"{part}."))
     return max(found, key=len, default=None)
+
+
+def _unit_tokens(identity: Identity) -> int:
+    return identity.geometry.unit_blocks * identity.geometry.block_length
 
 
 def _numbered(value: Any) -> Any:

@@ -73,15 +73,21 @@ def unit_name(unit: int) -> str:
     return f"{unit:06d}"
 
 
-def refuse_inside_cache(root: Path) -> None:
-    """Raise UsageError when a new folder would lie inside a cache, whose files are only its own.
+def refuse_inside_cache(root: Path, or_one: bool = False) -> None:
+    """Raise UsageError when a new folder would lie inside a cache, whose files are only its own, or `or_one` be one.
 
     Raises CacheError when it is a URL.
     """
     refuse_url(root)
+    if or_one and _is_cache(root):
+        raise UsageError(f"{root} is a cache; choose another folder for --out")
     for parent in root.resolve().parents:
-        if (parent / "plan.json").is_file() and (parent / "commits").is_dir():
+        if _is_cache(parent):
             raise UsageError(f"{root} lies inside the cache {parent}; choose another folder for --out")
+
+
+def _is_cache(folder: Path) -> bool:
+    return (folder / "plan.json").is_file() and (folder / "commits").is_dir()
 
 
 def refuse_sources(root: Path, sources: Iterable[Path]) -> None:

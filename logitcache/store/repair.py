@@ -50,6 +50,10 @@ def repair(location: str | Path, *, apply: bool = False) -> list[Repair]:
     root = local_root(location)
     manifest, manifest_wrong = _whole(root / "manifest.json", Manifest)
     plan, plan_wrong = _whole(root / "plan.json", Plan)
+    if not any((root / name).exists() for name in ("plan.json", "manifest.json")):
+        raise CacheError(
+            f"{root} is not a logitcache cache: it holds no plan.json and no manifest.json; check the path"
+        )
     if plan is None and manifest is None:
         raise CacheError(f"{root} has neither a plan nor a manifest that can be read ({plan_wrong}); restore plan.json")
     if plan is None:

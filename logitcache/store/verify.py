@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from logitcache.errors import CacheError, DamagedCacheError
+from logitcache.errors import CacheError, DamagedCacheError, counted
 from logitcache.store.cache import Cache, open_cache
 from logitcache.store.commits import read_commits
 from logitcache.store.container import open_container
@@ -175,7 +175,7 @@ def _check_shard(cache: Cache, number: int, report: Report, decode: bool) -> Non
             return
     if entries != shard.num_entries:
         name = cache.files.shard_name(shard)
-        what = f"{name} holds {entries} entries, not the {shard.num_entries} that were committed"
+        what = f"{name} holds {counted(entries, 'entry', 'entries')}, not the {shard.num_entries} that were committed"
         report.problems.append(Problem(shard.file, "", None, what))
 
 

@@ -13,7 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from logitcache.codec import Codebook, CodedRows, Planes, RowCodec
-from logitcache.errors import CacheError, DamagedCacheError, FormatVersionError, PlanMismatchError, TargetsError
+from logitcache.errors import (
+    CacheError,
+    DamagedCacheError,
+    FormatVersionError,
+    PlanMismatchError,
+    TargetsError,
+    counted,
+)
 from logitcache.selection import chunk_uniforms
 from logitcache.store.commits import assemble_manifest, committed_units, read_commits
 from logitcache.store.container import Container, Plane, open_container, write_container
@@ -287,7 +294,7 @@ class CacheWriter:
     def _write_manifest(self) -> None:
         missing = self.pending_units()
         if missing:
-            raise CacheError(f"{self.layout.root} still lacks {len(missing)} units; run the same dump again")
+            raise CacheError(f"{self.layout.root} still lacks {counted(len(missing), 'unit')}; run the same dump again")
         with writing(self.layout.root):
             manifest = assemble_manifest(self.layout, self.plan)
             data = checked_json(manifest.model_dump(mode="json"))

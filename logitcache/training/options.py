@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -48,7 +48,7 @@ class TrainOptions(BaseModel):
     cache_weights: tuple[float, ...] = ()
     partial: bool = False
     student: str
-    out: str
+    out: str = Field(min_length=1)
     objective: ObjectiveName = "auto"
     tail: Tail = "auto"
     beta: float | None = None
@@ -107,19 +107,47 @@ class TrainOptions(BaseModel):
         return None if value == "none" else value
 
     @classmethod
-    def build(cls, values: dict[str, Any]) -> TrainOptions:
-        """Validate. Raises UsageError that names the key, suggests the nearest one, or says what is out of range."""
+    def build(cls, values: dict[str, Any], places: Mapping[str, str] | None = None) -> TrainOptions:
+        """Validate. Raises UsageError that names the key, suggests the nearest one, or says what is out of range.
+
+        `places` says where keys of a file stand, as `train.yaml:3`; others are named as options of the command line.
+        """
+        places = places or {}
         for key in values:
             if key not in cls.model_fields:
-                raise UsageError(_unknown_key(key, cls.model_fields))
+                place = f"{places[key]}: " if key in places else ""
+                raise UsageError(f"{place}{_unknown_key(key, cls.model_fields)}")
         try:
             return cls(**values)
         except ValidationError as error:
             first = error.errors()[0]
-            key = ".".join(str(part) for part in first["loc"]).replace("_", "-")
+            key = str(first["loc"][0])
             if first["type"] == "missing":
                 raise UsageError(f"--{key} is missing; give it here or as `{key}` in a --config file") from error
-            raise UsageError(f"{key}: {first['msg']} ({first['input']!r} was given)") from error
+            name = f"{places[key]}: {key}" if key in places else as_option(key)
+            raise UsageError(f"{name} is {first['input']!r}; {_demand(first['msg'])}") from error
+
+
+# Keys that `train` takes from --set and --config only.
+SET_ONLY = frozenset(
+    {"accumulate", "alpha_decay", "alpha_warmup", "combine", "eval_every", "eval_tokens", "impl", "log_every"}
+    | {"lr_schedule", "max_grad_norm", "report_to", "save_every", "warmup", "weight_decay"}
+)
+
+
+def as_option(key: str) -> str:
+    """How the command line is told a key: `--batch-tokens`, `--set impl`."""
+    return f"--set {key}" if key in SET_ONLY else f"--{key.replace('_', '-')}"
+
+
+def _demand(message: str) -> str:
+    """pydantic's "Input should be less than 1, ..." as "it must be less than 1"."""
+    return (
+        message.partition(", unable")[0]
+        .replace("Input should be", "it must be", 1)
+        .replace("String should", "it must")
+        .replace("tuple", "list")
+    )
 
 
 def _unknown_key(key: str, known: Iterable[str]) -> str:

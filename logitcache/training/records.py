@@ -21,6 +21,8 @@ COMPLETE = "logitcache_reader.json"
 FILES = "files"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _PART_BYTES = 4 << 20
+# A folder and the reader's state.
+Checkpoint = tuple[Path, dict[str, Any]]
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -122,12 +124,18 @@ def diverged(what: str) -> TrainingError:
     )
 
 
-def last_whole_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that is whole, with its reader state. Older ones are not read."""
+def last_whole_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that is whole, with its reader state, and a sentence about each newer one.
+
+    Older ones are not read.
+    """
+    passed_over: list[str] = []
     for _, path in sorted(_checkpoints(folder).items(), reverse=True):
-        if (state := _whole_state(path)) is not None:
-            return path, state
-    return None
+        state, wrong = _state_of(path)
+        if state is not None:
+            return (path, state), passed_over
+        passed_over.append(f"{path} is passed over: {wrong}")
+    return None, passed_over
 
 
 def _checkpoints(folder: Path) -> dict[int, Path]:
@@ -136,17 +144,24 @@ def _checkpoints(folder: Path) -> dict[int, Path]:
     return {int(name[1]): path for name, path in found if name}
 
 
-def _whole_state(folder: Path) -> dict[str, Any] | None:
-    """The reader's state of a checkpoint; None unless it is what was written, completely.
+def _state_of(folder: Path) -> tuple[dict[str, Any] | None, str]:
+    """The reader's state of a checkpoint; None, and why, unless it is what was written, completely.
 
     Trainer itself goes on without a word where the optimizer's file is gone. A power failure may cut files short.
     """
+    if not (folder / COMPLETE).exists():
+        return None, "it was not written to its end"
     try:
         state = json.loads((folder / COMPLETE).read_text())
-        written = state.pop(FILES, {})
-        return state if written.items() <= _checksums(folder).items() else None
-    except (OSError, ValueError, TypeError, AttributeError):
-        return None
+        written, there = state.pop(FILES, {}), _checksums(folder)
+        differing = next((name for name, checksum in written.items() if there.get(name) != checksum), None)
+    except OSError as error:
+        return None, f"it cannot be read ({error.strerror})"
+    except (ValueError, TypeError, AttributeError):
+        return None, f"{COMPLETE} is damaged"
+    if differing is None:
+        return state, ""
+    return None, f"{differing} is {'damaged' if differing in there else 'missing'}"
 
 
 def _checksums(folder: Path) -> dict[str, str]:

@@ -5,6 +5,7 @@ Legend: L block length.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 
 from logitcache.corpus import expand_paths, iter_documents, pack, resolve_policy
-from logitcache.errors import TrainingError, UsageError
+from logitcache.errors import TrainingError, UsageError, counted
 from logitcache.reader import (
     AveragedCaches,
     BlockSource,
@@ -86,11 +87,13 @@ class RunData:
         self.caches = open_pinned(options.cache, units)
         weights = options.cache_weights or (1.0,) * len(self.caches)
         if len(weights) != len(self.caches):
-            raise UsageError(
-                f"cache-weights gives {len(weights)} weights for {len(self.caches)} caches; give one for each, or none"
-            )
+            given, there = (counted(len(of), what) for of, what in ((weights, "weight"), (self.caches, "cache")))
+            raise UsageError(f"--cache-weights gives {given} for {there}; give one for each, or none")
+        if min(weights) <= 0 or not math.isfinite(sum(weights)):
+            said = ",".join(map(str, weights))
+            raise UsageError(f"--cache-weights {said} makes no shares; give each cache a number above 0")
         groups = _by_corpus(self.caches, weights, options.combine)
-        read = [_one(group) for group in groups]
+        read = [_one(group, options.combine) for group in groups]
         self.sources = [source for each in read for source in sources_of(each)]
         self._names = _names([caches[0].location for caches, _ in groups])
         held_out = open_cache(options.held_out_cache) if options.held_out_cache else None
@@ -143,8 +146,8 @@ class RunData:
         held = 0 if self._held_out or options.held_out == 0 else max(1, round(total * options.held_out))
         if held >= total:
             raise TrainingError(
-                f"{source.location} has only {total} blocks, too few to hold some out; use --held-out 0 or a larger "
-                "cache"
+                f"{source.location} has only {counted(total, 'block')}, too few to hold some out; use --held-out 0 or "
+                "a larger cache"
             )
         return 0, total - held
 
@@ -184,9 +187,14 @@ def _blocks_of(cache: Cache) -> tuple[Any, ...]:
     return (cache.tokenizer, identity.corpus.get("sha256"), *sizes, cache.read_blocks(0, 1).tokens.tobytes())
 
 
-def _one(group: Group) -> Cache | AveragedCaches:
+def _one(group: Group, combine: str) -> Cache | AveragedCaches:
     caches, shares = group
-    return caches[0] if len(caches) == 1 else AveragedCaches(caches, shares)
+    try:
+        return caches[0] if len(caches) == 1 else AveragedCaches(caches, shares)
+    except TrainingError as error:
+        if combine != "auto" or len({cache.unbiased for cache in caches}) > 1:
+            raise
+        raise TrainingError(f"{error}; or take them for several corpora with --set combine=mix") from error
 
 
 def _refuse_other_tokenizer(mine: BlockSource, held_out: BlockSource) -> None:
@@ -205,11 +213,11 @@ def _refuse_without_labels(source: BlockSource, first: int, stop: int, what: str
         blocks = np.arange(ref.first_block, ref.first_block + ref.num_blocks)
         chosen = (blocks >= first) & (blocks < stop)
         if chosen.any():
-            _, _, counted = source.read(ref, with_targets=False)
-            if counted is None or counted[np.repeat(chosen, source.block_tokens(blocks[0], blocks[-1] + 1))].any():
+            _, _, mask = source.read(ref, with_targets=False)
+            if mask is None or mask[np.repeat(chosen, source.block_tokens(blocks[0], blocks[-1] + 1))].any():
                 return
     raise TrainingError(
-        f"nothing is to be learnt in the {stop - first} blocks of {source.location} that are {what}, as inside long "
+        f"nothing is to be learnt in {counted(stop - first, 'block')} of {source.location} {what}, as inside long "
         "prompts; give more of them with --held-out and --eval-tokens or a --held-out-cache, or a larger cache"
     )
 

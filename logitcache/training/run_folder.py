@@ -16,6 +16,7 @@ from logitcache.errors import TrainingError
 from logitcache.store.layout import refuse_inside_cache
 from logitcache.training.options import TrainOptions
 from logitcache.training.records import (
+    Checkpoint,
     MetricsLog,
     last_whole_checkpoint,
     remove_half_checkpoints,
@@ -26,18 +27,17 @@ from logitcache.training.records import (
 # Where a run is done, which changes nothing about it.
 _MAY_CHANGE = ("cache", "out", "device")
 _CONFIG_HEAD = "# The same run again: logitcache train --config THIS_FILE --out ANOTHER_FOLDER\n"
-Checkpoint = tuple[Path, dict[str, Any]]
 
 
 class RunFolder:
     """The folder of one run. Nothing is written before `begin`; of several ranks only the main one writes.
 
-    Raises UsageError for a folder inside a cache, CacheError for a URL.
+    Raises UsageError for a cache or a folder inside one, CacheError for a URL.
     """
 
     def __init__(self, out: str | Path) -> None:
         self.path = Path(out)
-        refuse_inside_cache(self.path)
+        refuse_inside_cache(self.path, or_one=True)
         self.checkpoints = self.path / "checkpoints"
         self.metrics = MetricsLog(self.path / "metrics.jsonl")
         self._record, self._result = self.path / "run.json", self.path / "result.json"
@@ -56,8 +56,8 @@ class RunFolder:
             # Who compares the record with this run says what is wrong with it.
             return None
 
-    def find_checkpoint(self, record: dict[str, Any], resume: bool) -> Checkpoint | None:
-        """The last whole checkpoint with its reader state, None at the start of a run.
+    def find_checkpoint(self, record: dict[str, Any], resume: bool) -> tuple[Checkpoint | None, list[str]]:
+        """The last whole checkpoint with its reader state, None at the start of a run; and why newer ones are not it.
 
         Raises TrainingError unless the folder is free or, to resume, holds the run of this record.
         """
@@ -72,7 +72,7 @@ class RunFolder:
             raise TrainingError(f"{self.path} is not empty and holds no run; choose another folder for --out")
         if resume:
             raise TrainingError(f"{self.path} holds no run to resume; start it without --resume")
-        return None
+        return None, []
 
     def begin(self, record: dict[str, Any], last_step: int) -> None:
         """Make the folder, or clear it of what a killed run left from after `last_step`, -1 at the start.
@@ -99,6 +99,11 @@ class RunFolder:
         except (OSError, SafetensorError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
                 raise
+            if isinstance(error, SafetensorError) and "deserializ" in str(error):
+                raise TrainingError(
+                    f"weights in {self.checkpoints} cannot be read ({error}); remove the damaged checkpoint and go on "
+                    "with --resume"
+                ) from error
             advice = "choose another folder for --out"
             if self._record.exists():
                 free = shutil.disk_usage(self.path).free

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from logitcache.errors import UsageError
+from logitcache.errors import ObjectiveError, UsageError
 from logitcache.losses import Objective, TokenMask
+from logitcache.losses.spelling import OPTIONS
 from logitcache.reader import BlockSource
 from logitcache.store import Cache
 from logitcache.training.options import TrainOptions
@@ -20,16 +21,16 @@ def settings_for(options: TrainOptions, cache: Cache | BlockSource) -> Distillat
     """The settings that options ask for on this cache.
 
     Raises:
-        ObjectiveError: an option that the objective does not have or that is out of range, or a combination without a
-            correct meaning on this cache; says what to use or to store instead.
-        UsageError: a schedule or a mask makes no sense.
+        ObjectiveError: a combination without a correct meaning on this cache; says what to use or to store instead.
+        UsageError: an option that the objective does not have or that is out of range, or a schedule or a mask that
+            makes no sense.
         DamagedCacheError: its first block with labels is damaged (read for policy-gradient and masks by
             teacher-entropy only).
     """
     unbiased, head = cache.unbiased, cache.has_exact_head
     objective = choose_objective(options, unbiased)
     known = objective.kind != "policy_gradient" or _is_known(cache, "label_logprob")
-    objective.check(unbiased, options.temperature, options.alpha, head, known, cache.keeps_ids)
+    objective.check(unbiased, options.temperature, options.alpha, head, known, cache.keeps_ids, OPTIONS)
     alpha = AlphaSchedule(options.alpha_schedule, options.alpha, options.alpha_warmup, options.alpha_decay)
     blend, mask = _blend(options, objective), _mask(options, objective, cache)
     return DistillationSettings(
@@ -45,14 +46,20 @@ def settings_for_all(options: TrainOptions, sources: Sequence[BlockSource]) -> D
 
 
 def choose_objective(options: TrainOptions, unbiased: bool) -> Objective:
-    """The objective that options name; tail "auto" is what suits the cache in a forward KL, "bucket" in others."""
+    """The objective that options name; tail "auto" is what suits the cache in a forward KL, "bucket" in others.
+
+    Raises UsageError for an option that it does not have or that is out of range.
+    """
     kind = "forward_kl" if options.objective == "auto" else options.objective.replace("-", "_")
     given: dict[str, Any] = {"beta": options.beta, "reverse": options.reverse, "clip": options.clip}
     if options.tail != "auto":
         given["tail"] = options.tail
     elif kind == "forward_kl":
         given["tail"] = Objective.default_for(unbiased).tail
-    return Objective.named(kind, **{name: value for name, value in given.items() if value is not None})
+    try:
+        return Objective.named(kind, OPTIONS, **{name: value for name, value in given.items() if value is not None})
+    except ObjectiveError as error:
+        raise UsageError(str(error)) from error
 
 
 def _blend(options: TrainOptions, objective: Objective) -> BlendSchedule:
@@ -60,8 +67,8 @@ def _blend(options: TrainOptions, objective: Objective) -> BlendSchedule:
         for name in ("blend", "blend_end"):
             if getattr(options, name) is not None:
                 raise UsageError(
-                    f"{name} is {getattr(options, name)}, but only tail 'blend' mixes two terms; leave it out, or use "
-                    "--tail blend on a varopt cache"
+                    f"{OPTIONS.name(name)} is {getattr(options, name)}, but only --tail blend mixes two terms; leave "
+                    "it out, or use --tail blend on a varopt cache"
                 )
     return BlendSchedule(0.5 if options.blend is None else options.blend, options.blend_end)
 
@@ -70,19 +77,19 @@ def _mask(options: TrainOptions, objective: Objective, cache: Cache | BlockSourc
     if options.mask is None:
         if options.mask_rest is not None:
             raise UsageError(
-                f"mask_rest is {options.mask_rest!r}, but there is no mask; leave it out, or use --mask "
+                f"--mask-rest is {options.mask_rest}, but there is no mask; leave it out, or use --mask "
                 "teacher-entropy:0.85"
             )
         return None
     mask = TokenMask.parse(options.mask, options.mask_rest or "labels")
     if not objective.reads_targets or options.alpha == 0:
-        why = "alpha is 0" if objective.reads_targets else "the objective is cross-entropy"
-        raise UsageError(f"mask is {mask}, but {why}, so that there is nothing to keep or to drop; leave the mask out")
+        why = "--alpha is 0" if objective.reads_targets else "the objective is cross-entropy"
+        raise UsageError(f"--mask is {mask}, but {why}, so that there is nothing to keep or to drop; leave it out")
     if mask.by == "teacher-entropy" and not _is_known(cache, "entropy"):
         raise UsageError(
-            f"mask is {mask}, but {cache.location} does not hold the teacher's entropy; use a cache that `dump` wrote "
-            "with a teacher that runs here and another selection than label, and whose entropy was not dropped, or "
-            "--mask student-entropy:0.5"
+            f"--mask is {mask}, but {cache.location} does not hold the teacher's entropy; use a cache that `dump` "
+            "wrote with a teacher that runs here and another selection than label, and whose entropy was not dropped, "
+            "or --mask student-entropy:0.5"
         )
     return mask
 

@@ -102,6 +102,23 @@ CASES: dict[str, tuple[int, str, Line]] = {
     "empty text": (1, "the corpus is empty", lambda r, d: dump(r, d, corpus=file(r, ""))),
     "white text": (1, "the corpus is empty", lambda r, d: dump(r, d, corpus=file(r, " \n\t\n"))),
     "invalid UTF-8": (1, "is not UTF-8 at byte offset 3", lambda r, d: dump(r, d, corpus=file(r, b"abc\xff def"))),
+    "UTF-16": (
+        1,
+        "offset 0; it is UTF-16, so convert the file to UTF-8 with `iconv -f utf-16 -t utf-8`",
+        lambda r, d: dump(r, d, corpus=file(r, "text".encode("utf-16"))),
+    ),
+    "UTF-16 of JSONL": (
+        1,
+        "a.jsonl:1 is not UTF-8 at byte 0 of the line; it is UTF-16",
+        lambda r, d: dump(r, d, corpus=file(r, '{"text": "a"}'.encode("utf-16"), "a.jsonl")),
+    ),
+    "booleans among ids": (
+        1,
+        "a.jsonl:2 has a field 'ids' that is an array with booleans, not a list of whole numbers",
+        lambda r, d: dump(
+            r, d, corpus=file(r, '{"ids": [1, 2, 3]}\n{"ids": [1, true, 3]}\n', "a.jsonl"), ids_field="ids"
+        ),
+    ),
     "not JSONL": (1, "is not a JSON object", lambda r, d: dump(r, d, corpus=file(r, "{", "a.jsonl"))),
     "no such field": (1, "has no field 'text'", lambda r, d: dump(r, d, corpus=file(r, '{"a": 1}', "a.jsonl"))),
     "not Parquet": (1, "damaged or not Parquet", lambda r, d: dump(r, d, corpus=file(r, "PAR", "a.parquet"))),
@@ -143,6 +160,18 @@ CASES: dict[str, tuple[int, str, Line]] = {
         lambda r, d: dump(r, d, out=folder(r, "a")),
     ),
     "inside another cache": (2, "lies inside the cache", lambda r, d: dump(r, d, out=d.top_k / "new")),
+    "nothing as cache": (2, "--out': it is empty, which would be the current folder", lambda r, d: dump(r, d, out="")),
+    "nothing as another": (2, "'--also': it is empty", lambda r, d: [*dump(r, d), "--also", "top-k:3", ""]),
+    "a run in nothing": (2, "'--out': it is empty", lambda r, d: train(r, d, out="")),
+    "a run in what --set names nothing": (
+        2,
+        "--out is ''; it must have at least 1 character",
+        lambda r, d: [*train(r, d), "--set", "out=''"],
+    ),
+    "a run in a cache": (2, "top_k is a cache; choose another folder", lambda r, d: train(r, d, out=d.top_k)),
+    "pictures in nothing": (2, "'--out': it is empty", lambda r, d: ["plot", d.top_k, "--out", ""]),
+    "pictures in the cache": (2, "top_k is a cache; choose", lambda r, d: ["plot", d.top_k, "--out", d.top_k]),
+    "a copy to nothing": (2, "'FOLDER': it is empty", lambda r, d: ["pull", "s3://bucket/cache", ""]),
     "a file as cache": (1, "is a file", lambda r, d: dump(r, d, out=d.corpus)),
     # verify and inspect
     "verify nothing": (1, "does not exist", lambda r, d: ["verify", r / "nothing"]),

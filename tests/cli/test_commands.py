@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from logitcache.cli.console import out
+from logitcache.cli.console import NOTHING, out
 from logitcache.store import open_cache
 from tests.caches import Dumped, corpus_text, student_yaml
 from tests.cli.conftest import Main
@@ -169,6 +169,16 @@ def test_inspect_on_a_narrow_terminal(logitcache: Main, dumped: Dumped, monkeypa
         assert re.search(rf"^ *{token} .* {weight:.4f} *$", shown, re.MULTILINE)
 
 
+def test_nothing_is_folded_in_a_pipe(dumped: Dumped, tmp_path: Path) -> None:
+    """A path longer than most terminals are wide."""
+    root = tmp_path / ("a-long-name-" * 10)
+    shutil.copytree(dumped.top_k, root)
+    environment = {name: value for name, value in ENVIRONMENT.items() if name != "COLUMNS"}
+    ran = subprocess.run([*SCRIPT, "inspect", str(root)], capture_output=True, text=True, check=True, env=environment)
+    assert ran.stdout.splitlines()[0].split() == ["cache", str(root)]
+    assert open_cache(root).fingerprint in ran.stdout
+
+
 def test_inspect_says_which_weights_are_exact(logitcache: Main, dumped: Dumped, tmp_path: Path) -> None:
     root = tmp_path / "cache"
     line = ("dump", "--teacher", dumped.teacher, "--corpus", dumped.corpus, "--block-length", 32, "--max-tokens", 64)
@@ -272,9 +282,9 @@ def test_an_objective_on_the_command_line(logitcache: Main, dumped: Dumped, tmp_
     assert refused.status == 1
     assert "beta: the run has 0.2, now 0.3" in refused.err
     for given, status, words in (
-        (("--objective", "tvd", "--clip", "3"), 1, "tvd has no clip, but clip is 3.0; leave it out"),
+        (("--objective", "tvd", "--clip", "3"), 2, "--objective tvd has no --clip, but --clip is 3.0; leave it out"),
         (("--tail", "blend"), 1, "dump a cache with --select varopt:K"),
-        (("--blend", "0.3"), 2, "only tail 'blend' mixes two terms"),
+        (("--blend", "0.3"), 2, "only --tail blend mixes two terms"),
         (("--blend", "3"), 2, "less than or equal to 1"),
         (("--mask", "0.85"), 2, "the mask '0.85' is not understood; write what ranks the tokens"),
         (("--mask-rest", "nothing"), 2, "there is no mask"),
@@ -317,6 +327,40 @@ def test_stopped_and_resumed(
     tokens = open_cache(tmp_path / "cache").num_tokens
     assert 0 < json.loads(finished.out)["computed_tokens"] <= tokens
     assert logitcache("verify", tmp_path / "cache").status == 0
+
+
+STOPPED = """
+import os, signal, sys
+from logitcache.cli.main import main
+from logitcache.cli.progress import View
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sent = int(sys.argv[1])
+View.stage = View.bar = lambda *_: os.kill(os.getpid(), sent)
+sys.argv = ["logitcache", *sys.argv[2:]]
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "sent", "said"),
+    [
+        ("stats {top_k}", signal.SIGINT, "interrupted; nothing was written"),
+        ("derive {top_k} --select top-k:4 --out {out}", signal.SIGINT, "interrupted; what is committed is kept, and"),
+        ("export {top_k} --to parquet --out {out}", signal.SIGTERM, "stopped by SIGTERM; nothing is kept; the same"),
+        ("dump --dry-run --teacher {teacher} --corpus {corpus} --select label --out {out}", signal.SIGINT, NOTHING),
+    ],
+)
+def test_what_is_said_of_what_was_stopped(
+    command: str, sent: signal.Signals, said: str, dumped: Dumped, tmp_path: Path
+) -> None:
+    """Only of commands that write is it said how to go on; the signal comes with its first sign of life."""
+    line = command.format(**vars(dumped), out=tmp_path / "out").split()
+    ran = subprocess.run(
+        [sys.executable, "-c", STOPPED, str(int(sent)), *line], capture_output=True, text=True, env=ENVIRONMENT
+    )
+    assert ran.returncode == 128 + sent
+    assert said in ran.stderr.splitlines()[-1]
+    assert "Traceback" not in ran.stderr
 
 
 MODULES = """

@@ -37,8 +37,18 @@ def test_a_damaged_dump(logitcache: Main, dumped: Dumped, tmp_path: Path) -> Non
     assert (whole.status, whole.out) == (0, f"{tmp_path / 'cache'}: nothing is damaged\n")
 
 
+def test_a_damaged_plan(logitcache: Main, dumped: Dumped, tmp_path: Path) -> None:
+    """No unit is lost with it, and none is spoken of."""
+    shutil.copytree(dumped.top_k, tmp_path / "cache")
+    flip_bit(tmp_path / "cache" / "plan.json", 100)
+    listed = logitcache("repair", tmp_path / "cache")
+    assert listed.status == 1
+    assert listed.out.endswith("nothing is to be taken back of what was computed; --apply mends the files\n")
+    assert logitcache("repair", tmp_path / "cache", "--apply").out.endswith("made the cache again to finish it\n")
+
+
 def test_no_cache(logitcache: Main, tmp_path: Path) -> None:
-    assert "neither a plan nor a manifest" in logitcache("repair", tmp_path).sentence
+    assert "is not a logitcache cache: it holds no plan.json" in logitcache("repair", tmp_path).sentence
     refused = logitcache("repair", "s3://bucket/cache")
     assert refused.status == 1
     assert "error: " in refused.err

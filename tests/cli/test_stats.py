@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from logitcache.audit import AuditOptions, audit_cache
+from logitcache.cli.console import out
 from logitcache.stats import measure_stats
 from logitcache.store import open_cache
 from tests.audit.caches import changed_teacher, moved, one_step, rewritten
@@ -94,6 +95,14 @@ def test_stats(name: str, logitcache: Main, dumped: Dumped) -> None:
     assert ("tail mass" in shown.out) == (name != "sample")
     for array, count in found.array_bytes.items():
         assert re.search(rf"^{array} +{count:,} ", shown.out, re.MULTILINE)
+
+
+def test_stats_on_a_narrow_terminal(logitcache: Main, dumped: Dumped, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines are folded; no number is cut."""
+    monkeypatch.setattr(out, "_width", 40)
+    shown = logitcache("stats", dumped.top_k).out
+    assert "…" not in shown
+    assert re.search(r"^entropy \(nats\)( +\d+\.\d{3}){8}$", shown, re.MULTILINE)
 
 
 def test_tail_mass_is_what_is_not_kept(logitcache: Main, dumped: Dumped) -> None:

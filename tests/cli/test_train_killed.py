@@ -160,4 +160,5 @@ def test_a_checkpoint_that_was_cut_short(train: Train, dumped: Dumped, whole: Wh
     assert json.loads((last / COMPLETE).read_text())["samples_seen"] == 4 * 8
     (last / "optimizer.pt").unlink()
     assert train([*line, "--resume"])[0] == 0
+    assert f"train: {last} is passed over: optimizer.pt is missing\n" in said_by(line).read_text()
     assert_same(tmp_path / "out", whole)

@@ -10,7 +10,11 @@ from typing import Any
 import pytest
 
 from logitcache import models
+from logitcache.cli.train import EXAMPLE
+from logitcache.cli.train import train as train_command
+from logitcache.kernels import triton_kernels
 from logitcache.store import open_cache
+from logitcache.training.options import SET_ONLY, TrainOptions
 from logitcache.training.records import COMPLETE
 from tests.caches import Dumped, student_yaml
 from tests.cli.conftest import Main
@@ -88,8 +92,43 @@ CASES: dict[str, tuple[int, str, Line]] = {
     ),
     "--config": (
         2,
-        "there is no option 'save_evry'; did you mean 'save_every'?",
+        "text.txt:2: there is no option 'save_evry'; did you mean 'save_every'?",
         lambda r, d: train(r, d, config=file(r, "alpha: 0.5\nsave-evry: 3\n")),
+    ),
+    "a value in a --config": (
+        2,
+        "text.txt:3: batch_tokens is 'many'; it must be a valid integer",
+        lambda r, d: train(r, d, config=file(r, "# sizes\n\nbatch-tokens: many\n")),
+    ),
+    "a --config that is no YAML": (
+        2,
+        "text.txt:2: this is not YAML (mapping values are not allowed here); write one `key: value` a line",
+        lambda r, d: train(r, d, config=file(r, "alpha: 0.5\n  seed: 3\n")),
+    ),
+    "an option over a --config": (
+        2,
+        "--batch-tokens is 0; it must be greater than or equal to 1",
+        lambda r, d: train(r, d, config=file(r, "batch-tokens: many\n"), batch_tokens=0),
+    ),
+    "--set out of range": (
+        2,
+        "--set warmup is 2; it must be less than or equal to 1",
+        lambda r, d: [*train(r, d), "--set", "warmup=2"],
+    ),
+    "weights": (
+        2,
+        "--cache-weights 1.0,-1.0 makes no shares; give each cache a number above 0",
+        lambda r, d: [*train(r, d), "--cache", d.dense, "--cache-weights", "1,-1"],
+    ),
+    "an option of another objective": (
+        2,
+        "--objective forward-kl has no --beta, but --beta is 0.3; leave it out",
+        lambda r, d: train(r, d, beta=0.3),
+    ),
+    "a tail that the cache cannot give": (
+        1,
+        "--tail unbiased needs sampled targets, but these hold probabilities of top-k or top-p; use --tail bucket, or",
+        lambda r, d: train(r, d, tail="unbiased"),
     ),
 }
 
@@ -103,6 +142,37 @@ def test_refused(name: str, logitcache: Main, dumped: Dumped, tmp_path: Path) ->
     assert message.format(mine=mine, other=other) in ran.sentence
     assert ran.status == status
     assert not (tmp_path / "out").exists()
+
+
+def test_an_implementation_that_cannot_run_here(
+    logitcache: Main, dumped: Dumped, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the run's folder is made, which would be in the way of the next try."""
+    monkeypatch.setattr(triton_kernels, "INTERPRETED", False)
+    ran = logitcache(*train(tmp_path, dumped), "--set", "impl=triton")
+    assert ran.status == 2
+    assert ran.sentence == "error: --set impl=triton needs a CUDA device, but the device is cpu; use --set impl=split"
+    assert not (tmp_path / "out").exists()
+
+
+def test_keys_without_an_option() -> None:
+    """Messages tell which option a key is, or that --set takes it; so does the help."""
+    options = {parameter.name for parameter in train_command.params}
+    assert TrainOptions.model_fields.keys() - options == SET_ONLY
+    assert all(f"{key}," in EXAMPLE or f"{key}." in EXAMPLE for key in SET_ONLY)
+
+
+def test_a_batch_larger_than_what_is_trained_on(logitcache: Main, dumped: Dumped, tmp_path: Path) -> None:
+    ran = logitcache(*train(tmp_path, dumped, batch_tokens=4096), "--set", "accumulate=2")
+    assert ran.status == 0
+    said = (
+        "train: one step takes 256 blocks of 32 tokens, but there are only 103 to train on, so it reads blocks more "
+        "than once; use a smaller --batch-tokens than 4096 and --set accumulate=2\n"
+    )
+    assert said in ran.err
+    small = logitcache(*train(tmp_path, dumped, batch_tokens=3296, out=tmp_path / "small"))
+    assert small.status == 0
+    assert "one step takes" not in small.err
 
 
 def test_a_state_of_another_cache(logitcache: Main, dumped: Dumped, tmp_path: Path) -> None:

@@ -176,7 +176,7 @@ ID_ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"input_ids": [[1], [2]], "mask": [1]}, "has a field 'input_ids' that is an array, not a list of whole numbers"),
     ({"input_ids": [[1], [2, 3]], "mask": [1]}, "has a field 'input_ids' that is an array, not a list of whole"),
     ({"input_ids": [1 << 70], "mask": [1]}, "has a field 'input_ids' that is an array, not a list of whole numbers"),
-    ({"input_ids": [True], "mask": [1]}, "has a field 'input_ids' that is an array, not a list of whole numbers"),
+    ({"input_ids": [True], "mask": [1]}, "has a field 'input_ids' that is an array with booleans, not a list of whole"),
     ({"input_ids": [1, 2], "mask": [1]}, "has a field 'mask' that is not 0 or 1 for each of 2 token ids"),
     ({"input_ids": [1, 2], "mask": [1, -100]}, "has a field 'mask' that is not 0 or 1 for each of 2 token ids"),
 ]

@@ -228,7 +228,7 @@ def test_a_real_command_that_is_stopped(
         _, said = process.communicate()
         assert process.returncode == status, said
         assert "Traceback" not in said
-        assert said.strip().endswith("the same command goes on from there (train: add --resume; export: begins anew)")
+        assert said.strip().endswith("the same command goes on from there")
         assert owners(root) == []
     run_to_end(children, dump, given)
     assert content(root) == content(whole)

@@ -310,7 +310,7 @@ print(triton_gather.unavailable(torch.device("cpu")))
     assert imported == "False"
     assert missing.startswith('impl="triton" needs the package triton (')
     assert missing.endswith('install it, or use impl="split"')
-    assert no_gpu == 'impl="triton" needs a CUDA device, but hidden is on cpu; use impl="split"'
+    assert no_gpu == 'impl="triton" needs a CUDA device, but the device is cpu; use impl="split"'
 
 
 def test_kernels_compile_to_machine_code(tmp_path):

@@ -9,6 +9,7 @@ import torch
 
 from logitcache.errors import ObjectiveError
 from logitcache.losses import KINDS, TAILS, Objective
+from logitcache.losses.spelling import OPTIONS
 from tests.losses.problems import OBJECTIVES, name_of
 
 ALL = [Objective.cross_entropy(), *(pair[0] for pair in OBJECTIVES)]
@@ -88,7 +89,7 @@ def test_unknown_values_are_refused(values, words):
         (lambda: Objective.skew_kl("0.1"), "beta is '0.1'"),
         (lambda: Objective.skew_kl(reverse=1), "reverse is 1"),
         *((lambda clip=clip: Objective.policy_gradient(clip), f"clip is {clip}") for clip in (0, -1.0, True)),
-        (lambda: Objective.policy_gradient(float("inf")), "clip is inf; .*above 0, or None"),
+        (lambda: Objective.policy_gradient(float("inf")), "clip is inf; .*above 0; leave it out for none"),
         (lambda: Objective("cross_entropy", "bucket"), "cross_entropy has no tail"),
         (lambda: Objective("reverse_kl", "bucket", beta=0.5), "reverse_kl has no beta, but beta is 0.5; leave it out"),
         (lambda: Objective("mse", reverse=False), "mse has no reverse"),
@@ -202,6 +203,42 @@ def test_what_other_objectives_ask_of_a_cache(objective, options, words):
     with pytest.raises(ObjectiveError, match=words):
         objective.check(**{"unbiased": False, **options})
     objective.check(**{"unbiased": False, **options}, alpha=0)
+
+
+@pytest.mark.parametrize(
+    ("objective", "options", "message"),
+    [
+        (
+            Objective.tvd(),
+            {"unbiased": True},
+            "--objective tvd with --tail bucket needs exact probabilities, but none of these samples is exact; use "
+            "--objective forward-kl with --tail unbiased, or dump a cache with --select varopt:K (it serves both), "
+            "top-k:K or top-p:P:K",
+        ),
+        (
+            Objective.forward_kl("label"),
+            {"unbiased": True, "has_exact_head": True},
+            "--tail label needs probabilities, but these targets are unbiased samples; use --tail unbiased or bucket, "
+            "or dump a cache with --select top-k:K or top-p:P:K",
+        ),
+        (
+            Objective.forward_kl(),
+            {"temperature": 2},
+            "--temperature is 2, but --tail bucket needs the teacher's tail mass at that temperature, and the cache "
+            "stores it at temperature 1; use --tail renormalised, or --temperature 1",
+        ),
+        (
+            Objective.mse(),
+            {"has_ids": False},
+            "--objective mse needs the teacher's probabilities of ids, but these targets hold none (--select label "
+            "keeps the labels' log-probabilities only); use --objective policy-gradient, or dump with another --select",
+        ),
+    ],
+)
+def test_messages_for_who_wrote_options(objective, options, message):
+    with pytest.raises(ObjectiveError) as raised:
+        objective.check(**{"unbiased": False, **options}, spelling=OPTIONS)
+    assert str(raised.value) == message
 
 
 @pytest.mark.parametrize(("objective", "temperature"), OBJECTIVES, ids=name_of)

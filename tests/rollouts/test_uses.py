@@ -17,6 +17,7 @@ from logitcache.errors import (
     CacheError,
     InterchangeError,
     ObjectiveError,
+    TrainingError,
     UsageError,
 )
 from logitcache.interchange import export_cache
@@ -27,6 +28,7 @@ from logitcache.stats import measure_stats
 from logitcache.store import open_cache
 from logitcache.store.card import dataset_card
 from logitcache.training.options import TrainOptions
+from logitcache.training.run_data import RunData
 from tests.caches import student_yaml
 from tests.codec.rows import assert_equal
 from tests.rollouts import (
@@ -96,6 +98,14 @@ def test_what_label_cannot_be_derived_from_and_cannot_give(whole: dict[str, Path
     with pytest.raises(UsageError, match="would change"):
         derive_cache(whole["label"], tmp_path / "no", label)
     assert not (tmp_path / "no").exists()
+
+
+def test_caches_of_two_masks_are_no_average(place: Path, rollouts: dict[str, Path], whole: dict[str, Path]) -> None:
+    """What else can be done with them is said; asked for, it is done."""
+    values = {"cache": (str(rollouts["label"]), str(whole["label"])), "student": "s", "out": str(place / "no")}
+    with pytest.raises(TrainingError, match=r"or take them for several corpora with --set combine=mix$"):
+        RunData(TrainOptions.build(values))
+    assert len(RunData(TrainOptions.build(values | {"combine": "mix"})).sources) == 2
 
 
 @pytest.mark.parametrize("folders", ["rollouts", "whole"])

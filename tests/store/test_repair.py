@@ -125,8 +125,12 @@ def test_a_cache_that_somebody_writes(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_repaired(tmp_path: Path) -> None:
+    with pytest.raises(CacheError, match=r"is not a logitcache cache: it holds no plan.json and no manifest.json"):
+        repair(tmp_path)
+    (tmp_path / "plan.json").write_text("{")
     with pytest.raises(CacheError, match=r"has neither a plan nor a manifest that can be read \(.*\); restore plan"):
         repair(tmp_path)
+    (tmp_path / "plan.json").unlink()
     root = make_cache(tmp_path / "cache").root
     rewrite(root / "manifest.json", format_version=2)
     with pytest.raises(FormatVersionError, match=r"upgrade logitcache$"):

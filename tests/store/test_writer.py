@@ -33,7 +33,7 @@ def test_equal_content_gives_equal_files(tmp_path: Path, container: ContainerKin
     commit(CacheWriter.open(root, plan), 2, tokens, targets)
     writer = CacheWriter.open(root, plan)
     assert writer.pending_units() == [1]
-    with pytest.raises(CacheError, match=r"still lacks 1 units; run the same dump again$"):
+    with pytest.raises(CacheError, match=r"still lacks 1 unit; run the same dump again$"):
         writer.finalize()
     commit(writer, 1, tokens, targets)
     assert not writer.complete

@@ -7,7 +7,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from safetensors.torch import load_file
 
+from logitcache.errors import TrainingError
 from logitcache.training.records import (
     COMPLETE,
     MetricsLog,
@@ -16,6 +18,7 @@ from logitcache.training.records import (
     plot_losses,
     remove_half_checkpoints,
 )
+from logitcache.training.run_folder import RunFolder
 
 
 def test_metrics_come_back_in_order(tmp_path: Path) -> None:
@@ -61,7 +64,8 @@ def checkpoint(folder: Path, step: int, whole: bool) -> None:
 def test_half_written_checkpoints_are_removed(tmp_path: Path) -> None:
     for step, whole in ((2, True), (10, True), (12, False), (3, False)):
         checkpoint(tmp_path, step, whole)
-    assert last_whole_checkpoint(tmp_path) == (tmp_path / "checkpoint-10", {"samples_seen": 10})
+    said = [f"{tmp_path / 'checkpoint-12'} is passed over: it was not written to its end"]
+    assert last_whole_checkpoint(tmp_path) == ((tmp_path / "checkpoint-10", {"samples_seen": 10}), said)
     assert len(list(tmp_path.iterdir())) == 4
     (tmp_path / "checkpoint-best").mkdir()
     assert last_whole_checkpoint(tmp_path) == (tmp_path / "checkpoint-10", {"samples_seen": 10})
@@ -89,22 +93,31 @@ def test_damaged_checkpoints_are_removed(name: str, damage: bytes | None, tmp_pa
         state, control = SimpleNamespace(global_step=step, max_steps=9), SimpleNamespace(should_training_stop=False)
         callback = RecordCallback(MetricsLog(tmp_path / "m"), lambda step: {"samples_seen": step}, lambda *_: None)
         callback.on_save(SimpleNamespace(output_dir=tmp_path), state, control)
-    assert last_whole_checkpoint(tmp_path) == (tmp_path / "checkpoint-4", {"samples_seen": 4})
+    assert last_whole_checkpoint(tmp_path) == ((tmp_path / "checkpoint-4", {"samples_seen": 4}), [])
     if damage is None:
         (tmp_path / "checkpoint-4" / name).unlink()
     else:
         (tmp_path / "checkpoint-4" / name).write_bytes(damage)
-    assert last_whole_checkpoint(tmp_path) == (tmp_path / "checkpoint-2", {"samples_seen": 2})
+    said = [f"{tmp_path / 'checkpoint-4'} is passed over: {name} is {'missing' if damage is None else 'damaged'}"]
+    assert last_whole_checkpoint(tmp_path) == ((tmp_path / "checkpoint-2", {"samples_seen": 2}), said)
     remove_half_checkpoints(tmp_path, 2)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
 
 
 def test_no_whole_checkpoint(tmp_path: Path) -> None:
-    assert last_whole_checkpoint(tmp_path / "nothing") is None
+    assert last_whole_checkpoint(tmp_path / "nothing") == (None, [])
     checkpoint(tmp_path, 1, whole=False)
-    assert last_whole_checkpoint(tmp_path) is None
+    assert last_whole_checkpoint(tmp_path)[0] is None
     remove_half_checkpoints(tmp_path, -1)
     assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_cannot_be_read(tmp_path: Path) -> None:
+    """They are not said to be impossible to write."""
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    wrong = pytest.raises(TrainingError, match=r"cannot be read .*remove the damaged checkpoint")
+    with wrong, RunFolder(tmp_path / "out").writing():
+        load_file(tmp_path / "model.safetensors")
 
 
 @pytest.mark.parametrize(

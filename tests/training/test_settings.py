@@ -50,28 +50,28 @@ def test_choice(values: dict[str, Any], unbiased: bool, expected: Objective) -> 
 
 
 REFUSED: list[tuple[dict[str, Any], str, type[LogitcacheError], str]] = [
-    ({"beta": 0.3}, "top_k", ObjectiveError, "forward_kl has no beta, but beta is 0.3; leave it out"),
-    ({"objective": "jsd", "beta": 1}, "top_k", ObjectiveError, "beta is 1.0; it must be a number in \\(0, 1\\)"),
-    ({"objective": "policy-gradient", "clip": 0}, "top_k", ObjectiveError, "clip is 0.0"),
-    ({"objective": "decoupled", "tail": "bucket"}, "top_k", ObjectiveError, "decoupled has no tail"),
-    ({"objective": "tvd", "tail": "label"}, "top_k", ObjectiveError, "tail 'label' does not exist for tvd"),
+    ({"beta": 0.3}, "top_k", UsageError, "--objective forward-kl has no --beta, but --beta is 0.3; leave it"),
+    ({"objective": "jsd", "beta": 1}, "top_k", UsageError, "^--beta is 1.0; it must be a number in \\(0, 1\\)"),
+    ({"objective": "policy-gradient", "clip": 0}, "top_k", UsageError, "--clip is 0.0"),
+    ({"objective": "decoupled", "tail": "bucket"}, "top_k", UsageError, "--objective decoupled has no --tail"),
+    ({"objective": "tvd", "tail": "label"}, "top_k", UsageError, "--tail 'label' does not exist for --objective tvd"),
     ({"objective": "tvd"}, "sample", ObjectiveError, "--select varopt:K"),
-    ({"objective": "jsd", "temperature": 2}, "top_k", ObjectiveError, "tail='renormalised', or temperature=1"),
+    ({"objective": "jsd", "temperature": 2}, "top_k", ObjectiveError, "--tail renormalised, or --temperature 1"),
     ({"objective": "mse", "temperature": 2}, "top_k", ObjectiveError, "mse has none"),
     ({"tail": "blend"}, "top_k", ObjectiveError, "--select varopt:K"),
     ({"tail": "blend"}, "sample", ObjectiveError, "--select varopt:K"),
-    ({"blend": 0.3}, "varopt", UsageError, "blend is 0.3, but only tail 'blend'"),
+    ({"blend": 0.3}, "varopt", UsageError, "--blend is 0.3, but only --tail blend"),
     ({"mask": "student-entropy:2"}, "top_k", UsageError, "a mask's keep is 2.0"),
     ({"mask": "entropy"}, "top_k", UsageError, "'entropy' is not understood"),
-    ({"mask": "student-entropy:0.5", "alpha": 0}, "top_k", UsageError, "mask is student-entropy:0.5, but alpha is 0"),
+    ({"mask": "student-entropy:0.5", "alpha": 0}, "top_k", UsageError, "--mask is .*, but --alpha is 0"),
     (
         {"mask": "teacher-entropy:1", "objective": "cross-entropy"},
         "top_k",
         UsageError,
         "objective is cross-entropy, so",
     ),
-    ({"mask_rest": "nothing"}, "top_k", UsageError, "mask_rest is 'nothing', but there is no mask"),
-    ({"blend_end": 1}, "top_k", UsageError, "blend_end is 1.0, but only tail 'blend'.*--tail blend on a varopt cache"),
+    ({"mask_rest": "nothing"}, "top_k", UsageError, "--mask-rest is nothing, but there is no mask"),
+    ({"blend_end": 1}, "top_k", UsageError, "--blend-end is 1.0, but only --tail blend.*--tail blend on a varopt"),
 ]
 
 
