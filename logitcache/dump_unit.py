@@ -61,6 +61,11 @@ def process_unit(job: Job, unit: int, await_tables: Callable[[], None] | None = 
         if mask is not None and job.options.nonfinite == "mask":
             mask, wanted = mask & ~np.isnan(rows[0].label_logprob), mask
             left_out += int(wanted.sum() - mask.sum())
+            if left_out and not job.said_left_out:
+                job.said_left_out = True
+                job.progress.note(
+                    "the teacher's logits are NaN or infinite at some positions; their rows are left out and counted"
+                )
         for (writer, _), targets, planes in zip(wanting, rows, chunks, strict=True):
             planes += _encode(writer, begin, end, real, targets, mask)
     counters = {"nonfinite": left_out} if job.options.nonfinite == "mask" else None

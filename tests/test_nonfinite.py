@@ -21,6 +21,7 @@ from logitcache.selection import Selection
 from logitcache.store import Blocks, convert, open_cache, schema, verify
 from logitcache.store.card import dataset_card
 from tests.corpus.files import write_records
+from tests.engines.test_memory import Notes
 from tests.faults import forkserver, run_killed, start
 from tests.rollouts import pairs
 from tests.store.caches import rewrite
@@ -52,9 +53,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def caches(place: Path) -> dict[str, Path]:
     """Of one dump, with two chunks in a unit."""
     roots = {spec: place / "caches" / spec.replace(":", "-") for spec in OUTPUTS}
+    notes = Notes()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(schema, "CHUNK_TOKENS", 4 * LENGTH)
-        run_dump(options(place, *roots.items(), **MASK))
+        run_dump(options(place, *roots.items(), **MASK), notes)
+    said = "the teacher's logits are NaN or infinite at some positions; their rows are left out and counted"
+    assert notes.said == [said]
     return roots
 
 
