@@ -23,6 +23,7 @@ from logitcache.store.card import dataset_card
 from tests.corpus.files import write_records
 from tests.engines.test_memory import Notes
 from tests.faults import forkserver, run_killed, start
+from tests.format.check import check_cache
 from tests.rollouts import pairs
 from tests.store.caches import rewrite
 from tests.teachers.serving import Serving
@@ -102,6 +103,7 @@ def test_the_rows_that_can_be_had_are_stored(place: Path, caches: dict[str, Path
     lengths = blocks.targets.row_lengths.reshape(labels.shape)
     assert not lengths[~blocks.counted].any()
     assert (lengths[blocks.counted] > 0).all() == (spec != "label")
+    assert check_cache(caches[spec]).counted == blocks.counted[blocks.valid].astype(int).tolist()
 
 
 @pytest.mark.parametrize("spec", ["top-k:7", "sample:11"])
