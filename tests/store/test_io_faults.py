@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -93,7 +94,7 @@ def test_every_call_may_fail(tmp_path: Path, operation: str) -> None:
 
 
 def entries(folder: Path) -> dict[str, int | None]:
-    """Names in a folder, with the inodes of files and None of folders. Other threads may add and remove some meanwhile."""
+    """Names in a folder, with the inodes of files and None of folders; other threads may remove some meanwhile."""
     found: dict[str, int | None] = {}
     for entry in folder.iterdir():
         with suppress(FileNotFoundError):
@@ -109,6 +110,9 @@ class Disk:
         self._contents: dict[int, bytes] = {}
         self._names: dict[Path, dict[str, int | None]] = {}
         self.moments: list[dict[str, bytes]] = []
+        # Open, so that no other file gets the inode of one that was removed.
+        self._open: list[int] = []
+        weakref.finalize(self, lambda held: [os.close(handle) for handle in held], self._open)
         patch.setattr(os, "fsync", self._synced)
 
     def _synced(self, handle: int) -> None:
@@ -117,6 +121,7 @@ class Disk:
             self._names[path] = entries(path)
         else:
             self._contents[os.fstat(handle).st_ino] = path.read_bytes()
+            self._open.append(os.dup(handle))
         self._sync(handle)
         self.moments.append(self._left(self._root, ""))
 
