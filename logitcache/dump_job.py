@@ -115,7 +115,7 @@ class Job:
         self.meter = Meter(self.geometry, self.progress)
         # Halved where the teacher runs out of memory.
         self.batch_blocks = max(self.teacher.blocks_at_once, self.options.batch_tokens // self.options.block_length)
-        self.said_halved = False
+        self.said_halved = self.said_left_out = False
 
     @classmethod
     def prepare(

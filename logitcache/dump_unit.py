@@ -68,7 +68,22 @@ def process_unit(
             # Its rows were computed while another worker made them.
             (await_tables or (lambda: process_unit(job, PILOT_UNIT, pipeline)))()
         last = then if end == stop else None
-        pipeline.submit(partial(coded.add, begin, end, tokens, counted, batches, last), job.meter.committed_later())
+        pipeline.submit(partial(coded.add, begin, end, tokens, counted, batches, last), _told_by(job, coded))
+
+
+def _told_by(job: Job, coded: _Coded) -> Callable[[int], None]:
+    """What to do, in the teacher's thread, when the rows computed by now are encoded."""
+    committed = job.meter.committed_later()
+
+    def tell(num_bytes: int) -> None:
+        committed(num_bytes)
+        if coded.left_out and not job.said_left_out:
+            job.said_left_out = True
+            job.progress.note(
+                "the teacher's logits are NaN or infinite at some positions; their rows are left out and counted"
+            )
+
+    return tell
 
 
 class _Coded:
@@ -79,13 +94,14 @@ class _Coded:
 
     Attributes:
         wanting: the outputs that lack the unit, with their selections.
+        left_out: rows that the teacher's logits are not finite in.
     """
 
     def __init__(self, job: Job, unit: int) -> None:
         self._geometry, self._unit = job.geometry, unit
         self.wanting = job.lacking(unit)
         self._chunks: list[list[Planes]] = [[] for _ in self.wanting]
-        self._masks, self._left_out = job.options.nonfinite == "mask", 0
+        self._masks, self.left_out = job.options.nonfinite == "mask", 0
 
     @property
     def selections(self) -> list[Selection]:
@@ -107,12 +123,12 @@ class _Coded:
         parts = [SparseTargets.concatenate(part) for part in zip(*[rows() for rows in batches], strict=True)]
         if mask is not None and self._masks:
             mask, wanted = mask & ~np.isnan(parts[0].label_logprob), mask
-            self._left_out += int(wanted.sum() - mask.sum())
+            self.left_out += int(wanted.sum() - mask.sum())
         for (writer, _), part, planes in zip(self.wanting, parts, self._chunks, strict=True):
             planes += _encode(writer, begin, end, real, part, mask)
         if then is None:
             return 0
-        counters = {"nonfinite": self._left_out} if self._masks else None
+        counters = {"nonfinite": self.left_out} if self._masks else None
         num_bytes = sum(
             writer.commit_unit(self._unit, planes, counters)
             for (writer, _), planes in zip(self.wanting, self._chunks, strict=True)

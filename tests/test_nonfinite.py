@@ -21,7 +21,9 @@ from logitcache.selection import Selection
 from logitcache.store import Blocks, convert, open_cache, schema, verify
 from logitcache.store.card import dataset_card
 from tests.corpus.files import write_records
+from tests.engines.test_memory import Notes
 from tests.faults import forkserver, run_killed, start
+from tests.format.check import check_cache
 from tests.rollouts import pairs
 from tests.store.caches import rewrite
 from tests.teachers.serving import Serving
@@ -52,9 +54,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def caches(place: Path) -> dict[str, Path]:
     """Of one dump, with two chunks in a unit."""
     roots = {spec: place / "caches" / spec.replace(":", "-") for spec in OUTPUTS}
+    notes = Notes()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(schema, "CHUNK_TOKENS", 4 * LENGTH)
-        run_dump(options(place, *roots.items(), **MASK))
+        run_dump(options(place, *roots.items(), **MASK), notes)
+    said = "the teacher's logits are NaN or infinite at some positions; their rows are left out and counted"
+    assert notes.said == [said]
     return roots
 
 
@@ -98,6 +103,7 @@ def test_the_rows_that_can_be_had_are_stored(place: Path, caches: dict[str, Path
     lengths = blocks.targets.row_lengths.reshape(labels.shape)
     assert not lengths[~blocks.counted].any()
     assert (lengths[blocks.counted] > 0).all() == (spec != "label")
+    assert check_cache(caches[spec]).counted == blocks.counted[blocks.valid].astype(int).tolist()
 
 
 @pytest.mark.parametrize("spec", ["top-k:7", "sample:11"])

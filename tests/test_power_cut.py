@@ -12,7 +12,7 @@ from logitcache.store import Layout, open_cache, verify
 from logitcache.teachers import TransformersTeacher
 from tests.engines.dumps import let_expire
 from tests.store.caches import files_of
-from tests.store.test_io_faults import Disk
+from tests.store.test_io_faults import Disk, entries
 from tests.test_dump import content_of, options, write_corpus
 from tests.tiny import save_tiny
 
@@ -22,11 +22,11 @@ class EagerDisk(Disk):
 
     def _left(self, folder: Path, prefix: str) -> dict[str, bytes]:
         found: dict[str, bytes] = {}
-        for entry in folder.iterdir():
-            if entry.is_dir():
-                found |= self._left(entry, f"{prefix}{entry.name}/")
+        for name, inode in entries(folder).items() if folder.is_dir() else ():
+            if inode is None:
+                found |= self._left(folder / name, f"{prefix}{name}/")
             else:
-                found[f"{prefix}{entry.name}"] = self._contents.get(entry.stat().st_ino, b"")
+                found[f"{prefix}{name}"] = self._contents.get(inode, b"")
         return found
 
 

@@ -139,6 +139,8 @@ def test_the_key_is_sent_and_never_shown(
         assert KEY not in said
     if settings.get("faults") or "most" in settings:
         assert "Bearer ***" in ran.err
+    if settings.get("key") == "another":
+        assert "answers 401: the key in LOGITCACHE_API_KEY is not accepted" in ran.err
 
 
 @pytest.mark.parametrize("key", ["two words", "schlüssel", "line\nbreak"])

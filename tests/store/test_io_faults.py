@@ -9,7 +9,9 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,29 +93,42 @@ def test_every_call_may_fail(tmp_path: Path, operation: str) -> None:
 # ---------------------------------------------------------------------------------------------- power cuts
 
 
+def entries(folder: Path) -> dict[str, int | None]:
+    """Names in a folder, with the inodes of files and None of folders; other threads may remove some meanwhile."""
+    found: dict[str, int | None] = {}
+    for entry in folder.iterdir():
+        with suppress(FileNotFoundError):
+            found[entry.name] = None if entry.is_dir() else entry.stat().st_ino
+    return found
+
+
 class Disk:
     """What a power cut would leave of one folder, at the moment of every fsync."""
 
     def __init__(self, root: Path, patch: pytest.MonkeyPatch) -> None:
         self._root, self._sync = root, os.fsync
         self._contents: dict[int, bytes] = {}
-        self._names: dict[Path, dict[str, int]] = {}
+        self._names: dict[Path, dict[str, int | None]] = {}
         self.moments: list[dict[str, bytes]] = []
+        # Open, so that no other file gets the inode of one that was removed.
+        self._open: list[int] = []
+        weakref.finalize(self, lambda held: [os.close(handle) for handle in held], self._open)
         patch.setattr(os, "fsync", self._synced)
 
     def _synced(self, handle: int) -> None:
         path = Path(os.readlink(f"/proc/self/fd/{handle}"))
         if path.is_dir():
-            self._names[path] = {entry.name: entry.stat().st_ino for entry in path.iterdir()}
+            self._names[path] = entries(path)
         else:
             self._contents[os.fstat(handle).st_ino] = path.read_bytes()
+            self._open.append(os.dup(handle))
         self._sync(handle)
         self.moments.append(self._left(self._root, ""))
 
     def _left(self, folder: Path, prefix: str) -> dict[str, bytes]:
         found: dict[str, bytes] = {}
         for name, inode in self._names.get(folder, {}).items():
-            if folder / name in self._names or (folder / name).is_dir():
+            if inode is None:
                 found |= self._left(folder / name, f"{prefix}{name}/")
             else:
                 found[f"{prefix}{name}"] = self._contents.get(inode, b"")

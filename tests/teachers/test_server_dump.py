@@ -19,7 +19,7 @@ from logitcache.selection import Selection
 from logitcache.store import open_cache, verify
 from logitcache.targets import SparseTargets
 from logitcache.teachers import ServerOptions
-from tests.faults import run_killed, run_to_end
+from tests.faults import run_killed, run_to_end, start
 from tests.teachers.serving import Serving, serving
 from tests.test_dump import children, content_of, dump_job, write_corpus
 
@@ -222,3 +222,21 @@ def test_options_that_belong_to_a_server(corpus: Path, tmp_path: Path) -> None:
 def test_the_environment_has_no_key() -> None:
     """What the tests above rely on."""
     assert "LOGITCACHE_API_KEY" not in os.environ
+
+
+def torchrun_rank(given: DumpOptions, number: int) -> None:
+    """What a child runs: a rank that torchrun started."""
+    os.environ.update({"RANK": str(number), "WORLD_SIZE": "2"})
+    dump_job(given)
+
+
+def test_ranks_of_torchrun_share_a_server(server: Serving, served_model: Path, corpus: Path, tmp_path: Path) -> None:
+    """One is killed on the way; the cache is that of one process."""
+    run_dump(served(server.url, served_model, corpus, ("top-k:7", tmp_path / "alone")))
+    given = served(server.url, served_model, corpus, ("top-k:7", tmp_path / "shared"), engine="torchrun")
+    run_killed(children, torchrun_rank, given, 1, failpoint="commit.after_rename")
+    ranks: list[Any] = [start(children, torchrun_rank, given, number) for number in range(2)]
+    for rank in ranks:
+        rank.join()
+        assert rank.exitcode == 0
+    assert content_of(tmp_path / "shared") == content_of(tmp_path / "alone")
