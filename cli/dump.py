@@ -8,6 +8,7 @@ from typing import Any
 import click
 from rich.table import Table
 
+from .batch_tokens import BatchTokens
 from .console import counted, debug_option, json_option, out, print_json
 from .options import cache_options, field_options, server_of, server_options, teacher_options
 from .plan_table import show_plan
@@ -70,7 +71,11 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
     help="Where the teacher runs.",
 )
 @click.option(
-    "--batch-tokens", default=4096, show_default=True, help="Tokens in one forward pass, or asked for together."
+    "--batch-tokens",
+    default="auto",
+    show_default=True,
+    type=BatchTokens(),
+    help="Tokens in one forward pass, or asked for together. auto: found by trial on a GPU, 4,096 elsewhere.",
 )
 @click.option("--unit-tokens", type=int, help="Tokens committed at once; default: about 1/32 of the corpus.")
 @click.option("--seed", default=0, show_default=True, help="Of sampled selections.")
@@ -145,7 +150,14 @@ def dump(root: Path, select: str, also: tuple[tuple[str, str], ...], as_json: bo
         for output, manifest in zip(outputs, report.manifests, strict=True)
     ]
     if as_json:
-        print_json({"computed_tokens": report.computed_tokens, "seconds": report.seconds, "caches": facts})
+        print_json(
+            {
+                "computed_tokens": report.computed_tokens,
+                "seconds": report.seconds,
+                "batch_tokens": report.batch_tokens,
+                "caches": facts,
+            }
+        )
     else:
         _print_table(facts, report)
         read, counters = report.manifests[0].identity.corpus, report.manifests[0].counters
@@ -168,4 +180,5 @@ def _print_table(facts: list[dict[str, Any]], report: Any) -> None:
         out.print("Nothing was left to compute.")
     else:
         rate = report.computed_tokens / max(report.seconds, 1e-9)
-        out.print(f"{report.computed_tokens:,} tokens computed in {report.seconds:,.1f} s, {rate:,.0f} tokens/s")
+        speed = f"{report.computed_tokens:,} tokens computed in {report.seconds:,.1f} s, {rate:,.0f} tokens/s"
+        out.print(f"{speed}, in batches of {report.batch_tokens:,}")
