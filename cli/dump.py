@@ -77,6 +77,11 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
     type=BatchTokens(),
     help="Tokens in one forward pass, or asked for together. auto: found by trial on a GPU, 4,096 elsewhere.",
 )
+@click.option(
+    "--compile",
+    is_flag=True,
+    help="Run the teacher's body through torch.compile: slow to begin with, then faster; needs a C++ compiler.",
+)
 @click.option("--unit-tokens", type=int, help="Tokens committed at once; default: about 1/32 of the corpus.")
 @click.option("--seed", default=0, show_default=True, help="Of sampled selections.")
 @field_options

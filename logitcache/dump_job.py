@@ -30,6 +30,7 @@ def load_teacher(options: DumpOptions) -> Teacher:
         options.device,
         options.trust_remote_code,
         options.tokenizer,
+        compile=options.compile,
     )
 
 

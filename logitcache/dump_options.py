@@ -31,6 +31,7 @@ SETTLED_BY = {
     "geometry.unit_blocks": "--unit-tokens",
     "seed": "--seed",
     "selection": "--select",
+    "teacher.compiled": "--compile",
     "teacher.dtype": "--dtype",
     "teacher.files": "--teacher",
     "teacher.name": "--teacher",
@@ -76,6 +77,7 @@ class DumpOptions:
         workers: processes with a teacher each; None for one, or with Ray one for each GPU.
         lease_seconds: a worker that shows no life for so long loses its unit to another.
         tokenizer: folder or hub id of the teacher's tokenizer; needed for a server, else by default the teacher's own.
+        compile: run the teacher's body through torch.compile.
         server: how a server is asked.
     """
 
@@ -105,6 +107,7 @@ class DumpOptions:
     workers: int | None = None
     lease_seconds: float = 60.0
     tokenizer: str | None = None
+    compile: bool = False
     server: ServerOptions = field(default_factory=ServerOptions)
 
     def __post_init__(self) -> None:
@@ -143,7 +146,7 @@ class DumpOptions:
             return
         if self.tokenizer is None:
             raise UsageError("a server's teacher needs its tokenizer here; give its folder or hub id with --tokenizer")
-        given = {"gguf-file": self.gguf_file, "trust-remote-code": self.trust_remote_code}
+        given = {"gguf-file": self.gguf_file, "trust-remote-code": self.trust_remote_code, "compile": self.compile}
         given |= {name: getattr(self, name) != "auto" for name in ("dtype", "device")}
         wrong = [name for name, value in given.items() if value]
         if wrong:

@@ -142,6 +142,8 @@ def _capture(
     start = 0
     while start < tokens.shape[0]:
         pipeline.check()
+        if not job.batches.trying:
+            job.teacher.expect_batches(job.batches.blocks)
         batch = tokens[start : start + job.batches.blocks]
         mask = None if counted is None else counted[start : start + len(batch)]
         begin = first_block + start

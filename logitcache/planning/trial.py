@@ -97,6 +97,10 @@ def find_batch(options: DumpOptions, teacher: TransformersTeacher, corpus: Sampl
     while batches.trying:
         batch = blocks[: batches.blocks]
         batches.attempt(partial(teacher.rows, batch, 0, batch.size, [], 0), len(batch), 0)
+    if options.compile:
+        # That takes a while, once; what is timed later is not to begin with it.
+        teacher.expect_batches(batches.blocks)
+        teacher.hidden(blocks[: batches.blocks])
     return batches.tokens
 
 
