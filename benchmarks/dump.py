@@ -49,7 +49,7 @@ def speed(problem: Problem, rounds: int) -> list[list[str]]:
     """Rows of the table of speed: the bare loop, then dumps."""
     teacher = problem.load()
     # Once each before timing: imports, memory and threads are warm.
-    bare_loop(teacher, replace(problem, tokens=problem.batch_tokens))
+    bare_loop(teacher, replace(problem, tokens=min(problem.tokens, problem.batch_tokens)))
     capture(teacher, replace(problem, tokens=problem.block_length), SELECTIONS[0])
     bare: list[float] = []
     dumps: dict[str, list[DumpReport]] = {name: [] for name in SELECTIONS}
@@ -71,7 +71,7 @@ def speed(problem: Problem, rounds: int) -> list[list[str]]:
 def workers(problem: Problem, rounds: int, context: BaseContext | None = None) -> list[list[str]]:
     """Rows of the table of workers."""
     teacher, selection = problem.load(), SELECTIONS[0]
-    bare_loop(teacher, replace(problem, tokens=problem.batch_tokens))
+    bare_loop(teacher, replace(problem, tokens=min(problem.tokens, problem.batch_tokens)))
     seconds: dict[str, list[float]] = {}
     loops, one, two = (
         f"{WORKERS} bare loops, 1 thread each",
