@@ -1,10 +1,14 @@
-"""Capture against a bare body + head loop of the same teacher, and the bytes a token takes.
+"""Dumps against a bare body + head loop of the same teacher, and the bytes a token takes.
 
-    python -m benchmarks.dump [--tokens 8192] [--rounds 3] [--storage-tokens 102400] [--save]
+    python -m benchmarks.dump [--tokens 8192] [--rounds 3] [--storage-tokens 102400] [--batches] [--save]
 
-Speed: both run the same batches in one process, interleaved; the ratio is the median over rounds. The capture is the
-whole of `run_dump` after loading: forward, head in slices, selection, entropy, encoding, fsync and commit.
+Speed: all run the same batches in one process, interleaved; ratios are medians over rounds. A dump is the whole of
+`run_dump` after loading: forward, head in slices, selection, entropy, encoding, fsync and commit. Encoding is what the
+second thread does (assembling rows, encoding, compressing, fsync, commit), as a share of the dump's time, and how much
+of that the teacher did not wait for.
+Workers: two processes of one thread each, beside one of two and beside two bare loops of one thread each.
 Memory: peak of a process that does only the one or only the other.
+Batches (--batches): the bare loop alone, with batches of several sizes.
 """
 
 from __future__ import annotations
@@ -13,94 +17,124 @@ import json
 import shutil
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from multiprocessing.context import BaseContext
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from benchmarks import measure, report
+from benchmarks.dump_jobs import Problem, bare_loop, bare_processes, capture, workers_seconds
 from logitcache.demo import plays, teacher_folder
-from logitcache.dump import DumpOptions, Output, run_dump
+from logitcache.dump import DumpOptions, DumpReport, Output, run_dump
 from logitcache.selection import Selection
 from logitcache.store import open_cache
-from logitcache.teachers import TransformersTeacher
 
 BLOCK_LENGTH = 512
 SELECTIONS = ("top-k:64", "sample:25")
+WORKERS = 2
+BATCHES = (512, 1024, 2048, 4096, 8192)
 ENTRY_PLANES = ("ids", "lengths", "counts", "levels", "least", "rest", "precision")
+TARGETS = "Targets: a dump >= 0.95 of the bare loop's tokens/s, peak memory <= 1.20 of its."
 
 
-def options(root: Path, selection: str, tokens: int, dtype: str, batch_tokens: int) -> DumpOptions:
-    return DumpOptions(
-        teacher=str(teacher_folder(print)),
-        corpus=tuple(str(path) for path in plays(print).values()),
-        outputs=(Output(Selection.parse(selection), root),),
-        dtype=dtype,
-        block_length=BLOCK_LENGTH,
-        max_tokens=tokens,
-        batch_tokens=batch_tokens,
-    )
+def demo_problem(tokens: int, batch_tokens: int, dtype: str = "float32") -> Problem:
+    """SmolLM2-135M over Shakespeare."""
+    corpus = tuple(str(path) for path in plays(print).values())
+    return Problem(str(teacher_folder(print)), corpus, tokens, batch_tokens, BLOCK_LENGTH, dtype)
 
 
-def bare_loop(teacher: TransformersTeacher, tokens: int, batch_tokens: int) -> None:
-    """Body and head over the same number of tokens; the logits are made, slice by slice, and dropped."""
-    batch = np.random.default_rng(0).integers(0, teacher.vocab_size, (batch_tokens // BLOCK_LENGTH, BLOCK_LENGTH))
-    with torch.inference_mode():
-        for _ in range(max(1, tokens // batch_tokens)):
-            hidden = teacher.hidden(batch)
-            for rows in teacher.row_slices(hidden.shape[0]):
-                teacher.logits(hidden[rows])
-
-
-def capture(teacher: TransformersTeacher, selection: str, tokens: int, dtype: str, batch_tokens: int) -> float:
-    """Seconds of the capture loop of one dump into a fresh folder."""
-    with tempfile.TemporaryDirectory() as folder:
-        done = run_dump(options(Path(folder) / "cache", selection, tokens, dtype, batch_tokens), teacher=teacher)
-    return done.seconds
-
-
-def load(dtype: str) -> TransformersTeacher:
-    return TransformersTeacher.load(teacher_folder(print), dtype=dtype)
-
-
-def speed(dtype: str, tokens: int, rounds: int, batch_tokens: int) -> list[list[str]]:
-    teacher = load(dtype)
+def speed(problem: Problem, rounds: int) -> list[list[str]]:
+    """Rows of the table of speed: the bare loop, then dumps."""
+    teacher = problem.load()
     # Once each before timing: imports, memory and threads are warm.
-    bare_loop(teacher, batch_tokens, batch_tokens)
-    capture(teacher, SELECTIONS[0], BLOCK_LENGTH, dtype, batch_tokens)
+    bare_loop(teacher, replace(problem, tokens=min(problem.tokens, problem.batch_tokens)))
+    capture(teacher, replace(problem, tokens=problem.block_length), SELECTIONS[0])
     bare: list[float] = []
-    captured: dict[str, list[float]] = {name: [] for name in SELECTIONS}
+    dumps: dict[str, list[DumpReport]] = {name: [] for name in SELECTIONS}
     for _ in range(rounds):
-        bare += measure.interleaved({"bare": lambda: bare_loop(teacher, tokens, batch_tokens)}, 1)["bare"]
+        bare += measure.interleaved({"bare": lambda: bare_loop(teacher, problem)}, 1)["bare"]
         for name in SELECTIONS:
-            captured[name].append(capture(teacher, name, tokens, dtype, batch_tokens))
-    rows = [[dtype, "bare body + head", f"{tokens / statistics.median(bare):,.0f}", "1.00"]]
-    for name, seconds in captured.items():
+            dumps[name].append(capture(teacher, problem, name))
+    rows = [[problem.dtype, "bare body + head", f"{problem.tokens / statistics.median(bare):,.0f}", "1.00", "", ""]]
+    for name, done in dumps.items():
+        seconds = [one.seconds for one in done]
         ratio = measure.median_ratio(bare, seconds)
-        rows.append([dtype, f"dump --select {name}", f"{tokens / statistics.median(seconds):,.0f}", f"{ratio:.3f}"])
+        share = statistics.median(one.encode_seconds / one.seconds for one in done)
+        hidden = statistics.median(max(0.0, 1 - one.waited_seconds / one.encode_seconds) for one in done)
+        rate = f"{problem.tokens / statistics.median(seconds):,.0f}"
+        rows.append([problem.dtype, f"dump --select {name}", rate, f"{ratio:.3f}", f"{share:.1%}", f"{hidden:.0%}"])
     return rows
 
 
-def memory(dtype: str, tokens: int, batch_tokens: int) -> list[list[str]]:
-    peaks = {
-        name: measure.peak_megabytes("benchmarks.dump", "--one", name, "--dtype", dtype, "--tokens", str(tokens),
-                                     "--batch-tokens", str(batch_tokens))
-        for name in ("bare", *SELECTIONS)
-    }  # fmt: skip
+def workers(problem: Problem, rounds: int, context: BaseContext | None = None) -> list[list[str]]:
+    """Rows of the table of workers."""
+    teacher, selection = problem.load(), SELECTIONS[0]
+    bare_loop(teacher, replace(problem, tokens=min(problem.tokens, problem.batch_tokens)))
+    seconds: dict[str, list[float]] = {}
+    loops, one, two = (
+        f"{WORKERS} bare loops, 1 thread each",
+        f"1 worker, {torch.get_num_threads()} threads",
+        f"{WORKERS} workers, {max(1, torch.get_num_threads() // WORKERS)} threads each",
+    )
+    with bare_processes(problem, WORKERS, context) as processes:
+        for _ in range(rounds):
+            for name, taken in {
+                "bare loop": lambda: measure.interleaved({"": lambda: bare_loop(teacher, problem)}, 1)[""][0],
+                loops: lambda: measure.interleaved({"": processes.run}, 1)[""][0],
+                one: lambda: capture(teacher, problem, selection).seconds,
+                two: lambda: workers_seconds(problem, selection, WORKERS, context),
+            }.items():
+                seconds.setdefault(name, []).append(taken())
     return [
-        [dtype, name if name == "bare" else f"dump --select {name}", f"{peak:,.0f}", f"{peak / peaks['bare']:.2f}"]
-        for name, peak in peaks.items()
+        [
+            problem.dtype,
+            name,
+            f"{problem.tokens / statistics.median(taken):,.0f}",
+            f"{measure.median_ratio(seconds['bare loop'], taken):.3f}",
+            f"{measure.median_ratio(seconds[loops], taken):.3f}",
+        ]
+        for name, taken in seconds.items()
     ]
 
 
-def one(name: str, dtype: str, tokens: int, batch_tokens: int) -> None:
+def batches(problem: Problem, rounds: int, sizes: Sequence[int] = BATCHES) -> list[list[str]]:
+    """Rows of the table of batches: as many tokens in batches of each size."""
+    teacher = problem.load()
+    tokens = max(problem.tokens, *sizes)
+    jobs = {
+        str(size): (lambda size=size: bare_loop(teacher, replace(problem, tokens=tokens, batch_tokens=size)))
+        for size in sizes
+    }
+    measure.interleaved(jobs, 1)
+    seconds = measure.interleaved(jobs, rounds)
+    usual = seconds[str(sizes[-2])]
+    return [
+        [problem.dtype, size, f"{tokens / statistics.median(taken):,.0f}", f"{measure.median_ratio(usual, taken):.3f}"]
+        for size, taken in seconds.items()
+    ]
+
+
+def memory(problem: Problem) -> list[list[str]]:
+    """Rows of the table of memory, of processes of their own."""
+    peaks = {
+        name: measure.peak_megabytes("benchmarks.dump", "--one", name, "--dtype", problem.dtype,
+                                     "--tokens", str(problem.tokens), "--batch-tokens", str(problem.batch_tokens))
+        for name in ("bare", *SELECTIONS)
+    }  # fmt: skip
+    return [
+        [problem.dtype, name if name == "bare" else f"dump --select {name}", f"{peak:,.0f}",
+         f"{peak / peaks['bare']:.2f}"]
+        for name, peak in peaks.items()
+    ]  # fmt: skip
+
+
+def one(name: str, problem: Problem) -> None:
     """Run one job alone and print its peak memory."""
-    teacher = load(dtype)
+    teacher = problem.load()
     job: Callable[[], object] = (
-        (lambda: bare_loop(teacher, tokens, batch_tokens))
-        if name == "bare"
-        else (lambda: capture(teacher, name, tokens, dtype, batch_tokens))
+        (lambda: bare_loop(teacher, problem)) if name == "bare" else (lambda: capture(teacher, problem, name))
     )
     measure.forget_peak()
     job()
@@ -111,7 +145,7 @@ def storage(tokens: int, keep: Path) -> list[list[str]]:
     """Bytes a token on real text, all files counted."""
     specs = ("sample:25", "sample:50", "top-k:12", "top-k:50")
     outputs = tuple(Output(Selection.parse(spec), keep / spec.replace(":", "-")) for spec in specs)
-    base = options(outputs[0].root, specs[0], tokens, "bfloat16", 4096)
+    base = demo_problem(tokens, 4096, "bfloat16").options(outputs[0].root, specs[0])
     run_dump(DumpOptions(**{**base.__dict__, "outputs": outputs}))
     rows = []
     for spec, output in zip(specs, outputs, strict=True):
@@ -134,46 +168,50 @@ def main() -> None:
     arguments.add_argument("--storage-tokens", type=int, default=102_400, help="0 leaves the storage table out")
     arguments.add_argument("--storage-folder", type=Path, help="keep (and resume) the storage caches here")
     arguments.add_argument("--dtypes", default="float32,bfloat16")
+    arguments.add_argument("--batches", action="store_true", help="also the bare loop with batches of several sizes")
     arguments.add_argument("--one", help="internal: run one job and print its peak memory")
     arguments.add_argument("--dtype", default="float32", help="internal: of --one")
     given = arguments.parse_args()
     if given.one:
-        one(given.one, given.dtype, given.tokens, given.batch_tokens)
+        one(given.one, demo_problem(given.tokens, given.batch_tokens, given.dtype))
         return
-    dtypes = given.dtypes.split(",")
-    speeds = [row for dtype in dtypes for row in speed(dtype, given.tokens, given.rounds, given.batch_tokens)]
-    peaks = [row for dtype in dtypes for row in memory(dtype, given.tokens, given.batch_tokens)]
+    problems = [demo_problem(given.tokens, given.batch_tokens, dtype) for dtype in given.dtypes.split(",")]
     parts = [
         f"SmolLM2-135M, blocks of {BLOCK_LENGTH}, {given.batch_tokens} tokens a batch, {given.tokens} tokens a round, "
-        f"{given.rounds} rounds. Target: capture >= 0.90 of the bare loop, peak memory <= 1.20 of its.",
-        report.table(("dtype", "job", "tokens/s", "of bare"), speeds),
-        report.table(("dtype", "job", "peak MB of the process", "of bare"), peaks),
+        f"{given.rounds} rounds, {torch.get_num_threads()} threads. {TARGETS}",
+        report.table(
+            ("dtype", "job", "tokens/s", "of bare", "encoding", "of it hidden"),
+            [row for problem in problems for row in speed(problem, given.rounds)],
+        ),
+        f"Dumps with {SELECTIONS[0]}:",
+        report.table(
+            ("dtype", "job", "tokens/s", "of the bare loop", f"of {WORKERS} bare loops"),
+            [row for problem in problems for row in workers(problem, given.rounds)],
+        ),
+        report.table(
+            ("dtype", "job", "peak MB of the process", "of bare"),
+            [row for problem in problems for row in memory(problem)],
+        ),
     ]
+    if given.batches:
+        rows = [row for problem in problems for row in batches(problem, given.rounds)]
+        parts.append(report.table(("dtype", "tokens a batch", "tokens/s", f"of {BATCHES[-2]}"), rows))
     if given.storage_tokens:
-        folder = given.storage_folder or Path(tempfile.mkdtemp())
-        rows = storage(given.storage_tokens, folder)
-        if given.storage_folder is None:
-            shutil.rmtree(folder)
-        parts += [
-            f"Storage: {given.storage_tokens:,} tokens of Shakespeare, bytes per token. Targets: sample:25 <= 18 for "
-            "entries (ids, weights, lengths) and <= 23 in all; top-k:50 <= 95 in all.",
-            report.table(
-                (
-                    "select",
-                    "ids/token",
-                    "entries",
-                    "tokens",
-                    "label",
-                    "entropy",
-                    "tail",
-                    "table",
-                    "JSON and zip",
-                    "all",
-                ),
-                rows,
-            ),
-        ]
+        parts += _storage_parts(given.storage_tokens, given.storage_folder)
     report.publish("dump", "python -m benchmarks.dump", "\n\n".join(parts), given.save)
+
+
+def _storage_parts(tokens: int, keep: Path | None) -> list[str]:
+    folder = keep or Path(tempfile.mkdtemp())
+    rows = storage(tokens, folder)
+    if keep is None:
+        shutil.rmtree(folder)
+    header = ("select", "ids/token", "entries", "tokens", "label", "entropy", "tail", "table", "JSON and zip", "all")
+    return [
+        f"Storage: {tokens:,} tokens of Shakespeare, bytes per token. Targets: sample:25 <= 18 for "
+        "entries (ids, weights, lengths) and <= 23 in all; top-k:50 <= 95 in all.",
+        report.table(header, rows),
+    ]
 
 
 if __name__ == "__main__":

@@ -141,7 +141,14 @@ def dump(
         for output, manifest in zip(outputs, report.manifests, strict=True)
     ]
     if as_json:
-        print_json({"computed_tokens": report.computed_tokens, "seconds": report.seconds, "caches": facts})
+        print_json(
+            {
+                "computed_tokens": report.computed_tokens,
+                "seconds": report.seconds,
+                "batch_tokens": report.batch_tokens,
+                "caches": facts,
+            }
+        )
     else:
         _print_table(facts, report)
         read, counters = report.manifests[0].identity.corpus, report.manifests[0].counters
@@ -161,4 +168,6 @@ def _print_table(facts: list[dict[str, Any]], report: Any) -> None:
             row["cache"], row["select"], f"{row['tokens']:,}", size, f"{row['bytes_per_token']:.1f}", style="bold"
         )
     out.print(table)
-    print_speed(report.computed_tokens, report.seconds, "compute", "computed")
+    print_speed(
+        report.computed_tokens, report.seconds, "compute", "computed", f", in batches of {report.batch_tokens:,}"
+    )

@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from .batch_tokens import BatchTokens
+
 Command = Callable[..., Any]
 
 
@@ -73,7 +75,16 @@ def _teacher_run_options(command: Command) -> Command:
         choice("--device", "auto", "cpu", "cuda", help="Where the teacher runs."),
         device_map_option,
         click.option(
-            "--batch-tokens", default=4096, show_default=True, help="Tokens in one forward pass, or asked for together."
+            "--batch-tokens",
+            default="auto",
+            show_default=True,
+            type=BatchTokens(),
+            help="Tokens in one forward pass, or asked for together. auto: found by trial on a GPU, 4,096 elsewhere.",
+        ),
+        click.option(
+            "--compile",
+            is_flag=True,
+            help="Run the teacher's body through torch.compile: slow to begin with, then faster; needs a C++ compiler.",
         ),
         click.option("--unit-tokens", type=int, help="Tokens committed at once; default: about 1/32 of the corpus."),
         click.option("--seed", default=0, show_default=True, help="Of sampled selections."),

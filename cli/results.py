@@ -41,11 +41,11 @@ def print_result(result: Result, as_json: bool) -> None:
     print_speed(result.computed_tokens, result.seconds, "write", "written")
 
 
-def print_speed(tokens: int, seconds: float, verb: str, done: str) -> None:
+def print_speed(tokens: int, seconds: float, verb: str, done: str, more: str = "") -> None:
     """How fast a run wrote its tokens, or that there were none."""
     if tokens:
         rate = tokens / max(seconds, 1e-9)
-        out.print(f"{tokens:,} tokens {done} in {seconds:,.1f} s, {rate:,.0f} tokens/s")
+        out.print(f"{tokens:,} tokens {done} in {seconds:,.1f} s, {rate:,.0f} tokens/s{more}")
     else:
         out.print(f"Nothing was left to {verb}.")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from logitcache.codec import RowCodec
 from logitcache.corpus import CorpusFile
+from logitcache.dump_batches import Batches
 from logitcache.dump_corpus import Corpus, Once, alone
 from logitcache.dump_options import DumpOptions, Output
 from logitcache.errors import PlanMismatchError
@@ -32,6 +33,7 @@ def load_teacher(options: DumpOptions) -> Teacher:
         options.tokenizer,
         options.device_map,
         options.tensor_parallel,
+        options.compile,
     )
 
 
@@ -47,6 +49,7 @@ class DumpReport:
         speaks: whether this process is the one of several that tells the user.
         encode_seconds: that this process encoded, wrote and committed, beside the teacher's forward passes.
         waited_seconds: that the teacher waited for that.
+        batch_tokens: of this process' last batches, given or found.
     """
 
     tokens: int
@@ -56,6 +59,7 @@ class DumpReport:
     speaks: bool = True
     encode_seconds: float = 0.0
     waited_seconds: float = 0.0
+    batch_tokens: int = 0
 
 
 class Meter:
@@ -113,9 +117,9 @@ class Job:
 
     def __post_init__(self) -> None:
         self.meter = Meter(self.geometry, self.progress)
-        # Halved where the teacher runs out of memory.
-        self.batch_blocks = max(self.teacher.blocks_at_once, self.options.batch_tokens // self.options.block_length)
-        self.said_halved = self.said_left_out = False
+        longest = max(writer.geometry.chunk_blocks for writer in self.writers)
+        self.batches = Batches.of(self.options, self.teacher, longest, self.progress)
+        self.said_left_out = False
 
     @classmethod
     def prepare(
@@ -172,7 +176,8 @@ class Job:
             CacheError: a unit is missing.
         """
         manifests = [writer.finalize() for writer in self.writers]
-        return DumpReport(self.geometry.num_tokens, self.meter.computed, seconds, manifests, True, *encoding)
+        counts = self.geometry.num_tokens, self.meter.computed
+        return DumpReport(*counts, seconds, manifests, True, *encoding, self.batches.tokens)
 
 
 def origin_of(options: DumpOptions) -> Origin:

@@ -32,6 +32,7 @@ SETTLED_BY = {
     "geometry.unit_blocks": "--unit-tokens",
     "seed": "--seed",
     "selection": "--select",
+    "teacher.compiled": "--compile",
     "teacher.dtype": "--dtype",
     "teacher.files": "--teacher",
     "teacher.name": "--teacher",
@@ -90,7 +91,7 @@ class DumpOptions:
         tensor_parallel: split each layer over all processes that torchrun started, which are one worker then.
         block_length: tokens in a block.
         max_tokens: stop the corpus after so many tokens.
-        batch_tokens: tokens in one forward pass.
+        batch_tokens: tokens in one forward pass; "auto" finds what is fastest on a GPU, and is 4,096 elsewhere.
         unit_tokens: tokens committed at once; by default about 1/32 of the corpus, 16,384 to 4 million.
         seed: of sampled selections, 0 to 2^62 - 1.
         text_field: of JSONL objects and columns of Parquet and Arrow files; the other fields as in `CorpusFields`.
@@ -105,6 +106,7 @@ class DumpOptions:
         workers: processes with a teacher each; None for one, or with Ray one for each GPU.
         lease_seconds: a worker that shows no life for so long loses its unit to another.
         tokenizer: folder or hub id of the teacher's tokenizer; needed for a server, else by default the teacher's own.
+        compile: run the teacher's body through torch.compile.
         server: how a server is asked.
     """
 
@@ -118,7 +120,7 @@ class DumpOptions:
     tensor_parallel: bool = False
     block_length: int = 1024
     max_tokens: int | None = None
-    batch_tokens: int = 4096
+    batch_tokens: int | Literal["auto"] = "auto"
     unit_tokens: int | None = None
     seed: int = 0
     text_field: str = "text"
@@ -137,6 +139,7 @@ class DumpOptions:
     workers: int | None = None
     lease_seconds: float = 60.0
     tokenizer: str | None = None
+    compile: bool = False
     server: ServerOptions = field(default_factory=ServerOptions)
 
     def __post_init__(self) -> None:
@@ -150,9 +153,11 @@ class DumpOptions:
         roots = [output.root.resolve() for output in self.outputs]
         if not roots or len(set(roots)) != len(roots):
             raise UsageError("every cache needs a folder of its own; give each selection another --out")
+        if isinstance(self.batch_tokens, str) and self.batch_tokens != "auto":
+            raise UsageError(f"batch-tokens is {self.batch_tokens!r}; give a number of tokens, or auto")
         for name in ("max_tokens", "batch_tokens", "unit_tokens", "workers"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if value not in (None, "auto") and value < 1:
                 raise UsageError(f"{name.replace('_', '-')} is {value}; it must be at least 1")
         if self.engine not in get_args(Engine):
             raise UsageError(f"the engine must be one of {', '.join(get_args(Engine))}, not {self.engine!r}")
@@ -182,6 +187,7 @@ class DumpOptions:
             "device-map": self.device_map,
             "tensor-parallel": self.tensor_parallel,
             "trust-remote-code": self.trust_remote_code,
+            "compile": self.compile,
         }
         given |= {name: getattr(self, name) != "auto" for name in ("dtype", "device")}
         wrong = [name for name, value in given.items() if value]
@@ -191,6 +197,8 @@ class DumpOptions:
     def _check_device_map(self) -> None:
         if self.device_map is None:
             return
+        if self.compile:
+            raise UsageError("a teacher that is spread over devices cannot be compiled; leave --compile out")
         if self.device != "auto":
             raise UsageError("--device-map says where the parts of the teacher run; leave --device out")
         if self.engine == "ray":
@@ -203,6 +211,8 @@ class DumpOptions:
     def _check_tensor_parallel(self) -> None:
         if not self.tensor_parallel:
             return
+        if self.compile:
+            raise UsageError("a teacher that is split over ranks cannot be compiled; leave --compile out")
         if self.engine != "torchrun":
             raise UsageError(
                 "--tensor-parallel makes one teacher of all ranks that torchrun starts; add --engine torchrun"

@@ -10,14 +10,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from logitcache.codec import Planes
 from logitcache.dump_corpus import counted_of
 from logitcache.dump_job import Job
 from logitcache.dump_pipeline import Pipeline
-from logitcache.errors import ModelError, counted
 from logitcache.selection import Selection
 from logitcache.store import CacheWriter
 from logitcache.targets import SparseTargets
@@ -26,8 +24,6 @@ from logitcache.teachers import PendingRows
 Mask = NDArray[np.bool_]
 # The unit whose first chunk is the pilot that a cache's tables are counted from.
 PILOT_UNIT = 0
-# How torch's allocator for CPUs says it, as a RuntimeError.
-_CPU_OUT_OF_MEMORY = ("not enough memory", "can't allocate memory")
 
 
 def process_unit(
@@ -178,53 +174,17 @@ def _capture(
     start = 0
     while start < tokens.shape[0]:
         pipeline.check()
-        batch = tokens[start : start + job.batch_blocks]
-        mask = None if counted is None else counted[start : start + job.batch_blocks]
+        if not job.batches.trying:
+            job.teacher.expect_batches(job.batches.blocks)
+        batch = tokens[start : start + job.batches.blocks]
+        mask = None if counted is None else counted[start : start + len(batch)]
         begin = first_block + start
-        num_rows = job.geometry.tokens_in(begin, begin + batch.shape[0])
-        captured = _captured_or_halved(job, batch, mask, begin, num_rows, selections)
-        if captured is None:
-            continue
-        batches.append(captured)
-        start += batch.shape[0]
-        job.meter.computed_rows(num_rows)
+        num_rows = job.geometry.tokens_in(begin, begin + len(batch))
+        seed, nonfinite = job.options.seed, job.options.nonfinite
+        compute = partial(job.teacher.begin_rows, batch, begin, num_rows, selections, seed, mask, nonfinite)
+        begun = job.batches.attempt(compute, len(batch), begin)
+        if begun is not None:
+            batches.append(begun)
+            start += len(batch)
+            job.meter.computed_rows(num_rows)
     return batches
-
-
-def _captured_or_halved(
-    job: Job,
-    batch: NDArray[np.int64],
-    mask: Mask | None,
-    first_block: int,
-    num_rows: int,
-    selections: Sequence[Selection],
-) -> PendingRows | None:
-    """Rows of one batch; None where it was too much for the memory, and batches are half as large from now on."""
-    try:
-        return job.teacher.begin_rows(
-            batch, first_block, num_rows, selections, job.options.seed, mask, job.options.nonfinite
-        )
-    except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
-            raise
-        if batch.shape[0] == 1:
-            raise ModelError(
-                f"one block of {batch.shape[1]} tokens (block {first_block}) is too much for the teacher's memory; "
-                "choose a shorter --block-length, --dtype bfloat16 or a device with more memory"
-            ) from error
-    job.batch_blocks = batch.shape[0] // 2
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    if not job.said_halved:
-        job.said_halved = True
-        job.progress.note(
-            f"{counted(batch.shape[0], 'block')} at a time are too much for the teacher's memory; going on with "
-            f"{job.batch_blocks} (--batch-tokens {job.batch_blocks * batch.shape[1]})"
-        )
-    return None
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return any(said in str(error) for said in _CPU_OUT_OF_MEMORY)

@@ -18,7 +18,7 @@ RANKS = [
     {"reader", "algebra", "interchange", "audit"},
     {"training", "stats"},
     {"dump_options"},
-    {"dump_corpus"},
+    {"dump_corpus", "dump_batches"},
     {"dump_job", "dump_pipeline"},
     {"dump_unit"},
     {"engines"},

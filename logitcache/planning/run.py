@@ -20,7 +20,7 @@ from logitcache.planning.report import CorpusFacts, DumpPlan, PlannedCache, Stud
 from logitcache.planning.sample import Sample, take_sample
 from logitcache.planning.sizes import SizeModel, measure_sizes
 from logitcache.planning.student import student_rate
-from logitcache.planning.trial import RememberedBody, Trial, dump_sample, forward_seconds, warm_up
+from logitcache.planning.trial import RememberedBody, Trial, dump_sample, find_batch, forward_seconds, warm_up
 from logitcache.progress import Progress, Silent
 from logitcache.selection import Selection, chunk_uniforms
 from logitcache.store import check_place
@@ -84,12 +84,13 @@ class _Planner:
         self.progress.stage("running the teacher")
         body = RememberedBody(self.teacher)
         unit_seconds = warm_up(self.dump, self.teacher, sample.corpus, self.folder / "warm-up")
+        batch_tokens = find_batch(self.dump, self.teacher, sample.corpus, self.progress)
+        self.dump = replace(self.dump, batch_tokens=batch_tokens)
         trials = [
             dump_sample(self.dump, group, body, sample.corpus, self.folder / str(number), unit_seconds, self.progress)
             for number, group in enumerate(self.options.groups)
         ]
-        batch_blocks = max(1, self.dump.batch_tokens // self.dump.block_length)
-        live = forward_seconds(body, sample.corpus, batch_blocks)
+        live = forward_seconds(body, sample.corpus, max(1, batch_tokens // self.dump.block_length))
         student = self._measure_student(trials[0])
         self.progress.stage("measuring sizes and errors")
         yardstick = self._yardstick(sample)
@@ -116,7 +117,7 @@ class _Planner:
             tokenising_seconds=sample.tokenising_seconds,
             gradient_positions=yardstick.positions if yardstick else 0,
             together=self.options.together,
-            notes=self._notes(sample, yardstick is not None),
+            notes=self._notes(sample, batch_tokens, yardstick is not None),
         )  # fmt: skip
 
     def _load(self) -> TransformersTeacher:
@@ -127,7 +128,8 @@ class _Planner:
 
     def _sample_tokens(self) -> int:
         usual = SAMPLE_TOKENS_CUDA if self.teacher.device.type == "cuda" else SAMPLE_TOKENS
-        return self.options.sample_tokens or max(usual, 2 * self.dump.batch_tokens)
+        given = 0 if self.dump.batch_tokens == "auto" else self.dump.batch_tokens
+        return self.options.sample_tokens or max(usual, 2 * given)
 
     def _measure_student(self, trial: Trial) -> StudentFacts | None:
         if self.options.student is None:
@@ -211,15 +213,14 @@ class _Planner:
         here = min(self.dump.workers or 1, torch.cuda.device_count()) if self.teacher.device.type == "cuda" else 1
         return self.options.machines * max(1, here)
 
-    def _notes(self, sample: Sample, measured: bool) -> list[str]:
+    def _notes(self, sample: Sample, batch_tokens: int, measured: bool) -> list[str]:
         """What is assumed rather than measured."""
         notes, dump = [], self.dump
         if sample.whole:
             notes.append("the sample is the whole corpus: sizes are those of the caches it made")
-        elif sample.corpus.num_tokens < dump.batch_tokens:
+        elif sample.corpus.num_tokens < batch_tokens:
             notes.append(
-                f"the sample fills no batch of {dump.batch_tokens:,} tokens; larger batches may be faster "
-                "(--sample-tokens)"
+                f"the sample fills no batch of {batch_tokens:,} tokens; larger batches may be faster (--sample-tokens)"
             )
         if not measured and any(selection.keeps_ids for selection in self.options.selections):
             notes.append("the angle is not known: the teacher's logits are NaN or infinite where it is measured")

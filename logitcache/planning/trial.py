@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from logitcache.dump_batches import Batches, device_clock
 from logitcache.dump_job import Job, identity_of, origin_of
 from logitcache.dump_options import DumpOptions, Output
 from logitcache.dump_pipeline import Pipeline
@@ -46,9 +48,9 @@ class RememberedBody(RowsFromLogits):
             hidden, seconds = self._known[key]
             self.seconds += seconds
             return hidden
-        started = _now(self._teacher.device)
+        started = device_clock(self._teacher.device)
         hidden = self._teacher.hidden(tokens)
-        self._known[key] = hidden, _now(self._teacher.device) - started
+        self._known[key] = hidden, device_clock(self._teacher.device) - started
         return hidden
 
 
@@ -86,6 +88,20 @@ def warm_up(options: DumpOptions, teacher: TransformersTeacher, corpus: SampleCo
     started = time.perf_counter()
     again.commit_unit(0, [planes])
     return time.perf_counter() - started
+
+
+def find_batch(options: DumpOptions, teacher: TransformersTeacher, corpus: SampleCorpus, progress: Progress) -> int:
+    """Tokens of the batches that the dump would arrive at, as far as the sample's blocks go."""
+    blocks = corpus.read(0, -(-corpus.num_tokens // options.block_length))
+    batches = Batches.of(options, teacher, len(blocks), progress)
+    while batches.trying:
+        batch = blocks[: batches.blocks]
+        batches.attempt(partial(teacher.rows, batch, 0, batch.size, [], 0, None, "mask"), len(batch), 0)
+    if options.compile:
+        # That takes a while, once; what is timed later is not to begin with it.
+        teacher.expect_batches(batches.blocks)
+        teacher.hidden(blocks[: batches.blocks])
+    return batches.tokens
 
 
 def dump_sample(
@@ -156,10 +172,3 @@ def _writer(options: DumpOptions, selection: Selection, teacher: Any, corpus: Sa
 def _finish(job: Job) -> tuple[list[Cache], list[Manifest]]:
     manifests = [writer.finalize() for writer in job.writers]
     return [open_cache(writer.layout.root) for writer in job.writers], manifests
-
-
-def _now(device: torch.device) -> float:
-    """Seconds, once the device has done what it was told."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

@@ -73,12 +73,12 @@ def largest(logits_nV: torch.Tensor, size: int) -> torch.Tensor:
     grouped_nGg = logits_nV[:, :whole].view(rows, -1, TOP_GROUP)
     group_nK = torch.topk(grouped_nGg.amax(-1), size, dim=-1, sorted=False).indices
     members_nKg = grouped_nGg.gather(1, group_nK.unsqueeze(-1).expand(-1, -1, TOP_GROUP))
-    ids_nKg = (group_nK * TOP_GROUP).unsqueeze(-1) + torch.arange(TOP_GROUP, device=logits_nV.device)
     # The columns that fill no group are always searched.
-    rest_nr = torch.arange(whole, vocab, device=logits_nV.device).expand(rows, -1)
     candidates_nC = torch.cat([members_nKg.flatten(1), logits_nV[:, whole:]], 1)
-    ids_nC = torch.cat([ids_nKg.flatten(1), rest_nr], 1)
-    return ids_nC.gather(1, torch.topk(candidates_nC, size, dim=-1).indices)
+    place_nK = torch.topk(candidates_nC, size, dim=-1).indices
+    rest_nK = place_nK - size * TOP_GROUP
+    inside_nK = group_nK.gather(1, (place_nK // TOP_GROUP).clamp_max(size - 1)) * TOP_GROUP + place_nK % TOP_GROUP
+    return torch.where(rest_nK < 0, inside_nK, whole + rest_nK)
 
 
 def ascending(ids_nK: torch.Tensor, weights_nK: torch.Tensor) -> dict[str, torch.Tensor]:

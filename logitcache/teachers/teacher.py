@@ -42,6 +42,9 @@ class Teacher(Protocol):
     def check_block_length(self, block_length: int) -> None:
         """Raise ModelError if blocks of `block_length` tokens do not fit into the teacher's context."""
 
+    def expect_batches(self, blocks: int) -> None:
+        """Most batches have so many blocks from now on: whoever prepares for that may."""
+
     def rows(
         self,
         tokens_BL: NDArray[np.int64],

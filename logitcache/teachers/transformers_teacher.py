@@ -18,6 +18,7 @@ from logitcache import models
 from logitcache.errors import ModelError
 from logitcache.selection import Selection
 from logitcache.teachers.capture import RowsFromLogits
+from logitcache.teachers.compiled import CompiledBody, check_compiler
 
 # Logits of one slice of rows: small enough for the caches and memory of a laptop, large enough to keep a GPU busy.
 _CPU_LOGITS_BYTES = 32 << 20
@@ -48,6 +49,7 @@ class TransformersTeacher(RowsFromLogits):
         self._config = model.config.get_text_config()
         self._input_device = models.input_device(model)
         self._embedded = int(model.get_input_embeddings().weight.shape[0])
+        self._compiled: CompiledBody | None = None
 
     @classmethod
     def load(
@@ -60,15 +62,18 @@ class TransformersTeacher(RowsFromLogits):
         tokenizer: str | Path | None = None,
         device_map: str | None = None,
         tensor_parallel: bool = False,
+        compile: bool = False,
     ) -> Self:
         """Load and check a teacher; arguments as `models.load_model`.
 
         Args:
             tokenizer: folder or hub id of the tokenizer, if it is not beside the model.
+            compile: run the body through torch.compile, in batches as `expect_batches` says.
 
         Raises:
             UsageError: an unknown dtype or device, or a device map that does not fit.
-            ModelError: model or tokenizer cannot be loaded, or the architecture is not understood.
+            ModelError: model or tokenizer cannot be loaded, the architecture is not understood, or torch finds no
+                compiler.
         """
         # Before the tokenizer: whoever names a GGUF folder must hear about the GGUF first.
         models.resolve_source(source, gguf_file)
@@ -77,13 +82,21 @@ class TransformersTeacher(RowsFromLogits):
         else:
             loaded_tokenizer = models.load_tokenizer(tokenizer, trust_remote_code=trust_remote_code)
         model = models.load_model(source, gguf_file, dtype, device, trust_remote_code, device_map, tensor_parallel)
-        return cls(model, loaded_tokenizer, models.model_identity(source, gguf_file))
+        teacher = cls(model, loaded_tokenizer, models.model_identity(source, gguf_file))
+        if compile:
+            check_compiler(teacher.device)
+            teacher._compiled = CompiledBody(teacher._body)
+        return teacher
 
     def identity(self) -> dict[str, Any]:
-        """What determines the teacher's numbers, ready for JSON: model files, dtype, attention and versions."""
+        """What determines the teacher's numbers, ready for JSON: model files, dtype, attention and versions.
+
+        `compiled` is there where compiling was asked for: it changes the numbers' last bits.
+        """
         return {
             **self._model_identity,
             "dtype": str(self.head.weight.dtype).removeprefix("torch."),
+            **({} if self._compiled is None else {"compiled": True}),
             "attention": str(getattr(self._config, "_attn_implementation", None)),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
@@ -102,6 +115,11 @@ class TransformersTeacher(RowsFromLogits):
     def check_selections(self, selections: Sequence[Selection]) -> None:
         """Nothing to check: every selection can be made of whole distributions."""
 
+    def expect_batches(self, blocks: int) -> None:
+        """Batches of so many blocks are run compiled from now on, if `load` was told to; others never are."""
+        if self._compiled is not None:
+            self._compiled.expect(blocks)
+
     @torch.inference_mode()
     def hidden(self, tokens: NDArray[np.integer[Any]] | torch.Tensor) -> torch.Tensor:
         """Last hidden states [B * L, D], row-major, in the model's dtype, of blocks [B, L] of token ids.
@@ -113,7 +131,7 @@ class TransformersTeacher(RowsFromLogits):
         """
         ids = torch.from_numpy(np.array(tokens, dtype=np.int64)) if isinstance(tokens, np.ndarray) else tokens.long()
         self._check_ids(ids)
-        hidden = models.body_hidden(self.model, ids.to(self._input_device))
+        hidden = (self._compiled or self._body)(ids.to(self._input_device))
         return hidden.reshape(-1, hidden.shape[-1]).to(self.device)
 
     @torch.inference_mode()
@@ -132,6 +150,9 @@ class TransformersTeacher(RowsFromLogits):
         rows = max(_LEAST_ROWS, budget_bytes // (self.vocab_size * 4))
         for start in range(0, n_rows, rows):
             yield slice(start, min(start + rows, n_rows))
+
+    def _body(self, ids_BL: torch.Tensor) -> torch.Tensor:
+        return models.body_hidden(self.model, ids_BL)
 
     def _check_ids(self, ids: torch.Tensor) -> None:
         wrong = (ids < 0) | (ids >= self._embedded)

@@ -149,6 +149,11 @@ CASES: dict[str, tuple[int, str, Line]] = {
     "long blocks": (1, "longer than the teacher's context", lambda r, d: dump(r, d, block_length=129)),
     "negative tokens": (2, "max-tokens is -1", lambda r, d: dump(r, d, max_tokens=-1)),
     "no batch": (2, "batch-tokens is 0", lambda r, d: dump(r, d, batch_tokens=0)),
+    "a batch of words": (
+        2,
+        "'many' is neither a number of tokens nor auto",
+        lambda r, d: dump(r, d, batch_tokens="many"),
+    ),
     "no unit": (2, "unit-tokens is -7", lambda r, d: dump(r, d, unit_tokens=-7)),
     "negative seed": (2, "seed is -1", lambda r, d: dump(r, d, seed=-1)),
     "text for a number": (2, "'many' is not a valid int", lambda r, d: dump(r, d, max_tokens="many")),

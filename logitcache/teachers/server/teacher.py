@@ -105,6 +105,9 @@ class ServerTeacher:
             )
         probe.check_length(self._asking, self.tokenizer, block_length + 1)
 
+    def expect_batches(self, blocks: int) -> None:
+        """Nothing to prepare for."""
+
     def rows(
         self,
         tokens_BL: NDArray[np.int64],
