@@ -405,7 +405,7 @@ SAID = {
     "method": "select: the cache has 'top-k:7', this run 'sample:7'",
     "seed": "seed: the cache has 5, this run 6",
     "block length": "block-length: the cache has 13, this run 12",
-    "units": r"unit-tokens \(geometry.unit_blocks\): the cache has 8, this run 4",
+    "units": r"unit-tokens: the cache has 104, this run 52",
     "dtype": "dtype: the cache has 'float32', this run 'bfloat16'",
     "eos": "eos: the cache has 'document', this run 'none'",
     "max tokens": "max-tokens: the cache has None, this run 50",
