@@ -124,6 +124,21 @@ def _tokens_of(files: dict[str, bytes], missing: int) -> int:
     return sum(json.loads(files[name])["num_tokens"] for name in commits)
 
 
+def test_a_shard_of_a_finished_cache_is_gone(
+    place: Path, whole: dict[str, bytes], url: str, proxy: Proxy, tmp_path: Path
+) -> None:
+    """Its unit alone is computed again, though nothing was kept to compute it from."""
+    given = to_bucket(place, url, tmp_path / "staging")
+    run_to_end(children, dump_there, environment(), given)
+    shard = max(name for name in whole if name.startswith("shards/"))
+    proxy.raw("DELETE", f"/{url.removeprefix('s3://')}/{shard}")
+    run_to_end(children, dump_there, environment(), given, tmp_path / "log")
+    assert int((tmp_path / "log").read_text()) == _tokens_of(whole, missing=UNITS - 1)
+    found = there(proxy, url)
+    del found[CARD]
+    assert found == whole
+
+
 # ------------------------------------------------------------------------------------------------- several workers
 
 
