@@ -44,7 +44,7 @@ Several workers share one dump through the cache's folder or bucket (docs/dumpin
 
 \b
 Into a bucket, resumed from any machine; AWS_ENDPOINT_URL names an endpoint other than AWS:
-  logitcache dump ... --out s3://bucket/prefix [--staging FOLDER]
+  --out s3://bucket/prefix [--staging FOLDER]
 
 Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 """
