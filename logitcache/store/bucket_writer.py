@@ -110,11 +110,12 @@ class BucketWriter(CacheWriter):
 
         Of an unfinished cache those of which no shard is there: its records are read in the end, by `finalize`.
         """
-        there = set(self._shards())
+        # What is committed is asked first: what others commit meanwhile then has its shard.
         if (manifest := read_manifest(self.objects)) is not None:
+            there = set(self._shards())
             return [int(shard.unit) for shard in manifest.shards if shard.file not in there]
-        units = {int(name.partition("-")[0]) for name in there}
-        return sorted(units_in(self.objects) - units)
+        committed = units_in(self.objects)
+        return sorted(committed - {int(name.partition("-")[0]) for name in self._shards()})
 
     def forget_missing_shards(self) -> list[int]:
         lost = self.missing_shards()
