@@ -46,13 +46,17 @@ Prompts with completions, conversations and token ids are read where their field
 Run the same line again to resume after an interruption.
 
 \b
-Several workers share one dump through the cache's folder (docs/dumping.md); the result is the same:
+Several workers share one dump through the cache's folder or bucket (docs/dumping.md); the result is the same:
   --workers 8          processes of this machine, each on a GPU of its own
   --engine torchrun    this process is one of those that torchrun or srun started
   --engine ray         workers on a Ray cluster
   logitcache dump --watch cache      # all of them in one view
 
 A teacher too large for one GPU: --device-map auto, or --engine torchrun --tensor-parallel.
+
+\b
+Into a bucket, resumed from any machine; AWS_ENDPOINT_URL names an endpoint other than AWS:
+  --out s3://bucket/prefix [--staging FOLDER]
 
 Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 """

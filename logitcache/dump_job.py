@@ -14,7 +14,17 @@ from logitcache.dump_options import DumpOptions, Output
 from logitcache.errors import PlanMismatchError
 from logitcache.progress import Progress
 from logitcache.selection import Selection
-from logitcache.store import CacheWriter, Geometry, Identity, Layout, Manifest, Origin, StoredSelection, open_writer
+from logitcache.store import (
+    CacheWriter,
+    Geometry,
+    Identity,
+    Layout,
+    Manifest,
+    Origin,
+    StoredSelection,
+    open_writer,
+    remove_staging,
+)
 from logitcache.teachers import ServerTeacher, Teacher, TensorParallelTeacher, TransformersTeacher
 
 
@@ -152,6 +162,9 @@ class Job:
             writers = [opened(output, identity) for output, identity in planned]
         except PlanMismatchError:
             corpus.discard_new()
+            for output in options.outputs:
+                if output.url is not None:
+                    remove_staging(output.root, output.url)
             raise
         return cls(options, teacher, corpus, writers, progress)
 

@@ -9,6 +9,7 @@ import json
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from logitcache.engines.leases import FILE_NAME, MOST_BYTES, WORKER_PREFIX, Lease, LeaseFile, Leases, owner_in
 from logitcache.errors import CacheError, RemoteError
@@ -31,7 +32,8 @@ class BucketLeases(Leases):
         super().__init__(Path(FOLDER), label, max(term, _LEAST_TERM))
         self._objects = objects
         self._listed: list[LeaseFile] = []
-        self._owners: dict[tuple[str, int], LeaseFile] = {}
+        self._lost = False
+        self._owners: dict[tuple[str, int, str], dict[str, Any]] = {}
 
     def _begin(self) -> None:
         """There are no folders to make."""
@@ -51,14 +53,14 @@ class BucketLeases(Leases):
         return 0.0
 
     def _there(self) -> list[LeaseFile]:
-        """Claims alone, and what their owners said when they made them."""
+        """Claims alone. Who owns them is asked once: claims say nothing else, so they stay the same."""
         claims = []
         for lease in self._listed:
             if not lease.name.startswith(WORKER_PREFIX):
-                place = (lease.name, lease.generation)
+                place = (lease.name, lease.generation, lease.version)
                 if place not in self._owners:
-                    self._owners[place] = said_by_owner(self._objects, lease)
-                claims.append(replace(lease, owner=self._owners[place].owner))
+                    self._owners[place] = said_by_owner(self._objects, lease).owner
+                claims.append(replace(lease, owner=self._owners[place]))
         return claims
 
     def _forget_the_dead(self) -> None:
@@ -80,21 +82,27 @@ class BucketLeases(Leases):
         return lease
 
     def _remove(self, lease: Lease) -> None:
-        with suppress(RemoteError):  # it expires then
+        if self._lost and self._closed.is_set():
+            return
+        try:
             all_of_it = listed_leases(self._objects, lease.name)
             older = [key_of(other) for other in all_of_it if other.generation < lease.generation]
             for name in (*older, lease.path.as_posix()):
                 self._objects.remove(name)
+            self._lost = False
+        except RemoteError:
+            # It expires then. Who leaves in the middle of an outage is not to wait for every claim in vain.
+            self._lost = True
 
     def beat(self) -> None:
-        data = json.dumps({**self._owner, **self.status()}).encode()
+        owner, status = json.dumps(self._owner).encode(), json.dumps({**self._owner, **self.status()}).encode()
         with self._lock:
             held = list(self._held.values())
         for lease in held:
             # A heartbeat that fails is a lost one; the next may succeed.
             with suppress(RemoteError):
                 name = lease.path.as_posix()
-                self._objects.put(name, data)
+                self._objects.put(name, status if lease is self._presence else owner)
                 with self._lock:
                     released = lease.path not in self._held
                 if released:  # meanwhile, and it must not come back
@@ -104,10 +112,10 @@ class BucketLeases(Leases):
 def listed_leases(objects: Objects, name: str | None = None) -> list[LeaseFile]:
     """The leases in a bucket, of each name (or of one, all) the latest generation; their owners are not asked for."""
     found = []
-    for key, touched in objects.stamps(f"{FOLDER}/"):
+    for key, touched, version in objects.stamps(f"{FOLDER}/"):
         match = FILE_NAME.fullmatch(key.rpartition("/")[2])
         if match and name in (None, match[1]):
-            found.append(LeaseFile(match[1], int(match[2]), touched, {}))
+            found.append(LeaseFile(match[1], int(match[2]), touched, {}, version))
     if name is not None:
         return found
     return list({lease.name: lease for lease in sorted(found, key=lambda lease: lease.generation)}.values())

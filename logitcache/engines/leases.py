@@ -39,12 +39,16 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class LeaseFile:
-    """A lease as others see it: `touched` is its last heartbeat on the file system's clock, `owner` what it says."""
+    """A lease as others see it: `touched` is its last heartbeat on the file system's clock, `owner` what it says.
+
+    Among objects `version` is another where the owner says something else.
+    """
 
     name: str
     generation: int
     touched: float
     owner: dict[str, Any]
+    version: str = ""
 
     def expired(self, now: float, term: float) -> bool:
         """Whether it may be taken over."""

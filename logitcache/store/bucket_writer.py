@@ -27,7 +27,7 @@ from logitcache.store.layout import Layout, unit_name, writing
 from logitcache.store.lock import held_alone
 from logitcache.store.objects import FETCHES, PIECE_BYTES, Objects, open_objects, pause
 from logitcache.store.schema import Commit, Identity, Manifest, Origin, Plan, Shard
-from logitcache.store.staging import WORK, keep_copy, refuse_transfer
+from logitcache.store.staging import WORK, copy_documents, keep_copy, refuse_transfer
 from logitcache.store.writer import MAX_CODEBOOK_INTEGERS, CacheWriter, refuse_other_plan
 
 # Records on their way at once.
@@ -78,10 +78,10 @@ class BucketWriter(CacheWriter):
             found = read_document(objects, PLAN, Plan)
         if found is None:
             raise CacheError(f"{objects.url(PLAN)} was removed while this run began; run the same command again")
-        data, plan = found
+        plan = found[1]
         refuse_other_plan(objects.location, plan, identity, wording)
         layout = Layout(root, identity.container)
-        keep_copy(layout.plan, data)
+        copy_documents(objects, root)
         # What killed runs left, where no other worker of this machine is at work.
         with suppress(CacheError), held_alone(layout.plan):
             shutil.rmtree(layout.shards, ignore_errors=True)
@@ -106,9 +106,16 @@ class BucketWriter(CacheWriter):
         return _at_once(self._read_commit, sorted(units_in(self.objects)))
 
     def missing_shards(self) -> list[int]:
-        """Committed units of which no shard is there. The records are not read; `finalize` compares them."""
-        there = {int(name.partition("-")[0]) for name in self._shards()}
-        return sorted(unit for unit in units_in(self.objects) if unit not in there)
+        """Committed units whose shard is not there.
+
+        Of an unfinished cache those of which no shard is there: its records are read in the end, by `finalize`.
+        """
+        # What is committed is asked first: what others commit meanwhile then has its shard.
+        if (manifest := read_manifest(self.objects)) is not None:
+            there = set(self._shards())
+            return [int(shard.unit) for shard in manifest.shards if shard.file not in there]
+        committed = units_in(self.objects)
+        return sorted(committed - {int(name.partition("-")[0]) for name in self._shards()})
 
     def forget_missing_shards(self) -> list[int]:
         lost = self.missing_shards()

@@ -118,8 +118,11 @@ class Objects(ABC):
         """The time there, in seconds."""
 
     @abstractmethod
-    def stamps(self, under: str) -> Iterator[tuple[str, float]]:
-        """Name of each of these objects, and when it was written, in seconds, by the clock of the place."""
+    def stamps(self, under: str) -> Iterator[tuple[str, float, str]]:
+        """Name of each of these objects, when it was written, in seconds by the clock there, and its version.
+
+        What has other bytes has another version.
+        """
 
 
 class LocalObjects(Objects):
@@ -187,9 +190,10 @@ class LocalObjects(Objects):
     def clock(self) -> float:
         return time.time()
 
-    def stamps(self, under: str) -> Iterator[tuple[str, float]]:
+    def stamps(self, under: str) -> Iterator[tuple[str, float, str]]:
         for name, _ in self.sizes(under):
-            yield name, (self.root / name).lstat().st_mtime
+            path = self.root / name
+            yield name, path.lstat().st_mtime, sha256_of_file(path)
 
 
 def open_objects(location: str | Path) -> Objects:

@@ -125,9 +125,9 @@ class S3Objects(Objects):
         said = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
         return time.time() if said is None else parsedate_to_datetime(said).timestamp()
 
-    def stamps(self, under: str) -> Iterator[tuple[str, float]]:
+    def stamps(self, under: str) -> Iterator[tuple[str, float, str]]:
         for name, found in self._listed(under):
-            yield name, found["LastModified"].timestamp()
+            yield name, found["LastModified"].timestamp(), found["ETag"]
 
     def _listed(self, under: str) -> Iterator[tuple[str, Any]]:
         start = self.place.key("")

@@ -111,7 +111,8 @@ def test_dump(logitcache: Main, proxy: Proxy, dumped: Dumped, tmp_path: Path) ->
     assert other.status == 1
     assert f"{url} was begun with other arguments" in other.err
     assert "--seed" in other.err
-    useless = logitcache("dump", *line[1:-6], "--out", tmp_path / "x", "--staging", tmp_path / "y")
+    assert list((tmp_path / "staging").iterdir()) == []
+    useless = logitcache("dump", *line[1:-7], "--out", tmp_path / "x", "--staging", tmp_path / "y")
     assert useless.status == 2
     assert "--staging is for caches in a bucket, and no --out is one; leave it out" in useless.sentence
 

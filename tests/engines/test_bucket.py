@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import threading
-from itertools import count
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,11 +25,10 @@ from logitcache.store.objects import open_objects
 from tests.engines.dumps import LENGTH, dump, elsewhere, make_place, options
 from tests.faults import forkserver, run_killed, run_to_end, start
 from tests.s3 import Proxy
+from tests.store.buckets import empty_place, there, written
 from tests.store.caches import files_of
 
 children = forkserver()
-BUCKETS = count()
-CARD = "README.md"
 # Fewer requests.
 UNIT, UNITS = 15 * LENGTH, 5
 
@@ -50,7 +48,7 @@ def whole(place: Path) -> dict[str, bytes]:
 @pytest.fixture
 def url(proxy: Proxy) -> str:
     """An empty place."""
-    return f"{proxy.bucket(f'dumps{next(BUCKETS)}')}/caches/one"
+    return empty_place(proxy)
 
 
 def to_bucket(place: Path, url: str, staging: Path, **changes: Any) -> DumpOptions:
@@ -70,22 +68,12 @@ def environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name.startswith(("AWS_", "NO_PROXY", "LOGITCACHE_L"))}
 
 
-def there(proxy: Proxy, url: str) -> dict[str, bytes]:
-    """All objects at a place."""
-    bucket, _, prefix = url.removeprefix("s3://").partition("/")
-    listed = proxy.raw("GET", f"/{bucket}?list-type=2&prefix={prefix}/").decode()
-    keys = re.findall("<Key>(.*?)</Key>", listed)
-    return {key.removeprefix(f"{prefix}/"): proxy.raw("GET", f"/{bucket}/{key}") for key in keys}
-
-
 def test_the_bytes_of_a_dump_to_a_folder(
     place: Path, whole: dict[str, bytes], url: str, proxy: Proxy, tmp_path: Path
 ) -> None:
     given = to_bucket(place, url, tmp_path / "staging")
     run_to_end(children, dump_there, environment(), given, tmp_path / "log")
-    found = there(proxy, url)
-    assert found.pop(CARD).startswith(b"---\n")
-    assert found == whole
+    assert written(proxy, url) == whole
     assert verify(url).ok
     assert list((tmp_path / "staging").iterdir()) == []
     assert int((tmp_path / "log").read_text()) == open_cache(url).num_tokens
@@ -109,9 +97,7 @@ def test_a_kill_at_a_failpoint(
     run_to_end(children, dump_there, environment(), to_bucket(place, url, tmp_path / "two"), tmp_path / "log")
     assert int((tmp_path / "log").read_text()) == _tokens_of(whole, missing=expected)
     assert proxy.count("PUT .*/commits/") == len(units) - expected
-    found = there(proxy, url)
-    del found[CARD]
-    assert found == whole
+    assert written(proxy, url) == whole
     assert verify(url).ok
     # What the killed run left on the first machine stands in nobody's way.
     run_to_end(children, dump_there, environment(), to_bucket(place, url, tmp_path / "one"))
@@ -122,6 +108,19 @@ def _tokens_of(files: dict[str, bytes], missing: int) -> int:
     """Tokens of all units but the first `missing`."""
     commits = sorted(name for name in files if name.startswith("commits/"))[missing:]
     return sum(json.loads(files[name])["num_tokens"] for name in commits)
+
+
+def test_a_shard_of_a_finished_cache_is_gone(
+    place: Path, whole: dict[str, bytes], url: str, proxy: Proxy, tmp_path: Path
+) -> None:
+    """Its unit alone is computed again, though nothing was kept to compute it from."""
+    given = to_bucket(place, url, tmp_path / "staging")
+    run_to_end(children, dump_there, environment(), given)
+    shard = max(name for name in whole if name.startswith("shards/"))
+    proxy.raw("DELETE", f"/{url.removeprefix('s3://')}/{shard}")
+    run_to_end(children, dump_there, environment(), given, tmp_path / "log")
+    assert int((tmp_path / "log").read_text()) == _tokens_of(whole, missing=UNITS - 1)
+    assert written(proxy, url) == whole
 
 
 # ------------------------------------------------------------------------------------------------- several workers
@@ -139,9 +138,7 @@ def test_workers_of_several_machines_share_the_units(
     for worker in workers:
         worker.join()
         assert worker.exitcode == 0
-    found = there(proxy, url)
-    del found[CARD]
-    assert found == whole
+    assert written(proxy, url) == whole
     assert sum(int(log.read_text()) for log in logs) == _tokens_of(whole, missing=0)
     assert proxy.count("PUT .*/shards/") == proxy.count("PUT .*/commits/") == UNITS
 
@@ -197,9 +194,7 @@ def test_a_worker_of_one_machine_dies(
     assert [re.sub(r"\d", "N", said) for said in noted.said] == [
         "worker N died (SIGKILL) and is started again; its unit is computed again"
     ]
-    found = there(proxy, url)
-    del found[CARD]
-    assert found == whole
+    assert written(proxy, url) == whole
     assert list((tmp_path / "staging").iterdir()) == []
 
 

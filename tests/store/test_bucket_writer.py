@@ -5,22 +5,16 @@ from __future__ import annotations
 import multiprocessing
 import re
 import threading
-from collections.abc import Callable
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from logitcache.errors import CacheError, PlanMismatchError, RemoteError, UsageError
+from logitcache.errors import CacheError, RemoteError
 from logitcache.store import (
-    CacheWriter,
     ContainerKind,
-    check_place,
     open_cache,
-    open_writer,
-    prepare_place,
     push,
     staging_folder,
     verify,
@@ -28,59 +22,22 @@ from logitcache.store import (
 from logitcache.store.location import S3Location
 from tests.faults import run_killed
 from tests.s3 import Proxy
-from tests.store.caches import CONTAINERS, commit, content, files_of, identity, make_cache
+from tests.store.buckets import begin, empty_place, remove, there, write, written
+from tests.store.caches import CONTAINERS, commit, content, files_of, make_cache
 
 FORK = multiprocessing.get_context("fork")
-BUCKETS = count()
-CARD = "README.md"
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 
 
 @pytest.fixture
 def url(proxy: Proxy) -> str:
-    """An empty place."""
-    return f"{proxy.bucket(f'written{next(BUCKETS)}')}/caches/one"
-
-
-def there(proxy: Proxy, url: str) -> dict[str, bytes]:
-    """All objects at a place."""
-    bucket, _, prefix = url.removeprefix("s3://").partition("/")
-    listed = proxy.raw("GET", f"/{bucket}?list-type=2&prefix={prefix}/").decode()
-    keys = re.findall("<Key>(.*?)</Key>", listed)
-    return {key.removeprefix(f"{prefix}/"): proxy.raw("GET", f"/{bucket}/{key}") for key in keys}
-
-
-def remove(proxy: Proxy, url: str, name: str) -> None:
-    proxy.raw("DELETE", f"/{url.removeprefix('s3://')}/{name}")
-
-
-def begin(url: str, staging: Path, **plan: Any) -> CacheWriter:
-    """As a worker does."""
-    prepare_place(staging, url)
-    return open_writer(staging, identity(**plan), url=url)
-
-
-def write(url: str, staging: Path, container: ContainerKind = "zarr", seed: int = 0) -> None:
-    """A whole cache, or what is missing of it."""
-    writer = begin(url, staging, container=container)
-    tokens, targets = content(seed=seed)
-    writer.forget_missing_shards()
-    for unit in writer.pending_units():
-        commit(writer, unit, tokens, targets)
-    writer.finalize()
+    return empty_place(proxy)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The files of the same cache in a folder."""
     return files_of(make_cache(tmp_path_factory.mktemp("cache") / "cache").root)
-
-
-def written(proxy: Proxy, url: str) -> dict[str, bytes]:
-    """What is there, without the card."""
-    found = there(proxy, url)
-    assert found.pop(CARD).startswith(b"---\n")
-    return found
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
@@ -238,131 +195,19 @@ def test_a_shard_that_is_gone_and_an_orphan_of_its_unit(
     assert written(proxy, url) == whole
 
 
-# ------------------------------------------------------------------------------------------------------- refusals
-
-
-def test_another_plan(url: str, proxy: Proxy, tmp_path: Path) -> None:
-    begin(url, tmp_path / "one", seed=1)
-    with pytest.raises(
-        PlanMismatchError, match=rf"^{url} was begun with other arguments; .*\n  seed: the cache has 1, this run 0$"
-    ):
-        begin(url, tmp_path / "two")
-    write(f"{url}-finished", tmp_path / "three")
-    before = there(proxy, f"{url}-finished")
-    with pytest.raises(PlanMismatchError, match="was begun with other arguments"):
-        begin(f"{url}-finished", tmp_path / "three", seed=1)
-    assert there(proxy, f"{url}-finished") == before
-
-
-def _push(root: Path, url: str) -> None:
-    push(root, url)
-
-
-def refused(act: str, url: str, proxy: Proxy, tmp_path: Path) -> tuple[Callable[[], Any], str]:
-    """What makes no sense, and what is said."""
-    staging = tmp_path / "staging"
-    if act == "stranger":
-        proxy.raw("PUT", f"/{url.removeprefix('s3://')}/letter.txt", b"dear")
-        return lambda: begin(url, staging), rf"^{url} is not empty and not a logitcache cache \(it holds 'letter.txt'\)"
-    if act == "caches below":
-        write(f"{url}/deeper", tmp_path / "other")
-        return lambda: begin(url, staging), r"is not empty and not a logitcache cache \(it holds 'deeper/README.md'\)"
-    if act == "half a push":
-        run_killed(FORK, _push, make_cache(tmp_path / "cache").root, url, failpoint="transfer.file_copied")
-        return lambda: begin(url, staging), rf"^{url} holds an unfinished copy; run the `logitcache push` that began"
-    if act == "push onto a dump":
-        root = make_cache(tmp_path / "cache").root
-        begin(url, staging)
-        return lambda: push(root, url), rf"^{url} holds an unfinished dump; run the command that began it again, or"
-    if act == "no bucket":
-        return lambda: begin("s3://no-such-bucket/x", staging), "there is no bucket 'no-such-bucket' at http://127"
-    if act == "forbidden":
-        proxy.fail("PUT", status=403)
-        return lambda: begin(url, staging), r"plan.json cannot be written: .* answers 403 AccessDenied; check the cred"
-    if act == "a folder inside a cache":
-        root = make_cache(tmp_path / "cache").root
-        return lambda: begin(url, root / "staging"), "lies inside the cache"
-    if act == "a folder that is a file":
-        staging.write_text("dear")
-        begun = begin(f"{url}", tmp_path / "other")
-        assert begun.pending_units() == [0, 1, 2]
-        return lambda: begin(url, staging), "staging.* cannot be written"
-    if act == "damaged plan":
-        proxy.raw("PUT", f"/{url.removeprefix('s3://')}/plan.json", b"{}")
-        return lambda: begin(url, staging), rf"^{url}/plan.json is damaged"
-    if act == "tables are gone":
-        writer = begin(url, staging)
-        for unit in writer.pending_units():
-            commit(writer, unit, *content())
-        remove(proxy, url, "codebook/tables.zarr.zip")
-        return writer.finalize, "codebook/tables.zarr.zip is missing; restore it"
-    if act == "units are missing":
-        return begin(url, staging).finalize, rf"^{url} still lacks 3 units; run the same dump again$"
-    assert act == "a record of another cache"
-    write(f"{url}-other", tmp_path / "other", seed=1)
-    writer = begin(url, staging)
-    commit(writer, 0, *content())
-    other = there(proxy, url)["commits/000000.json"]
-    proxy.raw("PUT", f"/{url.removeprefix('s3://')}/commits/000001.json", other)
-    return writer.commits, rf"^{url}/commits/000001.json belongs to another cache or unit; restore the right file$"
-
-
-ACTS = ["stranger", "caches below", "half a push", "push onto a dump", "no bucket", "forbidden",
-        "a folder inside a cache", "a folder that is a file", "damaged plan", "tables are gone", "units are missing",
-        "a record of another cache"]  # fmt: skip
-
-
-@pytest.mark.parametrize("act", ACTS)
-def test_refused(act: str, url: str, proxy: Proxy, tmp_path: Path) -> None:
-    call, says = refused(act, url, proxy, tmp_path)
-    before = there(proxy, url)
-    with pytest.raises((CacheError, RemoteError, UsageError), match=says) as caught:
-        call()
-    assert "a-secret-access-key" not in str(caught.value)
-    assert there(proxy, url) == before
-
-
-def test_a_look_writes_nothing(url: str, proxy: Proxy, tmp_path: Path) -> None:
-    begin(url, tmp_path / "one")
-    proxy.log.clear()
-    check_place(tmp_path / "two", url)
-    assert proxy.count("^(PUT|POST|DELETE)") == 0
-    assert not (tmp_path / "two").exists()
-
-
-@pytest.mark.parametrize("first", ["dump", "push"])
-def test_a_push_and_a_dump_at_one_moment(first: str, url: str, proxy: Proxy, tmp_path: Path) -> None:
-    """Both found an empty place. Whoever writes later sees the other; one of them goes on, or the user tries again."""
-    root = make_cache(tmp_path / "cache", seed=1).root
-    gate, said = threading.Event(), []
-    held = proxy.fail("PUT .*/plan.json" if first == "push" else "PUT .*/transfer.json", until=gate)
-
-    def late(act: Callable[[], Any]) -> None:
-        try:
-            act()
-        except CacheError as error:
-            said.append(str(error))
-
-    acts: dict[str, Callable[[], Any]] = {
-        "dump": lambda: begin(url, tmp_path / "staging"),
-        "push": lambda: push(root, url),
-    }
-    slow = threading.Thread(target=late, args=(acts["push" if first == "dump" else "dump"],))
-    slow.start()
-    held.reached.wait()
-    if first == "dump":
-        acts["dump"]()
-    else:
-        run_killed(FORK, _push, root, url, failpoint="transfer.file_copied")
+def test_a_unit_that_is_committed_at_this_moment_is_not_missing(url: str, proxy: Proxy, tmp_path: Path) -> None:
+    """What others commit between two lists of what is there has its shard."""
+    one, two = (begin(url, tmp_path / name) for name in ("one", "two"))
+    commit(one, 0, *content())
+    gate, found = threading.Event(), []
+    fault = proxy.fail("GET .*list-type.*commits", until=gate)
+    looker = threading.Thread(target=lambda: found.append(two.missing_shards()))
+    looker.start()
+    fault.reached.wait()
+    commit(one, 1, *content())
     gate.set()
-    slow.join()
-    if first == "dump":
-        assert "holds an unfinished dump" in said[0]
-        write(url, tmp_path / "staging")
-    else:
-        assert "holds an unfinished copy" in said[0]
-        push(root, url)
-    assert verify(url).ok
+    looker.join()
+    assert found == [[]]
 
 
 # ------------------------------------------------------------------------------------------------------- bad days

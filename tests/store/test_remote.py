@@ -403,7 +403,7 @@ def test_where_no_cache_is(own_url: str, proxy: Proxy) -> None:
     ):
         open_cache(f"{own_url}/deeper")
     proxy.raw("DELETE", f"/{own_url.removeprefix('s3://')}/manifest.json")
-    with pytest.raises(CacheError, match=f"^{own_url} is unfinished; run the `logitcache push` that began it again$"):
+    with pytest.raises(CacheError, match=f"^{own_url} is unfinished; run the `logitcache dump` that began it again$"):
         open_cache(own_url, partial=True)
 
 
