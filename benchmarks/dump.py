@@ -3,7 +3,8 @@
     python -m benchmarks.dump [--tokens 8192] [--rounds 3] [--storage-tokens 102400] [--batches] [--save]
 
 Speed: all run the same batches in one process, interleaved; ratios are medians over rounds. A dump is the whole of
-`run_dump` after loading: forward, head in slices, selection, entropy, encoding, fsync and commit. Encoding is what the
+`run_dump` after loading: forward, head in slices, selection, entropy, encoding, fsync and commit, in four units (one
+cannot be encoded before it is computed, so the last one's encoding is never hidden). Encoding is what the
 second thread does (assembling rows, encoding, compressing, fsync, commit), as a share of the dump's time, and how much
 of that the teacher did not wait for.
 Workers: two processes of one thread each, beside one of two and beside two bare loops of one thread each.
@@ -146,7 +147,7 @@ def storage(tokens: int, keep: Path) -> list[list[str]]:
     specs = ("sample:25", "sample:50", "top-k:12", "top-k:50")
     outputs = tuple(Output(Selection.parse(spec), keep / spec.replace(":", "-")) for spec in specs)
     base = demo_problem(tokens, 4096, "bfloat16").options(outputs[0].root, specs[0])
-    run_dump(DumpOptions(**{**base.__dict__, "outputs": outputs}))
+    run_dump(DumpOptions(**{**base.__dict__, "outputs": outputs, "unit_tokens": None}))
     rows = []
     for spec, output in zip(specs, outputs, strict=True):
         cache = open_cache(output.root)

@@ -43,7 +43,7 @@ class Problem:
         return TransformersTeacher.load(self.teacher, dtype=self.dtype)
 
     def options(self, root: Path, selection: str, workers: int = 1) -> DumpOptions:
-        """Of a dump; of several workers' each has four units."""
+        """Of a dump; each worker has four units, so that a unit is encoded while the next is computed."""
         return DumpOptions(
             teacher=self.teacher,
             corpus=self.corpus,
@@ -53,7 +53,7 @@ class Problem:
             max_tokens=self.tokens,
             batch_tokens=self.batch_tokens,
             workers=workers,
-            unit_tokens=None if workers == 1 else max(self.block_length, self.tokens // (4 * workers)),
+            unit_tokens=max(self.block_length, self.tokens // (4 * workers)),
         )
 
 

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -28,7 +29,8 @@ def failpoint(name: str) -> None:
     if action == "stop":
         # Once: who continues it goes on.
         os.environ[FAILPOINT_VARIABLE] = ""
-        os.kill(os.getpid(), signal.SIGSTOP)
+        # Sent to the process, it might find this thread a few operations further.
+        signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
         return
     if action == "kill":
         sys.stderr.flush()
