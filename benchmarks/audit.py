@@ -22,7 +22,7 @@ from logitcache.dump import DumpOptions, Output, run_dump
 from logitcache.selection import Selection
 from logitcache.store import Blocks, CacheWriter, open_cache
 from logitcache.targets import SparseTargets
-from logitcache.teachers import TransformersTeacher
+from logitcache.teachers import BlockBatch, TransformersTeacher
 from logitcache.teachers.capture import capture_blocks
 
 BLOCK_LENGTH = 256
@@ -70,7 +70,7 @@ def with_bos(blocks: Blocks) -> SparseTargets:
     parts = []
     for number, row in enumerate(fed):
         [targets] = capture_blocks(
-            teacher, row[None], blocks.first_block + number, row.size, [Selection.parse(SPECS[0])], 0
+            teacher, BlockBatch(row[None], blocks.first_block + number, row.size, [Selection.parse(SPECS[0])], 0)
         )
         parts.append(targets.slice(1, row.size))
     return SparseTargets.concatenate(parts)

@@ -19,7 +19,7 @@ from logitcache.dump_pipeline import Pipeline
 from logitcache.selection import Selection
 from logitcache.store import CacheWriter
 from logitcache.targets import SparseTargets
-from logitcache.teachers import PendingRows
+from logitcache.teachers import BlockBatch, PendingRows
 
 Mask = NDArray[np.bool_]
 # The unit whose first chunk is the pilot that a cache's tables are counted from.
@@ -180,9 +180,8 @@ def _capture(
         mask = None if counted is None else counted[start : start + len(batch)]
         begin = first_block + start
         num_rows = job.geometry.tokens_in(begin, begin + len(batch))
-        seed, nonfinite = job.options.seed, job.options.nonfinite
-        compute = partial(job.teacher.begin_rows, batch, begin, num_rows, selections, seed, mask, nonfinite)
-        begun = job.batches.attempt(compute, len(batch), begin)
+        asked = BlockBatch(batch, begin, num_rows, selections, job.options.seed, mask, job.options.nonfinite)
+        begun = job.batches.attempt(partial(job.teacher.begin_rows, asked), len(batch), begin)
         if begun is not None:
             batches.append(begun)
             start += len(batch)

@@ -21,7 +21,7 @@ from logitcache.dump import run_dump
 from logitcache.errors import ModelError, UsageError
 from logitcache.models.placement import keep_head
 from logitcache.selection import Selection
-from logitcache.teachers import TransformersTeacher
+from logitcache.teachers import BlockBatch, TransformersTeacher
 from tests.engines.dumps import make_place, options
 from tests.tiny import FAMILIES, save_tiny, tiny_model
 
@@ -38,7 +38,8 @@ def write(folder: Path, device_map: Any) -> str:
 def exact(one: TransformersTeacher, other: TransformersTeacher) -> None:
     """Both give the same rows, bit by bit, and logits on the head's device."""
     selections = [Selection.parse("top-k:9"), Selection.parse("sample:7")]
-    for ours, theirs in zip(*(each.rows(TOKENS, 0, 40, selections, 3) for each in (one, other)), strict=True):
+    batch = BlockBatch(TOKENS, 0, 40, selections, 3)
+    for ours, theirs in zip(*(each.begin_rows(batch)() for each in (one, other)), strict=True):
         np.testing.assert_array_equal(ours.ids, theirs.ids)
         np.testing.assert_array_equal(ours.weights, theirs.weights)
         np.testing.assert_array_equal(ours.label_logprob, theirs.label_logprob)

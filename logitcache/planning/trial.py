@@ -22,8 +22,8 @@ from logitcache.planning.sample import SampleCorpus
 from logitcache.progress import Progress, Silent
 from logitcache.selection import Selection
 from logitcache.store import Cache, CacheWriter, Manifest, open_cache
-from logitcache.teachers import TransformersTeacher
-from logitcache.teachers.capture import RowsFromLogits
+from logitcache.teachers import BlockBatch, TransformersTeacher
+from logitcache.teachers.capture import RowsFromLogits, capture_blocks
 
 
 class RememberedBody(RowsFromLogits):
@@ -95,8 +95,9 @@ def find_batch(options: DumpOptions, teacher: TransformersTeacher, corpus: Sampl
     blocks = corpus.read(0, -(-corpus.num_tokens // options.block_length))
     batches = Batches.of(options, teacher, len(blocks), progress)
     while batches.trying:
-        batch = blocks[: batches.blocks]
-        batches.attempt(partial(teacher.rows, batch, 0, batch.size, [], 0, None, "mask"), len(batch), 0)
+        tokens = blocks[: batches.blocks]
+        batch = BlockBatch(tokens, 0, tokens.size, [], 0, nonfinite="mask")
+        batches.attempt(partial(capture_blocks, teacher, batch), len(tokens), 0)
     if options.compile:
         # That takes a while, once; what is timed later is not to begin with it.
         teacher.expect_batches(batches.blocks)
@@ -148,7 +149,7 @@ def forward_seconds(teacher: RememberedBody, corpus: SampleCorpus, batch_blocks:
         counted = None
     teacher.seconds = 0.0
     started = time.perf_counter()
-    teacher.rows(batch, 0, rows, [], 0, counted, "mask")
+    capture_blocks(teacher, BlockBatch(batch, 0, rows, [], 0, counted, "mask"))
     return (time.perf_counter() - started + teacher.seconds) / rows
 
 

@@ -19,7 +19,7 @@ from logitcache.selection.distribution import Distribution
 from logitcache.selection.kept import Kept
 from logitcache.selection.select import keep
 from logitcache.targets import SparseTargets
-from logitcache.teachers.teacher import Nonfinite, PendingRows
+from logitcache.teachers.teacher import BlockBatch, PendingRows
 
 # Softmax, entropy and selection walk their rows several times: on a CPU the rows should stay in its caches.
 _CPU_STATISTICS_BYTES = 12 << 20
@@ -42,89 +42,38 @@ class LogitsTeacher(Protocol):
 
 
 class RowsFromLogits:
-    """`Teacher.begin_rows` and `Teacher.rows` for a `LogitsTeacher`."""
+    """`Teacher.begin_rows` for a `LogitsTeacher`."""
 
-    def begin_rows(
-        self: LogitsTeacher,
-        tokens_BL: NDArray[np.int64],
-        first_block: int,
-        num_rows: int,
-        selections: Sequence[Selection],
-        seed: int,
-        counted_BL: NDArray[np.bool_] | None = None,
-        nonfinite: Nonfinite = "fail",
-    ) -> PendingRows:
+    def begin_rows(self: LogitsTeacher, batch: BlockBatch) -> PendingRows:
         """One forward pass for all selections, as `begin_capture`."""
-        return begin_capture(self, tokens_BL, first_block, num_rows, selections, seed, counted_BL, nonfinite)
-
-    def rows(
-        self: LogitsTeacher,
-        tokens_BL: NDArray[np.int64],
-        first_block: int,
-        num_rows: int,
-        selections: Sequence[Selection],
-        seed: int,
-        counted_BL: NDArray[np.bool_] | None = None,
-        nonfinite: Nonfinite = "fail",
-    ) -> list[SparseTargets]:
-        """One forward pass for all selections. Raises ModelError as `capture_blocks`."""
-        return capture_blocks(self, tokens_BL, first_block, num_rows, selections, seed, counted_BL, nonfinite)
+        return begin_capture(self, batch)
 
 
-def capture_blocks(
-    teacher: LogitsTeacher,
-    tokens_BL: NDArray[np.int64],
-    first_block: int,
-    num_rows: int,
-    selections: Sequence[Selection],
-    seed: int,
-    counted_BL: NDArray[np.bool_] | None = None,
-    nonfinite: Nonfinite = "fail",
-) -> list[SparseTargets]:
-    """The teacher's distributions at the first `num_rows` positions of consecutive blocks, once for each selection.
-
-    Arguments as of `Teacher.rows`.
+def capture_blocks(teacher: LogitsTeacher, batch: BlockBatch) -> list[SparseTargets]:
+    """The teacher's distributions at the positions of `batch`, once for each selection.
 
     Raises:
-        ModelError: a logit is NaN or +inf, or all are -inf, and `nonfinite` is "fail"; the message names block and
-            position.
+        ModelError: a logit is NaN or +inf, or all are -inf, and `batch.nonfinite` is "fail"; the message names block
+            and position.
     """
-    return begin_capture(teacher, tokens_BL, first_block, num_rows, selections, seed, counted_BL, nonfinite)()
+    return begin_capture(teacher, batch)()
 
 
 @torch.inference_mode()
-def begin_capture(
-    teacher: LogitsTeacher,
-    tokens_BL: NDArray[np.int64],
-    first_block: int,
-    num_rows: int,
-    selections: Sequence[Selection],
-    seed: int,
-    counted_BL: NDArray[np.bool_] | None = None,
-    nonfinite: Nonfinite = "fail",
-) -> PendingRows:
+def begin_capture(teacher: LogitsTeacher, batch: BlockBatch) -> PendingRows:
     """As `capture_blocks`; what it returns is to be called, by any thread, for the rows.
 
     A GPU may still be at work when this returns: the copies to the processor are under way behind it, and the next
     batch can be begun. Calling waits for them, checks and assembles; the teacher is not needed for that.
     """
-    blocks, length = tokens_BL.shape
-    counted_R = np.ones(num_rows, dtype=bool) if counted_BL is None else counted_BL.reshape(-1)[:num_rows]
+    selections, counted_R, device = batch.selections, batch.counted_R, teacher.device
     wanted = np.flatnonzero(counted_R)
     if not wanted.size:
         return lambda: [_nothing(selection).spread(counted_R) for selection in selections]
-    device = teacher.device
-    labels_R = torch.from_numpy(_labels(tokens_BL, num_rows)[wanted]).to(device)
-    uniforms = [
-        torch.from_numpy(
-            block_uniforms(seed, range(first_block, first_block + blocks), length, selection.draws)[wanted]
-        ).to(device)
-        if selection.draws
-        else None
-        for selection in selections
-    ]
-    hidden_RD = teacher.hidden(tokens_BL)[:num_rows]
-    if counted_BL is not None:
+    labels_R = torch.from_numpy(_labels(batch.tokens_BL, batch.num_rows)[wanted]).to(device)
+    uniforms = [_uniforms(batch, selection.draws, wanted, device) for selection in selections]
+    hidden_RD = teacher.hidden(batch.tokens_BL)[: batch.num_rows]
+    if batch.counted_BL is not None:
         hidden_RD = hidden_RD[torch.from_numpy(wanted).to(hidden_RD.device)]
     kept: list[list[Kept]] = [[] for _ in selections]
     columns: list[torch.Tensor] = []
@@ -134,7 +83,7 @@ def begin_capture(
         for rows, dist in _distributions(teacher.logits(hidden_RD[outer]), pieces):
             lse_n = dist.lse
             lost_n = ~torch.isfinite(lse_n)
-            if nonfinite == "mask" and bool(lost_n.any()):
+            if batch.nonfinite == "mask" and bool(lost_n.any()):
                 # What is selected of such a row is thrown away, but selecting must be able to.
                 dist = Distribution.from_logits(dist.logits.masked_fill(lost_n.unsqueeze(1), 0))
             columns.append(torch.stack([lse_n, dist.label_logprob(labels_R[rows]), dist.entropy()]))
@@ -145,10 +94,8 @@ def begin_capture(
         torch.cat(columns, 1).to("cpu", non_blocking=True),
         [Kept.concatenate(part).to_host() for part in kept],
         _now_on(device),
-        selections,
+        batch,
         counted_R,
-        (first_block, length),
-        nonfinite,
     )
 
 
@@ -160,24 +107,22 @@ class _Captured:
         columns_3R: float32, lse, label_logprob and entropy.
         kept: of each selection.
         ready: when the copies are there; None where they are.
-        place: the first block, and a block's length.
-        nonfinite: what becomes of rows whose lse is not finite.
+        batch: what was asked for.
+        counted_R: bool [R], that of `batch`.
     """
 
     columns_3R: torch.Tensor
     kept: list[Kept]
     ready: torch.cuda.Event | None
-    selections: Sequence[Selection]
+    batch: BlockBatch
     counted_R: NDArray[np.bool_]
-    place: tuple[int, int]
-    nonfinite: Nonfinite
 
     def __call__(self) -> list[SparseTargets]:
         if self.ready is not None:
             self.ready.synchronize()
         lse, label_logprob, entropy = self.columns_3R.numpy()
         finite = np.isfinite(lse)
-        if self.nonfinite == "fail":
+        if self.batch.nonfinite == "fail":
             self._refuse(finite)
         found_R = self.counted_R.copy()
         found_R[self.counted_R] = finite
@@ -185,7 +130,7 @@ class _Captured:
             kept.targets()
             # Beside a label's log-probability the entropy would take as many bytes again.
             .with_columns(label_logprob, entropy if selection.keeps_ids else np.full_like(entropy, np.nan))
-            for kept, selection in zip(self.kept, self.selections, strict=True)
+            for kept, selection in zip(self.kept, self.batch.selections, strict=True)
         ]
         if not finite.all():
             parts = [part.take(np.flatnonzero(finite)) for part in parts]
@@ -194,13 +139,22 @@ class _Captured:
     def _refuse(self, finite: NDArray[np.bool_]) -> None:
         bad = np.flatnonzero(~finite)
         if bad.size:
-            first_block, length = self.place
-            block, position = divmod(int(np.flatnonzero(self.counted_R)[bad[0]]), length)
+            row = int(np.flatnonzero(self.counted_R)[bad[0]])
+            block, position = divmod(row, self.batch.tokens_BL.shape[1])
             raise ModelError(
-                f"the teacher's logits hold NaN or infinity at block {first_block + block}, position {position}; "
-                "try --dtype float32, check the model's weights, or leave such rows out: --nonfinite mask, into a new "
-                "folder"
+                f"the teacher's logits hold NaN or infinity at block {self.batch.first_block + block}, position "
+                f"{position}; try --dtype float32, check the model's weights, or leave such rows out: --nonfinite "
+                "mask, into a new folder"
             )
+
+
+def _uniforms(batch: BlockBatch, draws: int, wanted: NDArray[np.int64], device: torch.device) -> torch.Tensor | None:
+    """float64 [R, draws], of the rows that are wanted; None where nothing is drawn."""
+    if not draws:
+        return None
+    blocks, length = batch.tokens_BL.shape
+    numbers = range(batch.first_block, batch.first_block + blocks)
+    return torch.from_numpy(block_uniforms(batch.seed, numbers, length, draws)[wanted]).to(device)
 
 
 def _now_on(device: torch.device) -> torch.cuda.Event | None:

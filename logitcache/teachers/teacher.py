@@ -6,6 +6,7 @@ Legend: B blocks of L tokens, R real rows (positions before the corpus' end).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -20,13 +21,44 @@ Nonfinite = Literal["fail", "mask"]
 PendingRows = Callable[[], list[SparseTargets]]
 
 
+@dataclass(frozen=True, eq=False)
+class BlockBatch:
+    """Consecutive blocks, and what is wanted of a teacher's distributions there.
+
+    Args:
+        tokens_BL: int64 [B, L]; positions from `num_rows` on (row-major) are padding.
+        first_block: number of the first block; together with `seed` it determines what is sampled.
+        num_rows: R.
+        selections: what to keep; each gives one SparseTargets of R rows.
+        seed: of the sampled selections.
+        counted_BL: bool [B, L], positions that rows are wanted of; the others' rows are empty. None: all.
+        nonfinite: "fail" raises where the teacher's numbers are NaN or infinite; with "mask" such a row is empty, and
+            its label_logprob NaN, which that of a row with a next token otherwise never is.
+    """
+
+    tokens_BL: NDArray[np.int64]
+    first_block: int
+    num_rows: int
+    selections: Sequence[Selection]
+    seed: int
+    counted_BL: NDArray[np.bool_] | None = None
+    nonfinite: Nonfinite = "fail"
+
+    @property
+    def counted_R(self) -> NDArray[np.bool_]:
+        """bool [R], positions that rows are wanted of; a copy."""
+        if self.counted_BL is None:
+            return np.ones(self.num_rows, dtype=bool)
+        return self.counted_BL.reshape(-1)[: self.num_rows].copy()
+
+
 class Teacher(Protocol):
     """A teacher. `TransformersTeacher` runs a model here, `ServerTeacher` asks a server.
 
     Attributes:
         tokenizer: makes the corpus' tokens.
         vocab_size: V, ids of a distribution; every id that is kept is below it.
-        blocks_at_once: `rows` is at its best with so many blocks or more.
+        blocks_at_once: it is at its best with so many blocks or more.
     """
 
     tokenizer: Any
@@ -45,43 +77,9 @@ class Teacher(Protocol):
     def expect_batches(self, blocks: int) -> None:
         """Most batches have so many blocks from now on: whoever prepares for that may."""
 
-    def rows(
-        self,
-        tokens_BL: NDArray[np.int64],
-        first_block: int,
-        num_rows: int,
-        selections: Sequence[Selection],
-        seed: int,
-        counted_BL: NDArray[np.bool_] | None = None,
-        nonfinite: Nonfinite = "fail",
-    ) -> list[SparseTargets]:
-        """The teacher's distributions at the first `num_rows` positions of consecutive blocks, once a selection.
+    def begin_rows(self, batch: BlockBatch) -> PendingRows:
+        """The teacher's distributions at the positions of `batch`, to be called for them; meanwhile the next can begin.
 
-        Args:
-            tokens_BL: int64 [B, L]; positions from `num_rows` on (row-major) are padding.
-            first_block: number of the first block; together with `seed` it determines what is sampled.
-            num_rows: R.
-            selections: what to keep; each gives one SparseTargets of R rows.
-            seed: of the sampled selections.
-            counted_BL: bool [B, L], positions that rows are wanted of; the others' rows are empty. None: all.
-            nonfinite: "fail" raises where the teacher's numbers are NaN or infinite; with "mask" such a row is empty,
-                and its label_logprob NaN, which that of a row with a next token otherwise never is.
-
-        Raises:
+        Raises, here or when it is called:
             ModelError: there are no rows to be had; the message names block and position, or the server.
-        """
-
-    def begin_rows(
-        self,
-        tokens_BL: NDArray[np.int64],
-        first_block: int,
-        num_rows: int,
-        selections: Sequence[Selection],
-        seed: int,
-        counted_BL: NDArray[np.bool_] | None = None,
-        nonfinite: Nonfinite = "fail",
-    ) -> PendingRows:
-        """As `rows`, to be called for them: meanwhile the next batch can be begun.
-
-        Raises: here or when it is called, what `rows` raises.
         """

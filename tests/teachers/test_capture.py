@@ -11,7 +11,7 @@ import torch
 from logitcache.errors import ModelError
 from logitcache.selection import Selection
 from logitcache.targets import SparseTargets
-from logitcache.teachers import TransformersTeacher
+from logitcache.teachers import BlockBatch, TransformersTeacher
 from logitcache.teachers import capture as capture_module
 from logitcache.teachers.capture import capture_blocks
 from tests.codec.rows import assert_equal
@@ -35,7 +35,7 @@ def test_rows_are_the_models_distributions(family: str) -> None:
     teacher, tokens, rows = teacher_of(family), blocks_of(300, 4, 11), 38
     expected = Expected.of(teacher.model, tokens, rows)
     for selection, targets in zip(
-        SELECTIONS, capture_blocks(teacher, tokens, 0, rows, SELECTIONS, seed=4), strict=True
+        SELECTIONS, capture_blocks(teacher, BlockBatch(tokens, 0, rows, SELECTIONS, seed=4)), strict=True
     ):
         expected.check(targets, selection, seed=4, weights=1e-4, scalars=1e-4)
 
@@ -46,7 +46,7 @@ def test_a_vocabulary_over_2_to_the_18() -> None:
     tokens = blocks_of(vocab_size, 2, 5)
     tokens[0, :2] = vocab_size - 1, 1 << 18
     expected = Expected.of(teacher.model, tokens, 9)
-    captured = capture_blocks(teacher, tokens, 0, 9, SELECTIONS, seed=4)
+    captured = capture_blocks(teacher, BlockBatch(tokens, 0, 9, SELECTIONS, seed=4))
     for selection, targets in zip(SELECTIONS, captured, strict=True):
         expected.check(targets, selection, seed=4, weights=1e-3, scalars=2e-3)
     assert captured[2].ids.max() >= 1 << 18
@@ -56,12 +56,14 @@ def test_a_vocabulary_over_2_to_the_18() -> None:
 def test_batches_and_slices_keep_the_same(batch: int, statistics_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward passes of any number of blocks, logits in slices of any number of rows."""
     teacher, tokens, rows = teacher_of(), blocks_of(300, 7, 9), 60
-    whole = capture_blocks(teacher, tokens, 20, rows, SELECTIONS, seed=8)
+    whole = capture_blocks(teacher, BlockBatch(tokens, 20, rows, SELECTIONS, seed=8))
     monkeypatch.setattr(capture_module, "_CPU_STATISTICS_BYTES", statistics_bytes)
     parts: list[list[SparseTargets]] = [[] for _ in SELECTIONS]
     for start in range(0, 7, batch):
         real = min(rows, (start + batch) * 9) - start * 9
-        captured = capture_blocks(teacher, tokens[start : start + batch], 20 + start, real, SELECTIONS, seed=8)
+        captured = capture_blocks(
+            teacher, BlockBatch(tokens[start : start + batch], 20 + start, real, SELECTIONS, seed=8)
+        )
         for part, targets in zip(parts, captured, strict=True):
             part.append(targets)
     for part, targets in zip(parts, whole, strict=True):
@@ -78,7 +80,7 @@ def test_what_is_drawn_follows_block_and_seed() -> None:
     sample = SELECTIONS[2:3]
 
     def drawn(first_block: int, seed: int) -> SparseTargets:
-        return capture_blocks(teacher, tokens, first_block, 18, sample, seed)[0]
+        return capture_blocks(teacher, BlockBatch(tokens, first_block, 18, sample, seed))[0]
 
     assert_equal(drawn(0, 1), drawn(0, 1))
     Expected.of(teacher.model, tokens, 18).check_drawn(drawn(5, 1), sample[0], seed=1, first_block=5)
@@ -91,8 +93,8 @@ def test_padding_does_not_reach_the_rows() -> None:
     padded = tokens.copy()
     padded[1, 4:] = 0
     for one, other in zip(
-        capture_blocks(teacher, tokens, 0, 13, SELECTIONS, 0),
-        capture_blocks(teacher, padded, 0, 13, SELECTIONS, 0),
+        capture_blocks(teacher, BlockBatch(tokens, 0, 13, SELECTIONS, 0)),
+        capture_blocks(teacher, BlockBatch(padded, 0, 13, SELECTIONS, 0)),
         strict=True,
     ):
         assert_equal(one, other)
@@ -100,7 +102,7 @@ def test_padding_does_not_reach_the_rows() -> None:
 
 def test_a_single_row() -> None:
     teacher, tokens = teacher_of(), blocks_of(300, 1, 5)
-    for targets in capture_blocks(teacher, tokens, 0, 1, SELECTIONS, 0):
+    for targets in capture_blocks(teacher, BlockBatch(tokens, 0, 1, SELECTIONS, 0)):
         assert len(targets) == 1
         assert np.isnan(targets.label_logprob[0])
 
@@ -114,7 +116,9 @@ def test_impossible_ids() -> None:
     expected = Expected.of(teacher.model, tokens, 18)
     everything = Selection("top-k", 300)
     for selection, targets in zip(
-        [everything, *SELECTIONS], capture_blocks(teacher, tokens, 0, 18, [everything, *SELECTIONS], 0), strict=True
+        [everything, *SELECTIONS],
+        capture_blocks(teacher, BlockBatch(tokens, 0, 18, [everything, *SELECTIONS], 0)),
+        strict=True,
     ):
         assert targets.ids.max() < 100
         expected.check_scalars(targets, 1e-4)
@@ -135,8 +139,8 @@ def test_logits_that_are_not_finite_are_named(value: float) -> None:
     teacher.model.base_model.register_forward_hook(poison)
     message = r"^the teacher's logits hold NaN or infinity at block 41, position 6; try --dtype float32"
     with pytest.raises(ModelError, match=message):
-        capture_blocks(teacher, tokens, 40, 27, SELECTIONS, 0)
-    capture_blocks(teacher, tokens[:1], 40, 9, SELECTIONS, 0)
+        capture_blocks(teacher, BlockBatch(tokens, 40, 27, SELECTIONS, 0))
+    capture_blocks(teacher, BlockBatch(tokens[:1], 40, 9, SELECTIONS, 0))
 
 
 @pytest.mark.parametrize("statistics_bytes", [1, 5000, 12 << 20])
@@ -149,7 +153,7 @@ def test_rows_that_are_not_finite_can_be_left_out(
     teacher, tokens = teacher_of(), blocks_of(300, 3, 9)
     counted = np.random.default_rng(1).random((3, 9)) < 0.7 if partly else None
     selections = [*SELECTIONS, Selection.parse("label")]
-    whole = capture_blocks(teacher, tokens, 40, 25, selections, 0, counted)
+    whole = capture_blocks(teacher, BlockBatch(tokens, 40, 25, selections, 0, counted))
     lost = np.zeros(27, dtype=bool)
     lost[[0, 5, 13, 14, 23]] = True
     values = torch.tensor([torch.nan, torch.inf, -torch.inf, torch.nan, torch.inf]).unsqueeze(1)
@@ -158,11 +162,11 @@ def test_rows_that_are_not_finite_can_be_left_out(
         output.last_hidden_state.view(27, -1)[lost] = values
 
     teacher.model.base_model.register_forward_hook(poison)
-    captured = capture_blocks(teacher, tokens, 40, 25, selections, 0, counted, "mask")
+    captured = capture_blocks(teacher, BlockBatch(tokens, 40, 25, selections, 0, counted, "mask"))
     kept = ~lost[:25] & (True if counted is None else counted.ravel()[:25])
     for targets, wanted in zip(captured, whole, strict=True):
         assert_equal(targets, wanted.take(np.flatnonzero(kept)).spread(kept))
     assert np.isnan(captured[0].label_logprob[:25][~kept]).all()
     if partly:
         # Where no row is wanted nobody looks.
-        capture_blocks(teacher, tokens, 40, 25, selections, 0, counted & ~lost.reshape(3, 9))
+        capture_blocks(teacher, BlockBatch(tokens, 40, 25, selections, 0, counted & ~lost.reshape(3, 9)))

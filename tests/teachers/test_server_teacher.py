@@ -12,7 +12,7 @@ from logitcache.errors import ModelError, UsageError
 from logitcache.models import load_tokenizer
 from logitcache.selection import Selection
 from logitcache.targets import SparseTargets
-from logitcache.teachers import ServerOptions, ServerTeacher, TransformersTeacher
+from logitcache.teachers import BlockBatch, ServerOptions, ServerTeacher, Teacher, TransformersTeacher
 from logitcache.teachers.server.asking import Asking
 from logitcache.teachers.server.client import Client
 from logitcache.teachers.server.dialects import VllmDialect
@@ -26,6 +26,12 @@ QUICK = ServerOptions(concurrency=3, backoff=0.01)
 
 def blocks_of(blocks: int, length: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 300, (blocks, length))
+
+
+def rows_of(
+    teacher: Teacher, tokens: np.ndarray, first_block: int, num_rows: int, selections: list[Selection], seed: int
+) -> list[SparseTargets]:
+    return teacher.begin_rows(BlockBatch(tokens, first_block, num_rows, selections, seed))()
 
 
 def assert_same_rows(given: SparseTargets, wanted: SparseTargets, entropy: bool) -> None:
@@ -54,7 +60,9 @@ def test_rows_are_the_models_own(
     teacher.check_selections(SELECTIONS)
     assert teacher.identity()["served"] == flavour
     local, tokens = TransformersTeacher.load(served_model, device="cpu"), blocks_of(blocks, 11)
-    pairs = zip(teacher.rows(tokens, 5, rows, SELECTIONS, 4), local.rows(tokens, 5, rows, SELECTIONS, 4), strict=True)
+    pairs = zip(
+        rows_of(teacher, tokens, 5, rows, SELECTIONS, 4), rows_of(local, tokens, 5, rows, SELECTIONS, 4), strict=True
+    )
     for given, wanted in pairs:
         assert len(given) == rows
         assert_same_rows(given, wanted, entropy=False)
@@ -69,7 +77,9 @@ def test_a_server_that_tells_everything_serves_every_selection(
     teacher = ServerTeacher.connect(server.url, served_model, QUICK)
     teacher.check_selections(EVERY)
     local, tokens = TransformersTeacher.load(served_model, device="cpu"), blocks_of(3, 9)
-    for given, wanted in zip(teacher.rows(tokens, 7, 25, EVERY, 4), local.rows(tokens, 7, 25, EVERY, 4), strict=True):
+    for given, wanted in zip(
+        rows_of(teacher, tokens, 7, 25, EVERY, 4), rows_of(local, tokens, 7, 25, EVERY, 4), strict=True
+    ):
         assert_same_rows(given, wanted, entropy=True)
 
 
@@ -102,9 +112,9 @@ def test_the_vocabulary_is_the_configs(server: Serving, served_model: Path, tmp_
 )
 def test_what_passes_is_tried_again(server: Serving, served_model: Path, fault: dict[str, str], times: int) -> None:
     teacher, tokens = ServerTeacher.connect(server.url, served_model, QUICK), blocks_of(2, 5)
-    undisturbed = teacher.rows(tokens, 0, 10, SELECTIONS, 0)
+    undisturbed = rows_of(teacher, tokens, 0, 10, SELECTIONS, 0)
     server.set(reset=True, faults=[fault] * times)
-    for given, wanted in zip(teacher.rows(tokens, 0, 10, SELECTIONS, 0), undisturbed, strict=True):
+    for given, wanted in zip(rows_of(teacher, tokens, 0, 10, SELECTIONS, 0), undisturbed, strict=True):
         np.testing.assert_array_equal(given.ids, wanted.ids)
     assert server.set()["asked"] == 2 + times
 
@@ -118,7 +128,7 @@ def straight(server: Serving, folder: Path, options: ServerOptions) -> ServerTea
 def test_a_stalled_request_is_given_up_and_asked_again(server: Serving, served_model: Path) -> None:
     teacher = straight(server, served_model, ServerOptions(timeout=1, attempts=20, backoff=0.01))
     server.set(faults=[{"do": "stall"}])
-    assert len(teacher.rows(blocks_of(1, 5), 0, 5, SELECTIONS, 0)[0]) == 5
+    assert len(rows_of(teacher, blocks_of(1, 5), 0, 5, SELECTIONS, 0)[0]) == 5
 
 
 @pytest.mark.parametrize(
@@ -139,7 +149,7 @@ def test_what_does_not_pass_is_one_sentence(
     teacher = straight(server, served_model, options)
     server.set(faults=[fault] * 2)
     with pytest.raises(ModelError, match=said) as caught:
-        teacher.rows(blocks_of(1, 5), 7, 5, SELECTIONS, 0)
+        rows_of(teacher, blocks_of(1, 5), 7, 5, SELECTIONS, 0)
     assert "the same command goes on" in str(caught.value)
 
 
@@ -171,17 +181,17 @@ def test_a_server_that_fails_when_it_is_tried(server: Serving, served_model: Pat
 )
 def test_answers_that_cannot_be_used(server: Serving, served_model: Path, spoil: str, said: str) -> None:
     teacher, tokens = ServerTeacher.connect(server.url, served_model, QUICK), blocks_of(1, 5)
-    teacher.rows(tokens, 3, 5, SELECTIONS, 0)
+    rows_of(teacher, tokens, 3, 5, SELECTIONS, 0)
     server.set(spoil=spoil)
     with pytest.raises(ModelError, match=said):
-        teacher.rows(tokens, 3, 5, SELECTIONS, 0)
+        rows_of(teacher, tokens, 3, 5, SELECTIONS, 0)
 
 
 def test_requests_go_out_together_and_no_more_than_asked(server: Serving, served_model: Path) -> None:
     """The server answers only when three wait; with a fourth, it would have seen four."""
     teacher = ServerTeacher.connect(server.url, served_model, QUICK)
     server.set(reset=True, together=3)
-    teacher.rows(blocks_of(9, 4), 0, 36, SELECTIONS, 0)
+    rows_of(teacher, blocks_of(9, 4), 0, 36, SELECTIONS, 0)
     report = server.set()
     assert (report["asked"], report["most_waiting"]) == (9, 3)
     assert teacher.blocks_at_once >= 3

@@ -26,7 +26,7 @@ from logitcache.teachers.server.answers import AnswerError, PromptLogprobs
 from logitcache.teachers.server.asking import Asking
 from logitcache.teachers.server.client import Client, RefusedError
 from logitcache.teachers.server.options import ServerOptions, checked_url, key_from_environment
-from logitcache.teachers.teacher import Nonfinite, PendingRows
+from logitcache.teachers.teacher import BlockBatch, PendingRows
 
 # Behind a block stand a token to ask what comes before it, and the one that the server generates.
 EXTRA_TOKENS = 2
@@ -108,51 +108,31 @@ class ServerTeacher:
     def expect_batches(self, blocks: int) -> None:
         """Nothing to prepare for."""
 
-    def rows(
-        self,
-        tokens_BL: NDArray[np.int64],
-        first_block: int,
-        num_rows: int,
-        selections: Sequence[Selection],
-        seed: int,
-        counted_BL: NDArray[np.bool_] | None = None,
-        nonfinite: Nonfinite = "fail",
-    ) -> list[SparseTargets]:
-        """As `Teacher.rows`; a request for each block that rows are wanted of, several at once.
+    def begin_rows(self, batch: BlockBatch) -> PendingRows:
+        """As `Teacher.begin_rows`; a request for each block that rows are wanted of, several at once, all of them here.
 
         Raises:
             ModelError: the server fails for good, or answers what cannot be used; the message names the block.
         """
-        length = tokens_BL.shape[1]
-        counted_R = np.ones(num_rows, dtype=bool) if counted_BL is None else counted_BL.reshape(-1)[:num_rows].copy()
-        places = [block for block in range(-(-num_rows // length)) if counted_R[block * length :][:length].any()]
-        prompts = [tokens_BL[block, : num_rows - block * length].tolist() for block in places]
-        numbers = [first_block + block for block in places]
-        told = self._ask(prompts, numbers, self._entries(selections), nonfinite == "fail")
-        parts = [[SparseTargets([0], [], [], unbiased=selection.unbiased)] for selection in selections]
+        rows = self._rows(batch)
+        return lambda: rows
+
+    def _rows(self, batch: BlockBatch) -> list[SparseTargets]:
+        length, counted_R = batch.tokens_BL.shape[1], batch.counted_R
+        places = [block for block in range(-(-batch.num_rows // length)) if counted_R[block * length :][:length].any()]
+        prompts = [batch.tokens_BL[block, : batch.num_rows - block * length].tolist() for block in places]
+        numbers = [batch.first_block + block for block in places]
+        told = self._ask(prompts, numbers, self._entries(batch.selections), batch.nonfinite == "fail")
+        parts = [[SparseTargets([0], [], [], unbiased=selection.unbiased)] for selection in batch.selections]
         for block, answer in zip(places, told, strict=True):
             # A view: what is unknown is not kept.
             mask = counted_R[block * length :][:length]
             mask &= ~answer.unknown
             wanted = np.flatnonzero(mask)
-            rows = self._rows_of(answer, first_block + block, length, selections, seed)
+            rows = self._rows_of(answer, batch.first_block + block, length, batch.selections, batch.seed)
             for part, targets in zip(parts, rows, strict=True):
                 part.append(targets.take(wanted))
         return [SparseTargets.concatenate(part).spread(counted_R) for part in parts]
-
-    def begin_rows(
-        self,
-        tokens_BL: NDArray[np.int64],
-        first_block: int,
-        num_rows: int,
-        selections: Sequence[Selection],
-        seed: int,
-        counted_BL: NDArray[np.bool_] | None = None,
-        nonfinite: Nonfinite = "fail",
-    ) -> PendingRows:
-        """As `Teacher.begin_rows`; the server is asked here."""
-        rows = self.rows(tokens_BL, first_block, num_rows, selections, seed, counted_BL, nonfinite)
-        return lambda: rows
 
     def close(self) -> None:
         """Hang up."""
