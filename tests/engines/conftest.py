@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from logitcache.teachers import TransformersTeacher
 from tests.engines.dumps import dump, make_place, options
 from tests.faults import forkserver, run_to_end
 
@@ -14,6 +15,12 @@ from tests.faults import forkserver, run_to_end
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A teacher and a corpus; read only."""
     return make_place(tmp_path_factory.mktemp("place"))
+
+
+@pytest.fixture(scope="session")
+def teacher(place: Path) -> TransformersTeacher:
+    """That of `place`."""
+    return TransformersTeacher.load(place / "teacher", device="cpu")
 
 
 @pytest.fixture(scope="session")

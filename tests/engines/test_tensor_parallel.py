@@ -19,7 +19,7 @@ from logitcache.engines.worker import lease_of
 from logitcache.errors import LogitcacheError, UsageError
 from logitcache.planning import PlanOptions
 from logitcache.store import Layout, open_cache
-from tests.engines.dumps import await_state, content, dump, elsewhere, make_place, options
+from tests.engines.dumps import await_state, content, dump, elsewhere, options
 from tests.faults import forkserver, run_to_end, start
 from tests.tiny import save_tiny
 
@@ -28,15 +28,10 @@ RANKS = 2
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_place(tmp_path_factory.mktemp("place"))
-
-
-@pytest.fixture(scope="module")
 def whole(place: Path) -> Path:
     """The caches of a teacher in one process."""
-    run_to_end(children, dump, options(place, place / "whole", ("top-k:8", place / "whole-k")))
-    return place / "whole"
+    run_to_end(children, dump, options(place, place / "undivided", ("top-k:8", place / "undivided-k")))
+    return place / "undivided"
 
 
 def given(place: Path, root: Path, **changes: Any) -> Any:

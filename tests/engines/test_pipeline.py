@@ -16,20 +16,10 @@ from logitcache.progress import Silent
 from logitcache.store import CacheWriter, Layout, open_cache, verify
 from logitcache.store.files import FAILPOINT_VARIABLE
 from logitcache.teachers import TransformersTeacher
-from tests.engines.dumps import content, make_place, options
+from tests.engines.dumps import content, options
 
 # Beyond it a test that would hang forever fails instead.
 HANGS = 60.0
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_place(tmp_path_factory.mktemp("place"))
-
-
-@pytest.fixture(scope="module")
-def teacher(place: Path) -> TransformersTeacher:
-    return TransformersTeacher.load(place / "teacher", device="cpu")
 
 
 # ---------------------------------------------------------------------------------------------- the thread

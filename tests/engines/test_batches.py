@@ -16,18 +16,8 @@ from logitcache.dump_batches import TRIES, Batches
 from logitcache.errors import UsageError
 from logitcache.store import open_cache, verify
 from logitcache.teachers import TransformersTeacher
-from tests.engines.dumps import LENGTH, make_place, options
+from tests.engines.dumps import LENGTH, options
 from tests.engines.test_memory import Notes, in_python, room_for
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_place(tmp_path_factory.mktemp("place"))
-
-
-@pytest.fixture(scope="module")
-def teacher(place: Path) -> TransformersTeacher:
-    return TransformersTeacher.load(place / "teacher", device="cpu")
 
 
 class OnAGpu:
@@ -44,7 +34,7 @@ def found(
     `seconds[n]`; the first of each size takes ten times as long.
     """
     now, fresh, notes, sizes = [0.0], set(seconds), Notes(), []
-    monkeypatch.setattr(dump_batches, "device_clock", lambda: now[0])
+    monkeypatch.setattr(dump_batches, "device_clock", lambda device: now[0])
     given = options(place, place / "never", batch_tokens="auto", block_length=1024)
     batches = Batches.of(given, OnAGpu(), longest, notes)  # type: ignore[arg-type]
 
@@ -92,7 +82,7 @@ def test_a_trial_loses_no_rows(
     """Its batches are the dump's: every block is computed once, and what is drawn is what other batches draw."""
     notes = Notes()
     now = itertools.count()
-    monkeypatch.setattr(dump_batches, "device_clock", lambda: float(next(now)))
+    monkeypatch.setattr(dump_batches, "device_clock", lambda device: float(next(now)))
     monkeypatch.setattr(
         Batches, "of", classmethod(lambda cls, options, teacher, longest, told: cls(1, LENGTH, told, longest))
     )
