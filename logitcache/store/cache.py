@@ -392,11 +392,4 @@ def open_cache(
     else:
         plan = load_document(layout.plan, Plan)
         source, manifest = layout.commits, assemble_manifest(Layout(layout.root, plan.identity.container), plan)
-    return Cache(layout.root, uncontradicted(manifest, source))
-
-
-def uncontradicted(manifest: Manifest, source: str | Path) -> Manifest:
-    """The manifest found at `source`. Raises DamagedCacheError when it contradicts itself."""
-    if (contradiction := manifest.contradiction()) is not None:
-        raise DamagedCacheError(f"{source} contradicts itself: {contradiction}; restore the file")
-    return manifest
+    return Cache(layout.root, manifest.uncontradicted(source))

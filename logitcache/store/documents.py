@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TypeVar
 
 from logitcache.errors import DamagedCacheError
-from logitcache.store.cache import uncontradicted
 from logitcache.store.files import MAX_JSON_BYTES
 from logitcache.store.layout import unit_name
 from logitcache.store.objects import FETCHES, Objects, pause
@@ -21,7 +20,7 @@ Model = TypeVar("Model", bound=Document)
 def read_manifest(objects: Objects) -> Manifest | None:
     """The manifest, or None where there is none. Raises DamagedCacheError, FormatVersionError."""
     found = read_document(objects, MANIFEST, Manifest)
-    return None if found is None else uncontradicted(found[1], objects.url(MANIFEST))
+    return None if found is None else found[1].uncontradicted(objects.url(MANIFEST))
 
 
 def read_plan(objects: Objects, manifest: Manifest) -> bytes:

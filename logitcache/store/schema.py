@@ -301,6 +301,12 @@ class Manifest(Document):
     counters: dict[str, Count]
     shards: list[Shard]
 
+    def uncontradicted(self, source: str | Path) -> Self:
+        """This manifest, found at `source`. Raises DamagedCacheError when it contradicts itself."""
+        if (contradiction := self.contradiction()) is not None:
+            raise DamagedCacheError(f"{source} contradicts itself: {contradiction}; restore the file")
+        return self
+
     def contradiction(self) -> str | None:
         """What the manifest says of itself that cannot be, or None."""
         geometry = self.identity.geometry

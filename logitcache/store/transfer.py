@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from logitcache.errors import CacheError, DamagedCacheError, UsageError
-from logitcache.store.cache import open_cache, uncontradicted
+from logitcache.store.cache import open_cache
 from logitcache.store.card import CARD, dataset_card
 from logitcache.store.documents import (
     MANIFEST,
@@ -115,7 +115,7 @@ def _whole(source: Objects) -> tuple[bytes, Manifest]:
     if found is None:
         open_cache(source.location)  # which says what is there instead
         raise CacheError(f"{source.location} has changed; try again")
-    return found[0], uncontradicted(found[1], source.url(MANIFEST))
+    return found[0], found[1].uncontradicted(source.url(MANIFEST))
 
 
 def _claim(target: Objects, source: Objects, manifest: Manifest) -> None:
