@@ -107,7 +107,7 @@ def main() -> None:
     arguments.add_argument("--steps", type=int, default=6)
     arguments.add_argument("--rounds", type=int, default=3)
     arguments.add_argument("--cache-tokens", type=int, default=16_384)
-    arguments.add_argument("--folder", type=Path, help="keep (and reuse) the caches here")
+    report.add_folder(arguments)
     arguments.add_argument("--one", choices=list(JOBS), help="internal: run one job and print its peak memory")
     given = arguments.parse_args()
     if given.one:
@@ -115,21 +115,21 @@ def main() -> None:
         train(given.folder, given.one, given.steps)
         print(json.dumps({"peak_mb": measure.resident_peak()}))
         return
-    folder = given.folder or Path(tempfile.mkdtemp())
-    make_caches(folder, given.cache_tokens)
-    train(folder, "cross entropy only", 2)
-    RATES.clear()
-    WAITS.clear()
-    for _ in range(given.rounds):
-        for name in JOBS:
-            train(folder, name, given.steps)
-    base_name = next(iter(JOBS))
-    peaks = {
-        name: measure.peak_megabytes(
-            "benchmarks.train", "--one", name, "--folder", str(folder), "--steps", str(given.steps)
-        )
-        for name in JOBS
-    }
+    with report.kept_or_scratch(given.folder) as folder:
+        make_caches(folder, given.cache_tokens)
+        train(folder, "cross entropy only", 2)
+        RATES.clear()
+        WAITS.clear()
+        for _ in range(given.rounds):
+            for name in JOBS:
+                train(folder, name, given.steps)
+        base_name = next(iter(JOBS))
+        peaks = {
+            name: measure.peak_megabytes(
+                "benchmarks.train", "--one", name, "--folder", str(folder), "--steps", str(given.steps)
+            )
+            for name in JOBS
+        }
     rows = []
     for name, rates in RATES.items():
         ratio = statistics.median(mine / base for mine, base in zip(rates, RATES[base_name], strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -21,7 +22,11 @@ from logitcache.corpus import (
 )
 from logitcache.dump_options import DumpOptions
 from logitcache.errors import CorpusError
+from logitcache.progress import Progress, Silent
 from logitcache.store import Layout, Manifest, TokenFile, load_document
+
+# How often somebody who waits for a large corpus is told how far it is.
+_TOLD_SECONDS = 5.0
 
 Facts = dict[str, Any]
 Once = Callable[[Callable[[], Facts | None], Callable[[], Facts]], Facts]
@@ -50,7 +55,13 @@ class Corpus:
 
     @classmethod
     def prepare(
-        cls, options: DumpOptions, files: Sequence[CorpusFile], tokenizer: Any, vocab_size: int, once: Once = alone
+        cls,
+        options: DumpOptions,
+        files: Sequence[CorpusFile],
+        tokenizer: Any,
+        vocab_size: int,
+        once: Once = alone,
+        progress: Progress | None = None,
     ) -> Corpus:
         """Find the tokens that another worker or an earlier run left, or tokenise.
 
@@ -60,6 +71,7 @@ class Corpus:
             tokenizer: the teacher's.
             vocab_size: of the teacher's head.
             once: finds or makes; with several workers one makes and all others find.
+            progress: told now and then how far the tokenising is.
 
         Raises:
             CorpusError: a file cannot be read, or does not hold what it should; of token ids, those of `vocab_size`.
@@ -86,7 +98,7 @@ class Corpus:
 
         def make() -> Facts:
             batches = encode_corpus(tokenizer, files, fields, vocab_size)
-            made.append(cls._pack(options, batches, policy, stored, key))
+            made.append(cls._pack(options, batches, policy, stored, key, progress or Silent()))
             return made[0]
 
         facts = once(find, make)
@@ -99,11 +111,13 @@ class Corpus:
         policy: PackingPolicy,
         stored: TokenFile,
         key: dict[str, Any],
+        progress: Progress,
     ) -> dict[str, Any]:
         stored.prepare()
         mask_path = stored.mask_path if options.fields.masked else None
         try:
-            blocks = pack_encoded_to_file(batches, policy, stored.path, mask_path, options.max_tokens)
+            told = _now_and_then(progress)
+            blocks = pack_encoded_to_file(batches, policy, stored.path, mask_path, options.max_tokens, told)
         except CorpusError:
             stored.discard()
             raise
@@ -148,6 +162,19 @@ class Corpus:
     def read(self, first: int, stop: int) -> NDArray[np.int64]:
         """Blocks [first, stop) as int64 [B, L], padded at the corpus' end."""
         return self._stored.read(first * self._block_length, stop * self._block_length).reshape(-1, self._block_length)
+
+
+def _now_and_then(progress: Progress) -> Callable[[int], None]:
+    """Says every few seconds how many tokens there are."""
+    last = time.monotonic()
+
+    def told(num_tokens: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= _TOLD_SECONDS:
+            last = time.monotonic()
+            progress.stage(f"tokenising the corpus, {num_tokens:,} tokens so far")
+
+    return told
 
 
 def counted_of(learnt_BL: NDArray[np.bool_]) -> NDArray[np.bool_]:

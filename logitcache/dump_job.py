@@ -147,7 +147,7 @@ class Job:
             PlanMismatchError: an output folder holds a cache begun with other arguments.
             CacheError: an output cannot be written.
         """
-        corpus = Corpus.prepare(options, files, teacher.tokenizer, teacher.vocab_size, once)
+        corpus = Corpus.prepare(options, files, teacher.tokenizer, teacher.vocab_size, once, progress)
         origin = origin_of(options)
         planned = [(output, identity_of(options, output, teacher, corpus)) for output in options.outputs]
 

@@ -234,6 +234,7 @@ def test_gguf_that_is_not_named_or_not_there(folder: Path, tmp_path: Path, monke
     [
         ('{"model_ty', "config.json is not JSON (Unterminated string"),
         ("[]", "config.json names no model_type;"),
+        ("7", "config.json names no model_type;"),
         ("{}", "config.json names no model_type; fetch or save the model again"),
         ('{"model_type": "nosuch"}', "does not know as a causal language model; choose another model"),
         ('{"model_type": "vit"}', "is a 'vit' model, which transformers"),

@@ -119,7 +119,9 @@ def mean_divergence(targets: SparseTargets, decoded: SparseTargets) -> float:
     """Mean KL in nats of decoded rows from the rows that were encoded, the tail being one class."""
     rows, count = targets.row_index(), len(targets)
     given, got = targets.weights.astype(np.float64), decoded.weights.astype(np.float64)
-    per_row = np.bincount(rows, given * (np.log(given) - np.log(got)), minlength=count)
+    # A weight that became 0 is an infinite divergence, not a mistake.
+    with np.errstate(divide="ignore"):
+        per_row = np.bincount(rows, given * (np.log(given) - np.log(got)), minlength=count)
     # Sums that differ by rounding only must not count as divergence: both are brought to 1.
     given_sum = np.bincount(rows, given, minlength=count) + targets.tail_mass
     got_sum = np.bincount(rows, got, minlength=count) + decoded.tail_mass

@@ -246,7 +246,7 @@ def _check_config(folder: Path, trust_remote_code: bool) -> None:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder / 'config.json'} is not JSON ({error}); fetch or save the model again") from error
-    own_code = "auto_map" in config
+    own_code = isinstance(config, dict) and "auto_map" in config
     model_type = config.get("model_type") if isinstance(config, dict) else None
     if not model_type:
         raise ModelError(f"{folder / 'config.json'} names no model_type; fetch or save the model again")

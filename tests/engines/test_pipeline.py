@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from logitcache import dump_corpus
 from logitcache.dump import run_dump
 from logitcache.dump_pipeline import Pipeline
 from logitcache.engines.worker import lease_of
@@ -202,3 +203,19 @@ def test_bytes_are_told_with_the_tokens_they_are_of(place: Path, teacher: Transf
         assert known == 0 or bytes_of[computed] == known
     done = [done for done, _, _ in progress.told]
     assert done == sorted(done)
+
+
+def test_tokenising_is_told(
+    place: Path, teacher: TransformersTeacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stages(Silent):
+        def __init__(self) -> None:
+            self.told: list[str] = []
+
+        def stage(self, what: str) -> None:
+            self.told.append(what)
+
+    progress = Stages()
+    monkeypatch.setattr(dump_corpus, "_TOLD_SECONDS", 0.0)
+    report = run_dump(options(place, tmp_path / "cache"), progress, teacher)
+    assert f"tokenising the corpus, {report.tokens:,} tokens so far" in progress.told
