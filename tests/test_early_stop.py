@@ -95,7 +95,7 @@ def test_a_run_that_goes_on_improving(options: dict[str, Any], tmp_path: Path) -
     [
         ({"held_out": 0}, "early_stop watches the cross entropy of held-out blocks"),
         ({"save_every": 3}, "save_every: early_stop makes a checkpoint at each evaluation"),
-        ({"early_stop": 0}, "early-stop: "),
+        ({"early_stop": 0}, "--early-stop is 0; it must be"),
     ],
 )
 def test_refused(changes: dict[str, Any], message: str, options: dict[str, Any], tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def test_packing_to_a_file_gives_the_same_blocks(tmp_path: Path, bos: str) -> No
 
 def test_a_failed_pack_leaves_no_file(tmp_path: Path) -> None:
     empty, one = (encoding.encode_texts(TOKENIZER, documents(texts)) for texts in (["", " \n"], ["a"]))
-    with pytest.raises(CorpusError, match=r"^the corpus is empty: 2 documents, none of which holds any text; check"):
+    with pytest.raises(CorpusError, match=r"^the corpus is empty: 2 documents and no text in any; check"):
         pack_encoded_to_file(empty, PackingPolicy(4), tmp_path / "tokens.bin", None)
     assert not list(tmp_path.iterdir())
     with pytest.raises(CorpusError, match=r"^the packed tokens cannot be written to .*no/tokens.bin \(No such file"):

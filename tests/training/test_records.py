@@ -68,7 +68,7 @@ def test_half_written_checkpoints_are_removed(tmp_path: Path) -> None:
     assert last_whole_checkpoint(tmp_path) == ((tmp_path / "checkpoint-10", {"samples_seen": 10}), said)
     assert len(list(tmp_path.iterdir())) == 4
     (tmp_path / "checkpoint-best").mkdir()
-    assert last_whole_checkpoint(tmp_path) == (tmp_path / "checkpoint-10", {"samples_seen": 10})
+    assert last_whole_checkpoint(tmp_path) == ((tmp_path / "checkpoint-10", {"samples_seen": 10}), said)
     remove_half_checkpoints(tmp_path, 10)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-2", "checkpoint-best"]
 
