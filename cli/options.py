@@ -86,7 +86,11 @@ def _teacher_run_options(command: Command) -> Command:
             is_flag=True,
             help="Run the teacher's body through torch.compile: slow to begin with, then faster; needs a C++ compiler.",
         ),
-        click.option("--unit-tokens", type=int, help="Tokens committed at once; default: about 1/32 of the corpus."),
+        click.option(
+            "--unit-tokens",
+            type=int,
+            help="Tokens committed at once; default: about 1/32 of the corpus, 16,384 to 4 million.",
+        ),
         click.option("--seed", default=0, show_default=True, help="Of sampled selections."),
         choice(
             "--nonfinite",

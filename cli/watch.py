@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from .console import counted, debug_option, err, json_option, out, print_json
+from .console import counted, debug_option, err, json_option, out, print_json, writing_nothing
 from .progress import DumpView
 
 _SECONDS = 1.0
@@ -29,7 +29,7 @@ def watch(cache: str, as_json: bool) -> None:
         print_json(asdict(seen))
         return
     try:
-        with DumpView("watch") as view:
+        with writing_nothing(), DumpView("watch") as view:
             while not seen.complete:
                 view.workers(seen)
                 time.sleep(pause)
@@ -49,5 +49,9 @@ class Watchable(click.Command):
         """The context of `watch` where that is asked for."""
         watching = any(argument.partition("=")[0] == "--watch" for argument in args)
         if watching and not set(args) & {"--help", "-h"}:
-            return watch.make_context(info_name, args, parent, **extra)
+            try:
+                return watch.make_context(info_name, args, parent, **extra)
+            except click.NoSuchOption as error:
+                said = f"{error.option_name} is of a dump, and --watch only looks at one; leave it out"
+                raise click.UsageError(said) from error
         return super().make_context(info_name, args, parent, **extra)

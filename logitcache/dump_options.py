@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
@@ -42,6 +43,7 @@ SETTLED_BY = {
     "tokenizer": "--teacher",
 }
 Engine = Literal["local", "torchrun", "ray"]
+ABSENT = {"teacher.compiled": False, "teacher.nonfinite": "fail"}
 FOLLOWS = ("codec", "corpus", "geometry", "teacher.sha256", "vocab_size")
 
 
@@ -163,8 +165,8 @@ class DumpOptions:
             raise UsageError(f"the engine must be one of {', '.join(get_args(Engine))}, not {self.engine!r}")
         if self.nonfinite not in get_args(Nonfinite):
             raise UsageError(f"nonfinite must be {' or '.join(get_args(Nonfinite))}, not {self.nonfinite!r}")
-        if self.lease_seconds < 1:
-            raise UsageError(f"lease-seconds is {self.lease_seconds:g}; it must be at least 1")
+        if not 1 <= self.lease_seconds < math.inf:
+            raise UsageError(f"lease-seconds is {self.lease_seconds:g}; it must be a number of at least 1")
         if not 0 <= self.seed < 1 << 62:
             raise UsageError(f"seed is {self.seed}; it must lie between 0 and 2^62 - 1")
         self._check_server()
@@ -248,4 +250,5 @@ class DumpOptions:
         """What a plan that differs is told in. The size of units follows from the corpus unless it is given."""
         settled = {"teacher.name": "--teacher-model"} if self.served else {}
         settled |= {"tokenizer": "--tokenizer"} if self.tokenizer else {}
-        return Wording(SETTLED_BY | settled, FOLLOWS if self.unit_tokens else (*FOLLOWS, "geometry.unit_blocks"))
+        follows = FOLLOWS if self.unit_tokens else (*FOLLOWS, "geometry.unit_blocks")
+        return Wording(SETTLED_BY | settled, follows, ABSENT)

@@ -203,6 +203,7 @@ def test_folders_that_hold_no_model(folder: Path, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     assert refused(models.load_model, empty).startswith(f"{empty} has no config.json, so it is not a model;")
+    assert refused(models.load_model, "").startswith("the name of the model is empty;")
     (empty / "adapter_config.json").write_text("{}")
     assert "holds an adapter, not a whole model" in refused(models.load_model, empty)
     assert (

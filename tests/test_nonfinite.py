@@ -155,7 +155,7 @@ def test_the_default_is_to_fail(place: Path, tmp_path: Path) -> None:
     )
     with pytest.raises(ModelError, match=message):
         run_dump(given)
-    with pytest.raises(PlanMismatchError, match=r"\n  --nonfinite: the cache has None, this run 'mask'$"):
+    with pytest.raises(PlanMismatchError, match=r"\n  --nonfinite: the cache has 'fail', this run 'mask'$"):
         run_dump(options(place, ("top-k:7", tmp_path / "cache"), **MASK))
     with pytest.raises(UsageError, match=r"^nonfinite must be fail or mask, not 'skip'$"):
         options(place, ("top-k:7", tmp_path / "cache"), nonfinite="skip")

@@ -167,6 +167,8 @@ def resolve_source(source: str | Path, gguf_file: str | None = None, weights: bo
         ModelError: no such folder or hub model, or the folder holds neither a model nor `gguf_file`.
     """
     name = str(source)
+    if not name:
+        raise ModelError("the name of the model is empty; give its folder or hub id, . for the current folder")
     folder = Path(name).expanduser()
     if folder.is_file():
         raise ModelError(

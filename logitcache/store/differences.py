@@ -12,7 +12,7 @@ from logitcache.store.schema import Identity
 Difference = tuple[str, object, object]
 
 # Fields that are all of what their option says.
-_OPTION_ALONE = ("codec.layout",)
+_OPTION_ALONE = ("codec.layout", "teacher.compiled")
 STEP_OPTIONS: dict[str, tuple[str, ...]] = {
     "convert": ("container",),
     "derive": ("select", "drop", "codec", "seed"),
@@ -30,10 +30,12 @@ class Wording:
     Args:
         options: the option that settles a field.
         follows: fields that others settle, listed only where nothing else differs.
+        absent: what it means that a field is not there.
     """
 
     options: Mapping[str, str] = field(default_factory=dict)
     follows: tuple[str, ...] = ()
+    absent: Mapping[str, object] = field(default_factory=dict)
 
     @classmethod
     def of_step(cls, identity: Identity) -> Wording:
@@ -58,6 +60,7 @@ class Wording:
             else:
                 plain = name in _OPTION_ALONE or name.endswith(option.removeprefix("--").replace("-", "_"))
                 label = option if plain else f"{option} ({name})"
+            old, new = (self.absent.get(name) if value is None else value for value in (old, new))
             lines.setdefault(option, f"{label}: the cache has {old!r}, this run {new!r}")
         return list(lines.values())
 

@@ -120,7 +120,9 @@ def test_wrong_usage(logitcache: Main, dumped: Dumped, tmp_path: Path, monkeypat
         (("--engine", "torchrun"), "start the command with torchrun or srun, or use --engine local --workers N"),
         (("--engine", "ray"), 'the engine ray needs Ray; run: pip install "logitcache[ray]"'),
         (("--workers", 0), "workers is 0; it must be at least 1"),
-        (("--lease-seconds", 0.1), "lease-seconds is 0.1; it must be at least 1"),
+        (("--lease-seconds", 0.1), "lease-seconds is 0.1; it must be a number of at least 1"),
+        (("--lease-seconds", "nan"), "lease-seconds is nan; it must be a number of at least 1"),
+        (("--watch", tmp_path), "--teacher is of a dump, and --watch only looks at one; leave it out"),
     ):
         ran = logitcache(*line, *more)
         assert ran.status == 2
