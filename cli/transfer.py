@@ -18,8 +18,11 @@ class TransferView(View):
 
     def moved(self, done: int, total: int) -> None:
         """See `logitcache.store.push`."""
-        rate = done / max(self.seconds_since_start(), 1e-9)
-        facts = f"{done / 1e6:,.1f} of {total / 1e6:,.1f} MB, {rate / 1e6:,.1f} MB/s"
+        seconds = self.seconds_since_start()
+        # Of a moment nobody can tell the speed.
+        rate = done / seconds if seconds > 0.1 else 0.0
+        speed = f", {rate / 1e6:,.1f} MB/s" if rate else ""
+        facts = f"{done / 1e6:,.1f} of {total / 1e6:,.1f} MB{speed}"
         self.bar(done, total, facts, (total - done) / rate if rate else None)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
+from itertools import permutations
+from pathlib import Path, PurePath
 from typing import Literal, get_args
 
 from logitcache.codec import LayoutName
@@ -155,6 +156,9 @@ class DumpOptions:
         roots = [output.root.resolve() for output in self.outputs]
         if not roots or len(set(roots)) != len(roots):
             raise UsageError("every cache needs a folder of its own; give each selection another --out")
+        for inner, outer in permutations(self.outputs, 2):
+            if _place(outer) in _place(inner).parents:
+                raise UsageError(f"{inner.location} would lie inside the cache {outer.location}; choose another folder")
         if isinstance(self.batch_tokens, str) and self.batch_tokens != "auto":
             raise UsageError(f"batch-tokens is {self.batch_tokens!r}; give a number of tokens, or auto")
         for name in ("max_tokens", "batch_tokens", "unit_tokens", "workers"):
@@ -252,3 +256,7 @@ class DumpOptions:
         settled |= {"tokenizer": "--tokenizer"} if self.tokenizer else {}
         follows = FOLLOWS if self.unit_tokens else (*FOLLOWS, "geometry.unit_blocks")
         return Wording(SETTLED_BY | settled, follows, ABSENT)
+
+
+def _place(output: Output) -> PurePath:
+    return PurePath(output.url or output.root.resolve())

@@ -515,6 +515,8 @@ def test_options_that_make_no_sense(place: Path, tmp_path: Path, changes: dict[s
 def test_two_outputs_in_one_folder(place: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"^every cache needs a folder of its own; give each selection another --out$"):
         options(place, ("top-k:7", tmp_path / "a"), ("top-k:8", tmp_path / "b" / ".." / "a"))
+    with pytest.raises(UsageError, match="a/b would lie inside the cache .*/a; choose another folder$"):
+        options(place, ("top-k:7", tmp_path / "a"), ("top-k:8", tmp_path / "a" / "b"))
 
 
 def test_a_teacher_that_fails_leaves_a_resumable_cache(place: Path, tmp_path: Path) -> None:

@@ -13,12 +13,12 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from logitcache.errors import CacheError, LogitcacheError
+from logitcache.errors import CacheError, LogitcacheError, RemoteError, UsageError
 from logitcache.store.card import CARD
 from logitcache.store.documents import MANIFEST, MARKER, PLAN, read_document
 from logitcache.store.files import replace, write_temporary_bytes
 from logitcache.store.layout import Layout, refuse_inside_cache, writing
-from logitcache.store.location import S3Location, cache_home
+from logitcache.store.location import S3Location, cache_home, parse_location
 from logitcache.store.objects import Objects, open_objects
 from logitcache.store.schema import Manifest, Plan
 from logitcache.store.writer import check_folder
@@ -48,6 +48,8 @@ def check_place(root: Path, url: str | None = None) -> None:
     objects = open_objects(url)
     names = {name for name, _ in objects.sizes()}
     refuse_transfer(objects, names)
+    if PLAN not in names:
+        refuse_inside_bucket_cache(objects.location)
     if PLAN not in names and (strange := _first_stranger(names)) and objects.size(PLAN) is None:
         raise CacheError(f"{url} is not empty and not a logitcache cache (it holds {strange!r}); choose another --out")
 
@@ -67,6 +69,19 @@ def remove_staging(root: Path, url: str) -> None:
             shutil.rmtree(root, ignore_errors=True)
             for name, _ in list(objects.sizes(WORK)):
                 objects.remove(name)
+
+
+def refuse_inside_bucket_cache(url: str) -> None:
+    """Raise UsageError where a place in a bucket lies below a cache, whose objects are only its own."""
+    place = parse_location(url)
+    assert isinstance(place, S3Location)
+    parts = place.prefix.split("/") if place.prefix else []
+    for count in range(len(parts)):
+        outer = open_objects(str(S3Location(place.bucket, "/".join(parts[:count]))))
+        # Whoever may only look below the prefix cannot know.
+        with suppress(RemoteError):
+            if outer.size(PLAN) is not None:
+                raise UsageError(f"{url} lies inside the cache {outer.location}; choose another --out")
 
 
 def refuse_transfer(objects: Objects, names: Iterable[str]) -> None:

@@ -35,6 +35,7 @@ from logitcache.store.location import local_root
 from logitcache.store.lock import hold_shared
 from logitcache.store.objects import LocalObjects, Objects, Source, open_objects
 from logitcache.store.schema import Document, Manifest, Sha256, Shard
+from logitcache.store.staging import refuse_inside_bucket_cache
 
 # Files on their way at once.
 STREAMS = 4
@@ -123,7 +124,7 @@ def _claim(target: Objects, source: Objects, manifest: Manifest) -> None:
 
     Raises:
         CacheError: something else is there.
-        UsageError: it is the source.
+        UsageError: it is the source, or lies inside another cache.
     """
     if isinstance(target, LocalObjects):
         refuse_inside_cache(target.root)
@@ -140,6 +141,8 @@ def _claim(target: Objects, source: Objects, manifest: Manifest) -> None:
         if names and target.size(MARKER) is None and not _is_there(target, manifest):
             _refuse_dump(target, names)
             raise CacheError(f"{target.location} is not empty (it holds {min(names)!r}); choose another destination")
+        if not isinstance(target, LocalObjects):
+            refuse_inside_bucket_cache(target.location)
         if target.create(MARKER, marker):
             _withdraw_before_dump(target, source, manifest)
             return

@@ -52,6 +52,13 @@ def refused(act: str, url: str, proxy: Proxy, tmp_path: Path) -> tuple[Callable[
     if act == "caches below":
         write(f"{url}/deeper", tmp_path / "other")
         return lambda: begin(url, staging), r"is not empty and not a logitcache cache \(it holds 'deeper/README.md'\)"
+    if act == "inside a cache":
+        begin(url, staging)
+        return lambda: begin(f"{url}/a/b", tmp_path / "other"), rf"^{url}/a/b lies inside the cache {url}; choose"
+    if act == "push into a cache":
+        begin(url, staging)
+        root = make_cache(tmp_path / "cache").root
+        return lambda: push(root, f"{url}/a"), rf"^{url}/a lies inside the cache {url}; choose another --out$"
     if act == "half a push":
         run_killed(FORK, _push, make_cache(tmp_path / "cache").root, url, failpoint="transfer.file_copied")
         return lambda: begin(url, staging), rf"^{url} holds an unfinished copy; run the `logitcache push` that began"
@@ -92,7 +99,8 @@ def refused(act: str, url: str, proxy: Proxy, tmp_path: Path) -> tuple[Callable[
     return writer.commits, rf"^{url}/commits/000001.json belongs to another cache or unit; restore the right file$"
 
 
-ACTS = ["stranger", "caches below", "half a push", "push onto a dump", "no bucket", "forbidden",
+ACTS = ["stranger", "caches below", "inside a cache", "push into a cache",
+        "half a push", "push onto a dump", "no bucket", "forbidden",
         "a folder inside a cache", "a folder that is a file", "damaged plan", "tables are gone", "units are missing",
         "a record of another cache"]  # fmt: skip
 
