@@ -515,7 +515,7 @@ def test_options_that_make_no_sense(place: Path, tmp_path: Path, changes: dict[s
 def test_two_outputs_in_one_folder(place: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"^every cache needs a folder of its own; give each selection another --out$"):
         options(place, ("top-k:7", tmp_path / "a"), ("top-k:8", tmp_path / "b" / ".." / "a"))
-    with pytest.raises(UsageError, match="a/b would lie inside the cache .*/a; choose another folder$"):
+    with pytest.raises(UsageError, match=r"a/b would lie inside the cache .*/a; choose another folder$"):
         options(place, ("top-k:7", tmp_path / "a"), ("top-k:8", tmp_path / "a" / "b"))
 
 
