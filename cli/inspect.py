@@ -198,7 +198,7 @@ def _print_row_facts(facts: dict[str, Any], listed: int, reason: str) -> None:
         out.print("there is no next token here: the block or the corpus ends")
     else:
         out.print(Text(f"next token in the text: {facts['next_token']} (teacher log-probability {_nats(label)})"))
-    out.print(f"entropy {_nats(facts['entropy'])}, tail mass {facts['tail_mass']:.4f}")
+    out.print(f"entropy {_nats(facts['entropy'])}{_tail(facts, facts['unbiased'])}")
 
 
 def show_block(cache: Cache, block: int, decoder: Decoder, as_json: bool) -> None:
@@ -232,8 +232,13 @@ def show_block(cache: Cache, block: int, decoder: Decoder, as_json: bool) -> Non
         return
     out.print(
         f"teacher's cross entropy {_nats(facts['cross_entropy'])}, entropy {_nats(facts['entropy'])}, "
-        f"tail mass {facts['tail_mass']:.4f}, {facts['entries_per_token']:.1f} ids per token"
+        f"{facts['entries_per_token']:.1f} ids per token{_tail(facts, cache.unbiased)}"
     )
+
+
+def _tail(facts: dict[str, Any], unbiased: bool) -> str:
+    """The tail's mass. Weights that are an unbiased sample of all ids leave none."""
+    return "" if unbiased else f", tail mass {facts['tail_mass']:.4f}"
 
 
 class Decoder:

@@ -59,13 +59,15 @@ class Record:
         value = self.values[role]
         if isinstance(value, list) and role == "ids" and bool in map(type, value):
             # numpy would make a 1 of True among numbers.
-            raise self.wrong(role, "a list of whole numbers", "an array with booleans")
+            raise self.wrong(role, "a list of whole numbers", "a list with true or false in it")
         if isinstance(value, list):
             try:
                 value = np.array(value) if value else np.zeros(0, dtype=np.int64)
             except (ValueError, OverflowError):
                 value = None
         kinds = "biu" if role == "mask" else "iu"
+        if isinstance(value, np.ndarray) and value.dtype.kind == "f":
+            raise self.wrong(role, "a list of whole numbers", "a list with fractions")
         if not isinstance(value, np.ndarray) or value.ndim != 1 or value.dtype.kind not in kinds:
             raise self.wrong(role, "a list of whole numbers")
         return value
@@ -118,7 +120,10 @@ def _object(line: bytes, place: str) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise CorpusError(f"{place} is not UTF-8 at byte {error.start} of the line; {utf8_advice(error)}") from error
     except (json.JSONDecodeError, RecursionError) as error:
-        what = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+        what = "nested too deeply"
+        if isinstance(error, json.JSONDecodeError):
+            # Some of json's reasons end with "at".
+            what = f"{error.msg.removesuffix(' at')}, at character {error.pos + 1} of the line"
         raise CorpusError(f"{place} is not a JSON object ({what}); write one object on each line") from error
     if not isinstance(record, dict):
         raise CorpusError(f"{place} holds a JSON {type(record).__name__}; write one object on each line")

@@ -49,7 +49,9 @@ class Wording:
         differences = diff_identities(stored, given)
         causes = [row for row in differences if not self._follows(row[0])]
         lines: dict[str, str] = {}
-        for name, old, new in causes or differences:
+        # What has an option explains the rest.
+        optional = [row for row in differences if _fitting(self.options, row[0]) is not None]
+        for name, old, new in causes or optional or differences:
             option = self.options.get(_fitting(self.options, name) or name)
             if option is None:
                 option = label = name

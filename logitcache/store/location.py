@@ -58,7 +58,10 @@ def local_root(location: str | Path) -> Path:
     """The folder of a path or file:// URL. Raises CacheError for anything remote."""
     place = parse_location(location)
     if isinstance(place, S3Location):
-        raise CacheError(f"{place} is remote, and this needs a folder; copy it with `logitcache pull {place} FOLDER`")
+        raise CacheError(
+            f"{place} is remote, and this needs a folder; copy it with `logitcache pull {place} FOLDER`, once it "
+            "is finished"
+        )
     return place
 
 

@@ -27,7 +27,12 @@ WORK = "work/"
 
 
 def staging_folder(place: S3Location, base: Path | None = None) -> Path:
-    """The folder for dumps to a place, the same for all workers: below `base`, else below `cache_home()`."""
+    """The folder for dumps to a place, the same for all workers: below `base`, else below `cache_home()`.
+
+    Raises UsageError where `base` is a file.
+    """
+    if base is not None and base.is_file():
+        raise UsageError(f"--staging {base} is a file; give a folder to work in")
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
     name = hashlib.sha256(f"{endpoint} {place}".encode()).hexdigest()[:16]
     return (base or cache_home() / "staging").resolve() / name

@@ -114,7 +114,7 @@ CASES: dict[str, tuple[int, str, Line]] = {
     ),
     "booleans among ids": (
         1,
-        "a.jsonl:2 has a field 'ids' that is an array with booleans, not a list of whole numbers",
+        "a.jsonl:2 has a field 'ids' that is a list with true or false in it, not a list of whole numbers",
         lambda r, d: dump(
             r, d, corpus=file(r, '{"ids": [1, 2, 3]}\n{"ids": [1, true, 3]}\n', "a.jsonl"), ids_field="ids"
         ),

@@ -82,7 +82,10 @@ def test_jsonl_holds_one_document_a_line(tmp_path: Path, suffix: str) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b'{"text": "x"', r"is not a JSON object \(Expecting ',' delimiter\); write one object on each line$"),
+        (
+            b'{"text": "x"',
+            r"is not a JSON object \(Expecting ',' delimiter, at character 13 of the line\); write one object",
+        ),
         (b'["text"]', "holds a JSON list; write one object on each line$"),
         (b'{"body": "x", "id": 3}', "has no field 'text'; it has 'body', 'id'; choose one of them as the text field$"),
         (b"{}", "has no field 'text'; it has no fields;"),
@@ -91,6 +94,7 @@ def test_jsonl_holds_one_document_a_line(tmp_path: Path, suffix: str) -> None:
         (b'{"text": ["a"]}', "has a field 'text' that is an array, not a string"),
         (b'{"text": "\xe9"}', "is not UTF-8 at byte 10 of the line; convert the file"),
         (b'{"text": "a\\ud800"}', "holds half a surrogate pair at character 1"),
+        (b'{"text": "x\ty"}', r"is not a JSON object \(Invalid control character, at character 12 of the line\)"),
         (b"[" * 200_000, r"is not a JSON object \(nested too deeply\)"),
     ],
 )
