@@ -1,6 +1,6 @@
 """Dumps against a bare body + head loop of the same teacher, and the bytes a token takes.
 
-    python -m benchmarks.dump [--tokens 8192] [--rounds 3] [--storage-tokens 102400] [--batches] [--save]
+    python -m benchmarks.dump [--tokens 16384] [--rounds 3] [--storage-tokens 102400] [--batches] [--save]
 
 Speed: all run the same batches in one process, interleaved; ratios are medians over rounds. A dump is the whole of
 `run_dump` after loading: forward, head in slices, selection, entropy, encoding, fsync and commit, in four units (one
@@ -163,9 +163,9 @@ def storage(tokens: int, keep: Path) -> list[list[str]]:
 
 def main() -> None:
     arguments = report.parser(__doc__)
-    arguments.add_argument("--tokens", type=int, default=8192)
+    arguments.add_argument("--tokens", type=int, default=16_384)
     arguments.add_argument("--rounds", type=int, default=3)
-    arguments.add_argument("--batch-tokens", type=int, default=4096)
+    arguments.add_argument("--batch-tokens", type=int, help="default: an eighth of --tokens, a unit of two workers")
     arguments.add_argument("--storage-tokens", type=int, default=102_400, help="0 leaves the storage table out")
     arguments.add_argument("--storage-folder", type=Path, help="keep (and resume) the storage caches here")
     arguments.add_argument("--dtypes", default="float32,bfloat16")
@@ -173,6 +173,9 @@ def main() -> None:
     arguments.add_argument("--one", help="internal: run one job and print its peak memory")
     arguments.add_argument("--dtype", default="float32", help="internal: of --one")
     given = arguments.parse_args()
+    # No batch goes beyond a unit: the bare loop must not have larger ones.
+    largest = max(BLOCK_LENGTH, given.tokens // (4 * WORKERS))
+    given.batch_tokens = min(given.batch_tokens or largest, largest)
     if given.one:
         one(given.one, demo_problem(given.tokens, given.batch_tokens, given.dtype))
         return
