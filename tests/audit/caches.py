@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from logitcache import models
 from logitcache.store import Blocks, Cache, CacheWriter, Identity, open_cache
 from logitcache.targets import SparseTargets
-from logitcache.teachers import TransformersTeacher
+from logitcache.teachers import BlockBatch, TransformersTeacher
 from logitcache.teachers.capture import capture_blocks
 from tests.store.caches import commit
 
@@ -56,7 +56,8 @@ def given(teacher: Path, cache: Cache, prefix: int | None = None, dropped: int =
     def change(blocks: Blocks) -> SparseTargets:
         fed = blocks.tokens[:, dropped:] if prefix is None else np.insert(blocks.tokens, 0, prefix, axis=1)
         count, width = fed.shape
-        [targets] = capture_blocks(loaded, fed, 0, fed.size, [cache.selection], cache.manifest.identity.seed)
+        batch = BlockBatch(fed, 0, fed.size, [cache.selection], cache.manifest.identity.seed)
+        [targets] = capture_blocks(loaded, batch)
         place = np.arange(blocks.tokens.shape[1]) - dropped + (prefix is not None)
         rows: NDArray[np.int64] = np.arange(count)[:, None] * width + np.maximum(place, 0)
         return targets.take(rows.ravel())

@@ -84,7 +84,7 @@ def test_jsonl_holds_one_document_a_line(tmp_path: Path, suffix: str) -> None:
     [
         (
             b'{"text": "x"',
-            r"is not a JSON object \(Expecting ',' delimiter, at character 13 of the line\); write one object",
+            r"is not a JSON object \(Expecting ',' delimiter, at character 14 of the line\); write one object",
         ),
         (b'["text"]', "holds a JSON list; write one object on each line$"),
         (b'{"body": "x", "id": 3}', "has no field 'text'; it has 'body', 'id'; choose one of them as the text field$"),
