@@ -25,6 +25,8 @@ TRIES = 3
 # How torch's allocator for processors says it, as a RuntimeError.
 _CPU_OUT_OF_MEMORY = ("not enough memory", "can't allocate memory")
 
+_CPU = torch.device("cpu")
+
 Value = TypeVar("Value")
 
 
@@ -48,7 +50,7 @@ class Batches:
         block_length: int,
         progress: Progress,
         longest: int = 0,
-        device: torch.device = torch.device("cpu"),  # noqa: B008
+        device: torch.device = _CPU,
     ) -> None:
         self.blocks, self._length, self._progress, self._longest = blocks, block_length, progress, longest
         self._device = device
@@ -62,7 +64,7 @@ class Batches:
         length = options.block_length
         if options.batch_tokens != "auto":
             return cls(max(teacher.blocks_at_once, options.batch_tokens // length), length, progress)
-        device = getattr(teacher, "device", torch.device("cpu"))
+        device = getattr(teacher, "device", _CPU)
         # Where ranks are one teacher, one that lacks memory ends them all: there is nothing to be tried.
         if device.type != "cuda" or options.tensor_parallel:
             return cls(max(teacher.blocks_at_once, USUAL_TOKENS // length), length, progress)

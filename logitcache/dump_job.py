@@ -127,8 +127,10 @@ class Job:
 
     def __post_init__(self) -> None:
         self.meter = Meter(self.geometry, self.progress)
-        self.longest = max(writer.geometry.chunk_blocks for writer in self.writers)
-        self.batches = Batches.of(self.options, self.teacher, self.longest, self.progress)
+        longest = max(writer.geometry.chunk_blocks for writer in self.writers)
+        self.batches = Batches.of(self.options, self.teacher, longest, self.progress)
+        # No batch goes beyond a chunk, and a teacher that is told their size is to be told the real one.
+        self.batches.blocks = min(self.batches.blocks, longest)
         self.said_left_out = False
 
     @classmethod
@@ -190,9 +192,7 @@ class Job:
         """
         manifests = [writer.finalize() for writer in self.writers]
         counts = self.geometry.num_tokens, self.meter.computed
-        # No batch goes beyond a chunk.
-        batch_tokens = min(self.batches.tokens, max(1, self.longest) * self.geometry.block_length)
-        return DumpReport(*counts, seconds, manifests, True, *encoding, batch_tokens)
+        return DumpReport(*counts, seconds, manifests, True, *encoding, self.batches.tokens)
 
 
 def origin_of(options: DumpOptions) -> Origin:

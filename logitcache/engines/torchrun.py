@@ -19,7 +19,7 @@ from logitcache.engines.watch import Watcher
 from logitcache.engines.worker import run_worker
 from logitcache.errors import UsageError
 from logitcache.progress import RUNNING, Progress, Snapshot
-from logitcache.store import Layout, check_folder
+from logitcache.store import check_place
 from logitcache.teachers import TensorParallelTeacher
 
 _VIEW_SECONDS = 2.0
@@ -92,7 +92,7 @@ def _check_launch(me: Rank) -> None:
 def _one_teacher(options: DumpOptions, view: _View, me: Rank, label: str) -> DumpReport:
     """Rank 0 is the one worker of this launch; the others compute their share of its teacher."""
     for output in options.outputs:
-        check_folder(Layout(output.root))
+        check_place(output.root, output.url)
     expand_paths(options.corpus)
     view.stage("loading the teacher")
     teacher = load_teacher(options)

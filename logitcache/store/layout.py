@@ -90,6 +90,11 @@ def _is_cache(folder: Path) -> bool:
     return (folder / "plan.json").is_file() and (folder / "commits").is_dir()
 
 
+def nearest_folder(root: Path) -> Path:
+    """`root`, or the nearest folder above it that exists."""
+    return next((folder for folder in (root, *root.absolute().parents) if folder.exists()), Path("/"))
+
+
 def refuse_sources(root: Path, sources: Iterable[Path]) -> None:
     """Raise UsageError when a new folder would be one of the caches that are read, or lie inside one."""
     for source in sources:
@@ -119,7 +124,7 @@ def writing(root: Path, needed_bytes: int = 0, again: str = "it resumes") -> Ite
                 f"{where} cannot be written ({error.strerror or error}); mend it and run the same command again, "
                 f"{again}"
             ) from error
-        there = next((folder for folder in (root, *root.parents) if folder.exists()), Path("/"))
+        there = nearest_folder(root)
         needed = f"about {needed_bytes:,} bytes are needed, " if needed_bytes else ""
         raise CacheError(
             f"no space to write {where}: {needed}{shutil.disk_usage(there).free:,} are free (or a quota is reached); "

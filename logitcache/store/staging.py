@@ -17,7 +17,7 @@ from logitcache.errors import CacheError, LogitcacheError, RemoteError, UsageErr
 from logitcache.store.card import CARD
 from logitcache.store.documents import MANIFEST, MARKER, PLAN, read_document
 from logitcache.store.files import replace, write_temporary_bytes
-from logitcache.store.layout import Layout, refuse_inside_cache, writing
+from logitcache.store.layout import Layout, nearest_folder, refuse_inside_cache, writing
 from logitcache.store.location import S3Location, cache_home, parse_location
 from logitcache.store.objects import Objects, open_objects
 from logitcache.store.schema import Manifest, Plan
@@ -48,6 +48,12 @@ def check_place(root: Path, url: str | None = None) -> None:
     """
     if url is None:
         check_folder(Layout(root))
+        there = nearest_folder(root)
+        # What is finished is only read.
+        if not Layout(root).manifest.exists() and not os.access(there, os.W_OK | os.X_OK):
+            raise CacheError(
+                f"{root} cannot be written, as {there} may not be; choose another --out, or mend its rights"
+            )
         return
     refuse_inside_cache(root)
     objects = open_objects(url)

@@ -338,9 +338,6 @@ def check_folder(layout: Layout) -> None:
     refuse_inside_cache(root)
     if root.exists() and not root.is_dir():
         raise CacheError(f"{root} is a file; choose another folder for --out")
-    there = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise CacheError(f"{root} cannot be written, as {there} may not be; choose another --out, or mend its rights")
     strangers = {entry.name for entry in root.iterdir()} - {"work"} if root.is_dir() else set()
     strangers = {name for name in strangers if not name.endswith(".tmp")}
     if strangers and not layout.plan.exists():
