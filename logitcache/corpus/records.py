@@ -52,6 +52,12 @@ class Record:
                     f"{self.place} has a message {number} in field {self.names['messages']!r} that is no object with "
                     "a role; repair the record"
                 )
+            # An assistant that calls tools says nothing; tables hold what a message lacks as None.
+            if all(value is None for key, value in message.items() if key not in ("role", "name")):
+                raise CorpusError(
+                    f"{self.place} has a message {number} in field {self.names['messages']!r} that has no content; "
+                    "repair the record"
+                )
         return value
 
     def integers(self, role: str) -> NDArray[Any]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from logitcache.engines.leases import FILE_NAME, MOST_BYTES, WORKER_PREFIX, Lease, LeaseFile, Leases, owner_in
 from logitcache.errors import CacheError, RemoteError
-from logitcache.store.objects import Objects
+from logitcache.store.objects_s3 import S3Objects
 
 FOLDER = "work/leases"
 # The bucket tells times in seconds.
@@ -28,7 +28,7 @@ class BucketLeases(Leases):
 
     beats, longest_beat, longest_pause = 6, 10.0, 2.0
 
-    def __init__(self, objects: Objects, label: str = "", term: float = 60.0) -> None:
+    def __init__(self, objects: S3Objects, label: str = "", term: float = 60.0) -> None:
         super().__init__(Path(FOLDER), label, max(term, _LEAST_TERM))
         self._objects = objects
         self._listed: list[LeaseFile] = []
@@ -112,7 +112,7 @@ class BucketLeases(Leases):
                     self._objects.remove(name)
 
 
-def listed_leases(objects: Objects, name: str | None = None) -> list[LeaseFile]:
+def listed_leases(objects: S3Objects, name: str | None = None) -> list[LeaseFile]:
     """The leases in a bucket, of each name (or of one, all) the latest generation; their owners are not asked for."""
     found = []
     for key, touched, version in objects.stamps(f"{FOLDER}/"):
@@ -124,7 +124,7 @@ def listed_leases(objects: Objects, name: str | None = None) -> list[LeaseFile]:
     return list({lease.name: lease for lease in sorted(found, key=lambda lease: lease.generation)}.values())
 
 
-def said_by_owner(objects: Objects, lease: LeaseFile) -> LeaseFile:
+def said_by_owner(objects: S3Objects, lease: LeaseFile) -> LeaseFile:
     """The lease with what its owner says."""
     try:
         return replace(lease, owner=owner_in(objects.read(key_of(lease), MOST_BYTES) or b""))

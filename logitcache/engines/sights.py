@@ -15,7 +15,8 @@ from logitcache.store.bucket_writer import units_in
 from logitcache.store.commits import committed_units
 from logitcache.store.documents import MANIFEST, PLAN, read_document
 from logitcache.store.location import S3Location, parse_location
-from logitcache.store.objects import Objects, open_objects
+from logitcache.store.objects import open_bucket
+from logitcache.store.objects_s3 import S3Objects
 
 
 class Sight(ABC):
@@ -59,7 +60,7 @@ class Sight(ABC):
 def sight_of(place: str | Path) -> Sight:
     """Of a folder or URL. Raises CacheError for one that is neither."""
     location = parse_location(place)
-    return BucketSight(open_objects(str(location))) if isinstance(location, S3Location) else FolderSight(location)
+    return BucketSight(open_bucket(str(location))) if isinstance(location, S3Location) else FolderSight(location)
 
 
 class FolderSight(Sight):
@@ -104,7 +105,7 @@ class BucketSight(Sight):
 
     pause = 5.0
 
-    def __init__(self, objects: Objects) -> None:
+    def __init__(self, objects: S3Objects) -> None:
         self._objects, self.location = objects, objects.location
         self._geometry: Geometry | None = None
 

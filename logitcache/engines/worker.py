@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -19,11 +20,11 @@ from logitcache.dump_pipeline import Pipeline
 from logitcache.dump_unit import PILOT_UNIT, process_unit
 from logitcache.engines.bucket_leases import BucketLeases
 from logitcache.engines.leases import Lease, Leases
-from logitcache.errors import DamagedCacheError
+from logitcache.errors import DamagedCacheError, RemoteError
 from logitcache.progress import RUNNING, Progress
 from logitcache.store import Layout, prepare_place, remove_staging
 from logitcache.store.layout import unit_name
-from logitcache.store.objects import open_objects
+from logitcache.store.objects import open_bucket
 from logitcache.teachers import Teacher
 
 UNIT_PREFIX = "unit-"
@@ -62,7 +63,7 @@ def run_worker(options: DumpOptions, progress: Progress, teacher: Teacher | None
 
 def shared_leases(options: DumpOptions, label: str) -> Leases:
     """Claims that the workers of all machines see, where the first output is in a bucket."""
-    return BucketLeases(open_objects(options.outputs[0].location), label, options.lease_seconds)
+    return BucketLeases(open_bucket(options.outputs[0].location), label, options.lease_seconds)
 
 
 def sweep(options: DumpOptions) -> None:
@@ -97,7 +98,7 @@ class _Worker:
         job = self._job
         job.progress.stage(RUNNING if job.pending() else "nothing left to compute")
         self._began = time.perf_counter()
-        with self._pipeline:
+        with _resumable(), self._pipeline:
             while True:
                 # Looked at first: a unit that is committed meanwhile is not pending, either.
                 held = set(self._held)
@@ -158,6 +159,15 @@ class _Worker:
             "computed": meter.computed,
             "seconds": seconds,
         }
+
+
+@contextmanager
+def _resumable() -> Iterator[None]:
+    """Let what stops a dump to a bucket say that nothing is lost."""
+    try:
+        yield
+    except RemoteError as error:
+        raise RemoteError(f"{error}; what is committed stays, and the same command resumes") from error
 
 
 def lease_of(unit: int) -> str:

@@ -9,7 +9,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import TYPE_CHECKING, BinaryIO, Protocol
 
 from logitcache.errors import CacheError, DamagedCacheError
 from logitcache.store.files import (
@@ -23,6 +23,9 @@ from logitcache.store.files import (
 )
 from logitcache.store.layout import writing
 from logitcache.store.location import S3Location, parse_location
+
+if TYPE_CHECKING:
+    from logitcache.store.objects_s3 import S3Objects
 
 PIECE_BYTES = 1 << 20
 # How often a whole object is fetched again when what arrived is not what was committed.
@@ -113,17 +116,6 @@ class Objects(ABC):
     def sizes(self, under: str = "") -> Iterator[tuple[str, int]]:
         """Name and bytes of every object there is whose name begins with `under`: nothing, or ending in a slash."""
 
-    @abstractmethod
-    def clock(self) -> float:
-        """The time there, in seconds."""
-
-    @abstractmethod
-    def stamps(self, under: str) -> Iterator[tuple[str, float, str]]:
-        """Name of each of these objects, when it was written, in seconds by the clock there, and its version.
-
-        What has other bytes has another version.
-        """
-
 
 class LocalObjects(Objects):
     """The files of a folder; what is written is durable."""
@@ -187,23 +179,20 @@ class LocalObjects(Objects):
                     continue
                 yield path.relative_to(self.root).as_posix(), num_bytes
 
-    def clock(self) -> float:
-        return time.time()
-
-    def stamps(self, under: str) -> Iterator[tuple[str, float, str]]:
-        for name, _ in self.sizes(under):
-            path = self.root / name
-            yield name, path.lstat().st_mtime, sha256_of_file(path)
-
 
 def open_objects(location: str | Path) -> Objects:
     """The objects of a folder, or of a prefix in a bucket. Raises CacheError."""
     place = parse_location(location)
-    if isinstance(place, S3Location):
-        from logitcache.store.objects_s3 import S3Objects
+    return open_bucket(str(place)) if isinstance(place, S3Location) else LocalObjects(place)
 
-        return S3Objects(place)
-    return LocalObjects(place)
+
+def open_bucket(url: str) -> S3Objects:
+    """The objects of `s3://bucket/prefix`. Raises CacheError."""
+    from logitcache.store.objects_s3 import S3Objects
+
+    place = parse_location(url)
+    assert isinstance(place, S3Location)
+    return S3Objects(place)
 
 
 def fetch(source: Source, name: str, file: BinaryIO, num_bytes: int, sha256: str) -> None:

@@ -121,11 +121,16 @@ class S3Objects(Objects):
             yield name, found["Size"]
 
     def clock(self) -> float:
+        """The time there, in seconds."""
         answer = self._call("list_objects_v2", "", "listed", Prefix=self.place.key(""), MaxKeys=1)
         said = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
         return time.time() if said is None else parsedate_to_datetime(said).timestamp()
 
     def stamps(self, under: str) -> Iterator[tuple[str, float, str]]:
+        """Name of each of these objects, when it was written, in seconds by the clock there, and its version.
+
+        What has other bytes has another version.
+        """
         for name, found in self._listed(under):
             yield name, found["LastModified"].timestamp(), found["ETag"]
 

@@ -122,6 +122,7 @@ def test_files_of_conversations(tmp_path: Path, kind: str) -> None:
         ([], "has a field 'chat' that is an array, not a list of messages"),
         ([TALK[0], "x"], "has a message 1 in field 'chat' that is no object with a role; repair the record"),
         ([{"from": "gpt", "value": "x"}], "has a message 0 in field 'chat' that is no object with a role"),
+        ([{"role": "user"}, *TALK], "has a message 0 in field 'chat' that has no content; repair the record"),
         (TALK[:1], "has no message of the role 'assistant'"),
     ],
 )

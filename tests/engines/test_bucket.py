@@ -17,11 +17,12 @@ from logitcache.dump import DumpOptions, Output
 from logitcache.engines.bucket_leases import BucketLeases
 from logitcache.engines.local import run_local
 from logitcache.engines.watch import snapshot
-from logitcache.errors import CacheError
+from logitcache.engines.worker import run_worker
+from logitcache.errors import CacheError, RemoteError
 from logitcache.progress import Silent, Snapshot
 from logitcache.selection import Selection
 from logitcache.store import open_cache, verify
-from logitcache.store.objects import open_objects
+from logitcache.store.objects import open_bucket
 from tests.engines.dumps import LENGTH, dump, elsewhere, make_place, options
 from tests.faults import forkserver, run_killed, run_to_end, start
 from tests.s3 import Proxy
@@ -108,6 +109,19 @@ def _tokens_of(files: dict[str, bytes], missing: int) -> int:
     """Tokens of all units but the first `missing`."""
     commits = sorted(name for name in files if name.startswith("commits/"))[missing:]
     return sum(json.loads(files[name])["num_tokens"] for name in commits)
+
+
+def test_a_bucket_that_refuses_in_the_middle(
+    place: Path, whole: dict[str, bytes], url: str, proxy: Proxy, tmp_path: Path
+) -> None:
+    given = to_bucket(place, url, tmp_path / "staging")
+    refusal = proxy.fail("PUT .*/shards/000002", status=403)
+    with pytest.raises(RemoteError, match=r"; what is committed stays, and the same command resumes$"):
+        run_worker(given, Silent())
+    assert refusal.met
+    proxy.faults.clear()
+    assert run_worker(given, Silent()).computed_tokens == _tokens_of(whole, missing=2)
+    assert written(proxy, url) == whole
 
 
 def test_a_shard_of_a_finished_cache_is_gone(
@@ -200,7 +214,7 @@ def test_a_worker_of_one_machine_dies(
 
 def test_leases_in_a_bucket(url: str, proxy: Proxy) -> None:
     """Claimed once; taken over from who shows no life by the bucket's clock; nothing is left behind."""
-    objects = open_objects(url)
+    objects = open_bucket(url)
     with elsewhere(BucketLeases(objects, "0")) as one, BucketLeases(objects, "1") as two:
         lease = one.claim(["unit-000000", "unit-000001"])
         assert lease is not None
@@ -238,7 +252,7 @@ class Late(BucketLeases):
 
 @pytest.mark.parametrize("fault", [{"lose": True}, {"status": 500}], ids=str)
 def test_a_claim_whose_answer_is_lost(fault: dict[str, Any], url: str, proxy: Proxy) -> None:
-    with BucketLeases(open_objects(url)) as leases:
+    with BucketLeases(open_bucket(url)) as leases:
         proxy.fail("PUT .*/leases/", times=1, **fault)
         proxy.fail("PUT .*/leases/unit", times=1, **fault)
         assert leases.claim(["unit-000000"]) is not None
