@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from logitcache.codec import RowCodec
 from logitcache.corpus import CorpusFile
@@ -21,10 +22,13 @@ from logitcache.store import (
     Layout,
     Manifest,
     Origin,
+    Plan,
     StoredSelection,
+    load_document,
     open_writer,
     remove_staging,
 )
+from logitcache.store.writer import refuse_other_plan
 from logitcache.teachers import ServerTeacher, Teacher, TensorParallelTeacher, TransformersTeacher
 
 
@@ -164,9 +168,7 @@ class Job:
             writers = [opened(output, identity) for output, identity in planned]
         except PlanMismatchError:
             corpus.discard_new()
-            for output in options.outputs:
-                if output.url is not None:
-                    remove_staging(output.root, output.url)
+            _remove_staging(options)
             raise
         return cls(options, teacher, corpus, writers, progress)
 
@@ -195,6 +197,52 @@ class Job:
         return DumpReport(*counts, seconds, manifests, True, *encoding, self.batches.tokens)
 
 
+def refuse_other_arguments(options: DumpOptions) -> None:
+    """Compare a dump that was begun with what the arguments alone settle, before a teacher is loaded for nothing.
+
+    Raises PlanMismatchError, as `Job.prepare` does of all that differs.
+    """
+    for output in options.outputs:
+        path = Layout(output.root).plan
+        if path.exists():
+            plan = load_document(path, Plan)
+            given = _with_arguments(plan.identity, options, output)
+            try:
+                refuse_other_plan(output.location, plan, given, options.wording)
+            except PlanMismatchError:
+                _remove_staging(options)
+                raise
+
+
+def _remove_staging(options: DumpOptions) -> None:
+    for output in options.outputs:
+        if output.url is not None:
+            remove_staging(output.root, output.url)
+
+
+def _with_arguments(stored: Identity, options: DumpOptions, output: Output) -> Identity:
+    """What a cache's identity would be if these arguments had settled it, where they alone do."""
+    settled = _settled(options, output, stored.geometry.num_tokens, bool(stored.codec.get("masked")))
+    geometry = {"block_length": options.block_length}
+    # Else, and always of chunks, their sizes follow from more than the arguments.
+    if options.unit_tokens:
+        geometry["unit_blocks"] = settled["geometry"].unit_blocks
+    return stored.model_copy(update={**settled, "geometry": stored.geometry.model_copy(update=geometry)})
+
+
+def _settled(options: DumpOptions, output: Output, num_tokens: int, masked: bool) -> dict[str, Any]:
+    """Fields of an identity that the arguments settle, for a corpus of so many tokens, masked or not."""
+    selection = output.selection
+    codec = RowCodec.for_selection(selection.method, selection.size, selection.exponent, options.codec, masked)
+    return {
+        "selection": StoredSelection(**selection.to_dict()),
+        "seed": options.seed,
+        "codec": codec.to_dict(),
+        "geometry": Geometry.planned(num_tokens, options.block_length, selection.size, options.unit_tokens),
+        "container": options.container,
+    }
+
+
 def origin_of(options: DumpOptions) -> Origin:
     """Where the tokenizer of a cache's ids is: the teacher's own, or the one that was named."""
     source = Path(options.tokenizer or options.teacher)
@@ -206,18 +254,12 @@ def origin_of(options: DumpOptions) -> Origin:
 
 def identity_of(options: DumpOptions, output: Output, teacher: Teacher, corpus: Corpus) -> Identity:
     """What determines the cache that `output` is to become."""
-    selection = output.selection
     left_out = {} if options.nonfinite == "fail" else {"nonfinite": options.nonfinite}
     masked = corpus.masked or bool(left_out)
-    codec = RowCodec.for_selection(selection.method, selection.size, selection.exponent, options.codec, masked)
     return Identity(
         teacher={**teacher.identity(), **left_out},
         tokenizer=corpus.tokenizer,
         vocab_size=teacher.vocab_size,
         corpus=corpus.record,
-        selection=StoredSelection(**selection.to_dict()),
-        seed=options.seed,
-        codec=codec.to_dict(),
-        geometry=Geometry.planned(corpus.num_tokens, options.block_length, selection.size, options.unit_tokens),
-        container=options.container,
+        **_settled(options, output, corpus.num_tokens, masked),
     )

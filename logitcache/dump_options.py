@@ -31,6 +31,7 @@ SETTLED_BY = {
     "corpus.packing.eos": "--eos",
     "corpus.prompt_field": "--prompt-field",
     "corpus.text_field": "--text-field",
+    "geometry.block_length": "--block-length",
     "geometry.unit_blocks": "--unit-tokens",
     "seed": "--seed",
     "selection": "--select",

@@ -380,9 +380,9 @@ CHANGES: dict[str, tuple[str, dict[str, Any], Callable[[Path], None] | None, set
         "top-k:7",
         {"block_length": 12, "unit_tokens": 96},
         None,
-        {"corpus.packing.block_length", "corpus.sha256", "geometry.block_length"},
+        {"geometry.block_length"},
     ),
-    "units": ("top-k:7", {"unit_tokens": 4 * LENGTH}, None, {"geometry.unit_blocks", "geometry.chunk_blocks"}),
+    "units": ("top-k:7", {"unit_tokens": 4 * LENGTH}, None, {"geometry.unit_blocks"}),
     "dtype": ("top-k:7", {"dtype": "bfloat16"}, None, {"teacher.dtype"}),
     "eos": (
         "top-k:7",

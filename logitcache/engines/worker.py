@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from logitcache.corpus import expand_paths
-from logitcache.dump_job import DumpReport, Job, load_teacher
+from logitcache.dump_job import DumpReport, Job, load_teacher, refuse_other_arguments
 from logitcache.dump_options import DumpOptions
 from logitcache.dump_pipeline import Pipeline
 from logitcache.dump_unit import PILOT_UNIT, process_unit
@@ -39,6 +39,7 @@ def run_worker(options: DumpOptions, progress: Progress, teacher: Teacher | None
     """
     for output in options.outputs:
         prepare_place(output.root, output.url)
+    refuse_other_arguments(options)
     files = expand_paths(options.corpus)
     if teacher is None:
         progress.stage("loading the teacher")
