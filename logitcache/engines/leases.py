@@ -118,6 +118,8 @@ class Leases:
 
     def _remove_forgotten(self) -> None:
         """Remove leases of this worker that a signal in the middle of a claim or a release kept from being noted."""
+        with suppress(OSError):
+            self._unnamed.unlink(missing_ok=True)
         for lease in read_leases(self.folder):
             if lease.owner.get("worker") == self._owner["worker"]:
                 with suppress(OSError):
@@ -219,15 +221,39 @@ class Leases:
 
     def _create(self, name: str, generation: int) -> Lease | None:
         path = self.folder / f"{name}.{generation:06d}"
-        try:
-            handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
-        except (FileExistsError, FileNotFoundError):
+        handle = self._begin_file(path)
+        if handle is None:
             return None
-        os.pwrite(handle, json.dumps(self._owner).encode(), 0)
         lease = Lease(self, name, path, handle)
         with self._lock:
             self._held[path] = lease
         return lease
+
+    def _begin_file(self, path: Path) -> int | None:
+        """Create a lease's file and open it; None where it is there already.
+
+        It says whose it is from its first moment: who dies in this one is then known to be dead, not waited for.
+        """
+        try:
+            handle = os.open(self._unnamed, os.O_CREAT | os.O_RDWR, 0o644)
+        except FileNotFoundError:
+            return None
+        try:
+            os.pwrite(handle, json.dumps(self._owner).encode(), 0)
+            os.link(self._unnamed, path)
+        except BaseException as error:
+            os.close(handle)
+            if isinstance(error, FileExistsError | FileNotFoundError):
+                return None
+            raise
+        finally:
+            self._unnamed.unlink(missing_ok=True)
+        return handle
+
+    @property
+    def _unnamed(self) -> Path:
+        """What is to become a lease of this worker."""
+        return self.folder / f"{self._owner['worker']}.tmp"
 
     def _keep_beating(self) -> None:
         while not self._closed.wait(min(self.longest_beat, self.term / self.beats)):

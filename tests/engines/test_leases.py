@@ -161,7 +161,7 @@ class Interrupted:
         return done
 
 
-@pytest.mark.parametrize("call", ["pwrite", "close"])
+@pytest.mark.parametrize("call", ["open", "pwrite", "link", "close"])
 def test_a_signal_in_the_middle_leaves_nothing(call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a claim, when the file is there and not noted, or of a release, when the file is no longer noted."""
     monkeypatch.setattr("logitcache.engines.leases.os", Interrupted(call))
@@ -222,7 +222,7 @@ def test_who_is_known_to_be_dead() -> None:
 
 
 def test_a_file_that_is_just_written_is_held(tmp_path: Path) -> None:
-    """Between creation and content a lease has no owner; half of one is none, either."""
+    """Whose beginning has no owner, or half of one: a file system may show it so."""
     folder = tmp_path / "leases"
     folder.mkdir()
     (folder / "a.000000").touch()
