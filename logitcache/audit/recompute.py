@@ -76,7 +76,7 @@ def recompute(
         labels = np.where(place < last, fed[block, np.minimum(place + 1, fed.shape[1] - 1)], -1)
         hidden_mD = teacher.hidden(fed)[torch.from_numpy(block * fed.shape[1] + place).to(teacher.device)]
         for part in teacher.row_slices(rows.size):
-            dist = Distribution.from_logits(teacher.logits(hidden_mD[part]))
+            dist = Distribution.from_logits(teacher.finish(teacher.product(hidden_mD[part])))
             if not bool(torch.isfinite(dist.lse).all()):
                 raise ModelError("the teacher's logits hold NaN or infinity; try --dtype float32")
             yield rows[part], dist, torch.from_numpy(labels[part]).to(teacher.device)

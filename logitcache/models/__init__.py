@@ -1,7 +1,7 @@
 """Models and tokenizers: where they come from, what identifies them, and how their logits are made."""
 
 from logitcache.models.check import check_split
-from logitcache.models.head import LMHead, body_hidden, head_logits, split_model
+from logitcache.models.head import LMHead, body_hidden, finish_logits, head_logits, head_product, split_model
 from logitcache.models.identity import model_identity, tokenizer_identity
 from logitcache.models.loading import (
     DEVICES,
@@ -29,7 +29,9 @@ __all__ = [
     "choose_device",
     "convert_gguf",
     "errors_only",
+    "finish_logits",
     "head_logits",
+    "head_product",
     "input_device",
     "inside_forward",
     "load_model",

@@ -122,7 +122,17 @@ def body_hidden(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tenso
 
 def head_logits(hidden: torch.Tensor, head: LMHead) -> torch.Tensor:
     """Logits float32 [N, V] of hidden states [N, D]: the product in the head's dtype, the rest in float32."""
-    logits = F.linear(hidden.to(head.weight.dtype), head.weight, head.bias).float()
+    return finish_logits(head_product(hidden, head), head)
+
+
+def head_product(hidden: torch.Tensor, head: LMHead) -> torch.Tensor:
+    """The product of hidden states [N, D] with the head, [N, V] in the head's dtype."""
+    return F.linear(hidden.to(head.weight.dtype), head.weight, head.bias)
+
+
+def finish_logits(product: torch.Tensor, head: LMHead) -> torch.Tensor:
+    """Logits float32 [N, V] of `head_product`, or of some of its rows."""
+    logits = product.float()
     if head.logit_scale is not None:
         logits = logits * head.logit_scale
     return logits if head.softcap is None else torch.tanh(logits / head.softcap) * head.softcap

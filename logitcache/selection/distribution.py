@@ -46,12 +46,15 @@ class Distribution:
         """float32 [n], logsumexp of the logits; not finite where a row holds NaN or +inf, or -inf only."""
         return self.peak + self.log_sum
 
-    def entropy(self) -> torch.Tensor:
-        """float32 [n], nats: log_sum + peak - sum p z, where 0 * -inf counts as 0."""
-        expected_n = torch.linalg.vecdot(self.probs, self.logits)
+    def entropy(self, spend: bool = False) -> torch.Tensor:
+        """float32 [n], nats: log_sum + peak - sum p z, where 0 * -inf counts as 0.
+
+        `spend` where `probs` are not needed any more: their memory is used, for new memory takes longer than the sum.
+        """
+        expected_n = torch.mul(self.probs, self.logits, out=self.probs if spend else None).sum(-1)
         if bool(expected_n.isnan().any()):
-            floor = torch.finfo(torch.float32).min / 4
-            expected_n = torch.linalg.vecdot(self.probs, self.logits.clamp(min=floor))
+            probs_nV = torch.softmax(self.logits, -1)
+            expected_n = (probs_nV * self.logits.clamp(min=torch.finfo(torch.float32).min / 4)).sum(-1)
         return (self.log_sum + (self.peak - expected_n)).clamp_min_(0)
 
     def label_logprob(self, labels_n: torch.Tensor) -> torch.Tensor:
@@ -72,9 +75,9 @@ def largest(logits_nV: torch.Tensor, size: int) -> torch.Tensor:
     whole = vocab - vocab % TOP_GROUP
     grouped_nGg = logits_nV[:, :whole].view(rows, -1, TOP_GROUP)
     group_nK = torch.topk(grouped_nGg.amax(-1), size, dim=-1, sorted=False).indices
-    members_nKg = grouped_nGg.gather(1, group_nK.unsqueeze(-1).expand(-1, -1, TOP_GROUP))
+    row_n1 = torch.arange(rows, device=logits_nV.device).unsqueeze(1)
     # The columns that fill no group are always searched.
-    candidates_nC = torch.cat([members_nKg.flatten(1), logits_nV[:, whole:]], 1)
+    candidates_nC = torch.cat([grouped_nGg[row_n1, group_nK].flatten(1), logits_nV[:, whole:]], 1)
     place_nK = torch.topk(candidates_nC, size, dim=-1).indices
     rest_nK = place_nK - size * TOP_GROUP
     inside_nK = group_nK.gather(1, (place_nK // TOP_GROUP).clamp_max(size - 1)) * TOP_GROUP + place_nK % TOP_GROUP

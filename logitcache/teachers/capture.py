@@ -5,7 +5,7 @@ Legend: B blocks of L tokens, R real rows (positions before the corpus' end), n 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,8 +21,8 @@ from logitcache.selection.select import keep
 from logitcache.targets import SparseTargets
 from logitcache.teachers.teacher import BlockBatch, PendingRows
 
-# Softmax, entropy and selection walk their rows several times: on a CPU the rows should stay in its caches.
-_CPU_STATISTICS_BYTES = 12 << 20
+# Softmax, entropy and selection walk their rows several times: on a CPU the rows should stay in its nearer caches.
+_CPU_STATISTICS_BYTES = 3 << 20
 
 
 class LogitsTeacher(Protocol):
@@ -34,8 +34,11 @@ class LogitsTeacher(Protocol):
     def hidden(self, tokens: NDArray[np.int64]) -> torch.Tensor:
         """Last hidden states [B * L, D] of blocks [B, L]."""
 
-    def logits(self, hidden_rows: torch.Tensor) -> torch.Tensor:
-        """float32 logits [n, V] of hidden states [n, D]."""
+    def product(self, hidden_rows: torch.Tensor) -> torch.Tensor:
+        """Hidden states [n, D] times the head, [n, V]."""
+
+    def finish(self, product_rows: torch.Tensor) -> torch.Tensor:
+        """float32 logits [n, V] of rows of `product`."""
 
     def row_slices(self, n_rows: int) -> Iterator[slice]:
         """Slices of rows whose logits fit the memory budget."""
@@ -78,17 +81,16 @@ def begin_capture(teacher: LogitsTeacher, batch: BlockBatch) -> PendingRows:
     kept: list[list[Kept]] = [[] for _ in selections]
     columns: list[torch.Tensor] = []
     for outer in teacher.row_slices(wanted.size):
-        pieces = _pieces(outer, teacher)
-        # The logits live only as long as this call: two slices at once would double the memory.
-        for rows, dist in _distributions(teacher.logits(hidden_RD[outer]), pieces):
+        # The product lives only as long as this call: two slices at once would double the memory.
+        for rows, dist in _distributions(teacher, teacher.product(hidden_RD[outer]), outer):
             lse_n = dist.lse
             lost_n = ~torch.isfinite(lse_n)
             if batch.nonfinite == "mask" and bool(lost_n.any()):
                 # What is selected of such a row is thrown away, but selecting must be able to.
                 dist = Distribution.from_logits(dist.logits.masked_fill(lost_n.unsqueeze(1), 0))
-            columns.append(torch.stack([lse_n, dist.label_logprob(labels_R[rows]), dist.entropy()]))
             for selection, uniform, part in zip(selections, uniforms, kept, strict=True):
                 part.append(keep(selection, dist, None if uniform is None else uniform[rows]))
+            columns.append(torch.stack([lse_n, dist.label_logprob(labels_R[rows]), dist.entropy(spend=True)]))
             del dist
     return _Captured(
         torch.cat(columns, 1).to("cpu", non_blocking=True),
@@ -171,17 +173,14 @@ def _nothing(selection: Selection) -> SparseTargets:
     return SparseTargets([0], [], [], unbiased=selection.unbiased)
 
 
-def _pieces(outer: slice, teacher: LogitsTeacher) -> list[slice]:
-    """A large slice's rows in pieces for everything but the matrix product, which likes many rows."""
+def _distributions(
+    teacher: LogitsTeacher, product_nV: torch.Tensor, outer: slice
+) -> Iterator[tuple[slice, Distribution]]:
+    """The rows of a slice in pieces, for everything but the matrix product, which likes many rows."""
     fitting = _CPU_STATISTICS_BYTES // (4 * teacher.vocab_size)
-    step = max(1, fitting) if teacher.device.type == "cpu" else outer.stop - outer.start
-    return [slice(start, min(start + step, outer.stop)) for start in range(outer.start, outer.stop, step)]
-
-
-def _distributions(logits_nV: torch.Tensor, pieces: Sequence[slice]) -> Iterator[tuple[slice, Distribution]]:
-    first = pieces[0].start
-    for rows in pieces:
-        yield rows, Distribution.from_logits(logits_nV[rows.start - first : rows.stop - first])
+    step = max(1, fitting) if teacher.device.type == "cpu" else len(product_nV)
+    for first, part_nV in zip(range(outer.start, outer.stop, step), product_nV.split(step), strict=True):
+        yield slice(first, first + len(part_nV)), Distribution.from_logits(teacher.finish(part_nV))
 
 
 def _labels(tokens_BL: NDArray[np.int64], num_rows: int) -> NDArray[np.int64]:

@@ -137,7 +137,15 @@ class TransformersTeacher(RowsFromLogits):
     @torch.inference_mode()
     def logits(self, hidden_rows: torch.Tensor) -> torch.Tensor:
         """Logits float32 [n, V] of hidden states [n, D]; keep n to what `row_slices` gives."""
-        return models.head_logits(hidden_rows, self.head)
+        return self.finish(self.product(hidden_rows))
+
+    def product(self, hidden_rows: torch.Tensor) -> torch.Tensor:
+        """Hidden states [n, D] times the head, [n, V] in its dtype; `finish` makes logits of it, or of some rows."""
+        return models.head_product(hidden_rows, self.head)
+
+    def finish(self, product_rows: torch.Tensor) -> torch.Tensor:
+        """Logits float32 [n, V] of rows of `product`."""
+        return models.finish_logits(product_rows, self.head)
 
     def row_slices(self, n_rows: int, budget_bytes: int | None = None) -> Iterator[slice]:
         """Slices that cover `n_rows` rows; the float32 logits of each take at most `budget_bytes`, or 16 rows.
