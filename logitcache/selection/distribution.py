@@ -5,7 +5,8 @@ Legend: n rows of one slice, V vocabulary, K entries kept, G groups of `TOP_GROU
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -35,9 +36,12 @@ class Distribution:
     log_sum: torch.Tensor
 
     @classmethod
-    def from_logits(cls, logits_nV: torch.Tensor) -> Distribution:
-        """Build from float32 logits. `lse` is not finite where a row has no softmax; the caller checks."""
-        probs_nV = torch.softmax(logits_nV, -1)
+    def from_logits(cls, logits_nV: torch.Tensor, space_nV: torch.Tensor | None = None) -> Distribution:
+        """Build from float32 logits. `lse` is not finite where a row has no softmax; the caller checks.
+
+        `space_nV`, float32, becomes `probs`: on a CPU memory used before is nearer than new one.
+        """
+        probs_nV = torch.softmax(logits_nV, -1, out=space_nV)
         # The largest probability is 1 / sum(exp(z - max)): the logsumexp without another pass of exponentials.
         return cls(logits_nV, probs_nV, logits_nV.amax(-1), -probs_nV.amax(-1).log())
 
@@ -46,21 +50,77 @@ class Distribution:
         """float32 [n], logsumexp of the logits; not finite where a row holds NaN or +inf, or -inf only."""
         return self.peak + self.log_sum
 
-    def entropy(self, spend: bool = False) -> torch.Tensor:
-        """float32 [n], nats: log_sum + peak - sum p z, where 0 * -inf counts as 0.
+    def summary(self, labels_n: torch.Tensor, spend: bool = False) -> Summary:
+        """What is known of each row beside its entries; `labels_n` are int64 [n], negative where there is none.
 
         `spend` where `probs` are not needed any more: their memory is used, for new memory takes longer than the sum.
         """
+        return Summary(self.peak, self.log_sum, self._expected(spend), self._picked(labels_n), labels_n)
+
+    def entropy(self) -> torch.Tensor:
+        """float32 [n], nats."""
+        return _entropy(self.peak, self.log_sum, self._expected(spend=False))
+
+    def _expected(self, spend: bool) -> torch.Tensor:
+        """float32 [n], sum p z of the logits z, where 0 * -inf counts as 0."""
         expected_n = torch.mul(self.probs, self.logits, out=self.probs if spend else None).sum(-1)
         if bool(expected_n.isnan().any()):
             probs_nV = torch.softmax(self.logits, -1)
             expected_n = (probs_nV * self.logits.clamp(min=torch.finfo(torch.float32).min / 4)).sum(-1)
-        return (self.log_sum + (self.peak - expected_n)).clamp_min_(0)
+        return expected_n
 
     def label_logprob(self, labels_n: torch.Tensor) -> torch.Tensor:
         """float32 [n], nats; NaN where the label is negative."""
-        picked = self.logits.gather(1, labels_n.clamp_min(0).unsqueeze(1)).squeeze(1)
-        return torch.where(labels_n >= 0, (picked - self.peak) - self.log_sum, torch.nan)
+        return _label_logprob(self.peak, self.log_sum, self._picked(labels_n), labels_n)
+
+    def _picked(self, labels_n: torch.Tensor) -> torch.Tensor:
+        return self.logits.gather(1, labels_n.clamp_min(0).unsqueeze(1)).squeeze(1)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A few numbers of each of n rows, which are worked on for many slices at once.
+
+    Args:
+        peak, log_sum: float32 [n], those of `Distribution`.
+        expected: float32 [n], sum p z of the logits z.
+        picked: float32 [n], the label's logit.
+        labels: int64 [n], negative where there is none.
+    """
+
+    peak: torch.Tensor
+    log_sum: torch.Tensor
+    expected: torch.Tensor
+    picked: torch.Tensor
+    labels: torch.Tensor
+
+    @staticmethod
+    def concatenate(parts: Sequence[Summary]) -> Summary:
+        """Of all rows, in order."""
+        return Summary(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Summary)))
+
+    @property
+    def lse(self) -> torch.Tensor:
+        """As of `Distribution`."""
+        return self.peak + self.log_sum
+
+    def label_logprob(self) -> torch.Tensor:
+        """float32 [n], nats; NaN where there is no label."""
+        return _label_logprob(self.peak, self.log_sum, self.picked, self.labels)
+
+    def entropy(self) -> torch.Tensor:
+        """float32 [n], nats."""
+        return _entropy(self.peak, self.log_sum, self.expected)
+
+
+def _label_logprob(
+    peak_n: torch.Tensor, log_sum_n: torch.Tensor, picked_n: torch.Tensor, labels_n: torch.Tensor
+) -> torch.Tensor:
+    return torch.where(labels_n >= 0, (picked_n - peak_n) - log_sum_n, torch.nan)
+
+
+def _entropy(peak_n: torch.Tensor, log_sum_n: torch.Tensor, expected_n: torch.Tensor) -> torch.Tensor:
+    return (log_sum_n + (peak_n - expected_n)).clamp_min(0)
 
 
 def largest(logits_nV: torch.Tensor, size: int) -> torch.Tensor:

@@ -5,6 +5,7 @@ Legend: n rows of one slice, K entries kept.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -58,15 +59,20 @@ def _most_probable(selection: Selection, dist: Distribution) -> Kept:
     ids_nK = largest(dist.logits, selection.size)
     probs_nK = dist.probs.gather(1, ids_nK)
     rest_n = mass_outside(dist, ids_nK, probs_nK)
-    weights_nK = probs_nK.to(torch.float64)
+    return Kept({"ids": ids_nK, "probs": probs_nK, "rest": rest_n}, _with_tail, partial(_shares, selection.mass))
+
+
+def _shares(mass: float | None, ids: torch.Tensor, probs: torch.Tensor, rest: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Entries [n, K] and tail mass [n] of the K most probable ids [n, K] and the mass outside them [n]."""
+    weights_nK = probs.to(torch.float64)
     # The float32 softmax of a large vocabulary sums to 1 only within 1e-4, and the tail may be smaller than that.
-    total_n1 = weights_nK.sum(1, keepdim=True) + rest_n.unsqueeze(1)
-    if selection.mass is not None:
-        kept_nK = weights_nK.cumsum(1) - weights_nK < selection.mass
-        rest_n += torch.where(kept_nK, 0, weights_nK).sum(1)
+    total_n1 = weights_nK.sum(1, keepdim=True) + rest.unsqueeze(1)
+    if mass is not None:
+        kept_nK = weights_nK.cumsum(1) - weights_nK < mass
+        rest = rest + torch.where(kept_nK, 0, weights_nK).sum(1)
         weights_nK = torch.where(kept_nK, weights_nK, 0)
-    entries = ascending(ids_nK, (weights_nK / total_n1).to(torch.float32))
-    return Kept({**entries, "tail": (rest_n / total_n1.squeeze(1)).clamp(0, 1)}, _with_tail)
+    entries = ascending(ids, (weights_nK / total_n1).to(torch.float32))
+    return {**entries, "tail": (rest / total_n1.squeeze(1)).clamp(0, 1)}
 
 
 def _with_tail(tail: NDArray[np.float64], **entries: NDArray[Any]) -> SparseTargets:

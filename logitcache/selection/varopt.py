@@ -47,7 +47,11 @@ def varopt(dist: Distribution, size: int, uniforms_n1: torch.Tensor) -> Kept:
         sampled_nK, tau_n, weights_nK = _select(dist.probs, top_nK, probs_nK, uniforms_n1)
     finally:
         dist.probs.scatter_(1, top_nK, probs_nK)
-    return Kept({**ascending(sampled_nK, weights_nK), "threshold": tau_n}, _with_threshold)
+    return Kept({"ids": sampled_nK, "weights": weights_nK, "threshold": tau_n}, _with_threshold, _in_order)
+
+
+def _in_order(ids: torch.Tensor, weights: torch.Tensor, threshold: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {**ascending(ids, weights), "threshold": threshold}
 
 
 def _with_threshold(threshold: NDArray[np.float32], **entries: NDArray[Any]) -> SparseTargets:

@@ -6,7 +6,7 @@ Legend: B blocks of L tokens, R real rows (positions before the corpus' end), n 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from logitcache.errors import ModelError
 from logitcache.selection import Selection, block_uniforms
-from logitcache.selection.distribution import Distribution
+from logitcache.selection.distribution import Distribution, Summary
 from logitcache.selection.kept import Kept
 from logitcache.selection.select import keep
 from logitcache.targets import SparseTargets
@@ -78,22 +78,21 @@ def begin_capture(teacher: LogitsTeacher, batch: BlockBatch) -> PendingRows:
     hidden_RD = teacher.hidden(batch.tokens_BL)[: batch.num_rows]
     if batch.counted_BL is not None:
         hidden_RD = hidden_RD[torch.from_numpy(wanted).to(hidden_RD.device)]
+    space = _space(teacher)
     kept: list[list[Kept]] = [[] for _ in selections]
-    columns: list[torch.Tensor] = []
+    summaries: list[Summary] = []
     for outer in teacher.row_slices(wanted.size):
         # The product lives only as long as this call: two slices at once would double the memory.
-        for rows, dist in _distributions(teacher, teacher.product(hidden_RD[outer]), outer):
-            lse_n = dist.lse
-            lost_n = ~torch.isfinite(lse_n)
-            if batch.nonfinite == "mask" and bool(lost_n.any()):
-                # What is selected of such a row is thrown away, but selecting must be able to.
-                dist = Distribution.from_logits(dist.logits.masked_fill(lost_n.unsqueeze(1), 0))
+        for rows, dist in _distributions(teacher, teacher.product(hidden_RD[outer]), outer, space):
+            if batch.nonfinite == "mask":
+                dist = _selectable(dist)
             for selection, uniform, part in zip(selections, uniforms, kept, strict=True):
                 part.append(keep(selection, dist, None if uniform is None else uniform[rows]))
-            columns.append(torch.stack([lse_n, dist.label_logprob(labels_R[rows]), dist.entropy(spend=True)]))
+            summaries.append(dist.summary(labels_R[rows], spend=True))
             del dist
+    summary = Summary.concatenate(summaries)
     return _Captured(
-        torch.cat(columns, 1).to("cpu", non_blocking=True),
+        torch.stack([summary.lse, summary.label_logprob(), summary.entropy()]).to("cpu", non_blocking=True),
         [Kept.concatenate(part).to_host() for part in kept],
         _now_on(device),
         batch,
@@ -150,6 +149,15 @@ class _Captured:
             )
 
 
+def _selectable(dist: Distribution) -> Distribution:
+    """With even rows in place of those that have no softmax, known by their lse as before; they are thrown away."""
+    lost_n = ~torch.isfinite(dist.lse)
+    if not bool(lost_n.any()):
+        return dist
+    even = Distribution.from_logits(dist.logits.masked_fill(lost_n.unsqueeze(1), 0))
+    return replace(even, log_sum=even.log_sum.masked_fill(lost_n, torch.nan))
+
+
 def _uniforms(batch: BlockBatch, draws: int, wanted: NDArray[np.int64], device: torch.device) -> torch.Tensor | None:
     """float64 [R, draws], of the rows that are wanted; None where nothing is drawn."""
     if not draws:
@@ -173,14 +181,20 @@ def _nothing(selection: Selection) -> SparseTargets:
     return SparseTargets([0], [], [], unbiased=selection.unbiased)
 
 
+def _space(teacher: LogitsTeacher) -> torch.Tensor | None:
+    """For the probabilities of one piece after the other; None where a slice is not cut into pieces."""
+    fitting = _CPU_STATISTICS_BYTES // (4 * teacher.vocab_size)
+    return torch.empty(max(1, fitting), teacher.vocab_size) if teacher.device.type == "cpu" else None
+
+
 def _distributions(
-    teacher: LogitsTeacher, product_nV: torch.Tensor, outer: slice
+    teacher: LogitsTeacher, product_nV: torch.Tensor, outer: slice, space_nV: torch.Tensor | None
 ) -> Iterator[tuple[slice, Distribution]]:
     """The rows of a slice in pieces, for everything but the matrix product, which likes many rows."""
-    fitting = _CPU_STATISTICS_BYTES // (4 * teacher.vocab_size)
-    step = max(1, fitting) if teacher.device.type == "cpu" else len(product_nV)
+    step = len(product_nV) if space_nV is None else len(space_nV)
     for first, part_nV in zip(range(outer.start, outer.stop, step), product_nV.split(step), strict=True):
-        yield slice(first, first + len(part_nV)), Distribution.from_logits(teacher.finish(part_nV))
+        space = None if space_nV is None else space_nV[: len(part_nV)]
+        yield slice(first, first + len(part_nV)), Distribution.from_logits(teacher.finish(part_nV), space)
 
 
 def _labels(tokens_BL: NDArray[np.int64], num_rows: int) -> NDArray[np.int64]:
