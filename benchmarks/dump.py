@@ -117,11 +117,14 @@ def batches(problem: Problem, rounds: int, sizes: Sequence[int] = BATCHES) -> li
     ]
 
 
-def memory(problem: Problem) -> list[list[str]]:
-    """Rows of the table of memory, of processes of their own."""
+def memory(problem: Problem, rounds: int) -> list[list[str]]:
+    """Rows of the table of memory, of processes of their own; medians, for how an allocator keeps memory varies."""
     peaks = {
-        name: measure.peak_megabytes("benchmarks.dump", "--one", name, "--dtype", problem.dtype,
-                                     "--tokens", str(problem.tokens), "--batch-tokens", str(problem.batch_tokens))
+        name: statistics.median(
+            measure.peak_megabytes("benchmarks.dump", "--one", name, "--dtype", problem.dtype,
+                                   "--tokens", str(problem.tokens), "--batch-tokens", str(problem.batch_tokens))
+            for _ in range(rounds)
+        )
         for name in ("bare", *SELECTIONS)
     }  # fmt: skip
     return [
@@ -194,7 +197,7 @@ def main() -> None:
         ),
         report.table(
             ("dtype", "job", "peak MB of the process", "of bare"),
-            [row for problem in problems for row in memory(problem)],
+            [row for problem in problems for row in memory(problem, given.rounds)],
         ),
     ]
     if given.batches:

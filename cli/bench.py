@@ -27,7 +27,7 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 WIDTH = 116
 
 
-@click.group(epilog=EXAMPLE)
+@click.group(epilog=EXAMPLE, short_help="Measure what caches of your teacher and text cost and are worth.")
 def bench() -> None:
     """Measure what caches of your own teacher and text would cost and be worth."""
 

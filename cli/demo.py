@@ -25,7 +25,7 @@ Run it again to resume. Exit status: 0 done, 1 failed, 2 wrong usage.
 """
 
 
-@click.command(epilog=EXAMPLE)
+@click.command(epilog=EXAMPLE, short_help="Distil a real teacher on real text: three students, a picture.")
 @click.option("--out", "folder", default="demo-output", show_default=True, type=NEW_PATH, help="Where to write.")
 @json_option
 @debug_option

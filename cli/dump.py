@@ -62,7 +62,9 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 """
 
 
-@click.command(cls=Watchable, epilog=EXAMPLE)
+@click.command(
+    cls=Watchable, epilog=EXAMPLE, short_help="Run a teacher over a corpus once; store sparse distributions."
+)
 @teacher_options
 @click.option(
     "--out", "root", required=True, type=NewPath(), metavar="CACHE", help="Cache folder, or s3://bucket/prefix."

@@ -18,7 +18,7 @@ Exit status: 0 done, 1 failed or no cache, 2 wrong usage.
 """
 
 
-@click.command(epilog=EXAMPLE)
+@click.command(epilog=EXAMPLE, short_help="List or remove what killed runs left in a cache.")
 @click.argument("cache", type=click.Path())
 @click.option("--delete", is_flag=True, help="Remove the files; refused while a run writes to the cache.")
 @json_option

@@ -33,7 +33,7 @@ Exit status: 0 done, 1 damaged or no cache, 2 wrong usage.
 """
 
 
-@click.command(epilog=EXAMPLE)
+@click.command(epilog=EXAMPLE, short_help="Show a cache's facts, or a position or block as text.")
 @click.argument("cache", type=click.Path())
 @click.option(
     "--position", type=int, metavar="N", help="Show the teacher's distribution after the N-th token (from 0)."

@@ -30,7 +30,7 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 """
 
 
-@click.command(epilog=EXAMPLE)
+@click.command(epilog=EXAMPLE, short_help="Put shards of several runs, or of several corpora, together.")
 @click.argument("sources", nargs=-1, required=True, type=click.Path(), metavar="CACHE...")
 @new_cache_option
 @json_option

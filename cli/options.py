@@ -48,7 +48,7 @@ def teacher_options(command: Command) -> Command:
             "--teacher",
             required=True,
             metavar="DIR_OR_ID",
-            help="Folder or hub id of a causal language model (dump: or URL of a server).",
+            help="Folder or hub id of a causal language model; for dump and plan also URL of a server.",
         ),
         click.option("--gguf-file", metavar="FILE", help="GGUF file inside the teacher's folder."),
         click.option(

@@ -36,7 +36,7 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 
 
 # A plan understands whatever says how a dump runs, as a test compares; `dump --dry-run` takes the rest.
-@click.command(epilog=EXAMPLE)
+@click.command(epilog=EXAMPLE, short_help="Say what a dump would take and be worth, from a sample.")
 @teacher_options
 @run_options
 @container_option

@@ -25,7 +25,7 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 """
 
 
-@click.command(epilog=EXAMPLE)
+@click.command(epilog=EXAMPLE, short_help="Draw what `stats` counts.")
 @click.argument("cache", type=click.Path())
 @click.option("--out", "path", required=True, type=NEW_PATH, metavar="FILE_OR_DIR", help="Where to.")
 @rows_options

@@ -18,7 +18,7 @@ Exit status: 0 nothing is damaged, or it was taken back; 1 damaged or no cache, 
 """
 
 
-@click.command(epilog=EXAMPLE)
+@click.command(epilog=EXAMPLE, short_help="List a cache's damaged units, and have them computed again.")
 @click.argument("cache", type=click.Path())
 @click.option("--apply", is_flag=True, help="Take their commits back; refused while a run writes to the cache.")
 @json_option

@@ -33,7 +33,7 @@ SHOWN_IDS = 10
 WIDTH = 90
 
 
-@click.command(epilog=EXAMPLE)
+@click.command(epilog=EXAMPLE, short_help="Count mass, entropy, ids and bytes of a cache's rows.")
 @click.argument("cache", type=click.Path())
 @rows_options
 @json_option

@@ -33,7 +33,7 @@ WIDTH = 100
 STYLES = {"same teacher": "green", "other precision": "yellow", "different": "red"}
 
 
-@click.command(epilog=EXAMPLE)
+@click.command(epilog=EXAMPLE, short_help="Check every byte of a cache, or compare it with a teacher.")
 @click.argument("cache", type=click.Path())
 @click.option("--against-teacher", "teacher", metavar="DIR_OR_ID", help="Compare random rows with this teacher.")
 @click.option("--gguf-file", metavar="FILE", help="GGUF file inside the teacher's folder.")
