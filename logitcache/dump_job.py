@@ -158,7 +158,7 @@ class Job:
         planned = [(output, identity_of(options, output, teacher, corpus)) for output in options.outputs]
 
         def opened(output: Output, identity: Identity) -> CacheWriter:
-            return open_writer(output.root, identity, origin, options.wording, output.url)
+            return open_writer(output.root, identity, origin, options.wording_of(output), output.url)
 
         try:
             # First those that exist: a mismatch must be found before a new folder is begun.
@@ -208,7 +208,7 @@ def refuse_other_arguments(options: DumpOptions) -> None:
             plan = load_document(path, Plan)
             given = _with_arguments(plan.identity, options, output)
             try:
-                refuse_other_plan(output.location, plan, given, options.wording)
+                refuse_other_plan(output.location, plan, given, options.wording_of(output))
             except PlanMismatchError:
                 _remove_staging(options)
                 raise

@@ -250,10 +250,10 @@ class DumpOptions:
         meant = {"auto": "none"} if self.fields.kind in ("messages", "ids") else {}
         return meant.get(self.bos, self.bos), meant.get(self.eos, self.eos)
 
-    @property
-    def wording(self) -> Wording:
-        """What a plan that differs is told in. The size of units follows from the corpus unless it is given."""
+    def wording_of(self, output: Output) -> Wording:
+        """What a plan of `output` that differs is told in. Units' size follows from the corpus unless it is given."""
         settled = {"teacher.name": "--teacher-model"} if self.served else {}
+        settled |= {"selection": "--also"} if output != self.outputs[0] else {}
         settled |= {"tokenizer": "--tokenizer"} if self.tokenizer else {}
         follows = FOLLOWS if self.unit_tokens else (*FOLLOWS, "geometry.unit_blocks")
         return Wording(SETTLED_BY | settled, follows, ABSENT)

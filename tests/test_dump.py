@@ -20,9 +20,9 @@ import torch
 from logitcache import dump_corpus, models, store
 from logitcache.corpus import expand_paths, iter_documents, pack, resolve_policy
 from logitcache.dump import DumpOptions, DumpReport, Output, Silent, run_dump
-from logitcache.errors import CacheError, CorpusError, ModelError, PlanMismatchError, UsageError
+from logitcache.errors import CacheError, CorpusError, DamagedCacheError, ModelError, PlanMismatchError, UsageError
 from logitcache.selection import Selection
-from logitcache.store import open_cache, schema, verify
+from logitcache.store import open_cache, repair, schema, verify
 from tests.faults import FAILPOINTS, forkserver, run_killed, run_to_end, start
 from tests.store.caches import files_of
 from tests.teachers.alignment import Expected
@@ -330,6 +330,42 @@ def test_missing_shards_are_computed_again(place: Path, whole: Path, tmp_path: P
     assert verify(tmp_path / "cache").ok
 
 
+def test_a_missing_commit_record_is_made_again(place: Path, whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "cache")
+    before = files_of(tmp_path / "cache")
+    (tmp_path / "cache" / "commits" / "000001.json").unlink()
+    report = run_dump(options(place, ("sample:11", tmp_path / "cache")))
+    assert report.computed_tokens == open_cache(whole).manifest.shards[1].num_tokens
+    assert files_of(tmp_path / "cache") == before
+
+
+def test_a_missing_plan_is_written_again(place: Path, whole: Path, tmp_path: Path) -> None:
+    """By whoever would make the same cache, and by nobody else."""
+    shutil.copytree(whole, tmp_path / "cache")
+    before = files_of(tmp_path / "cache")
+    (tmp_path / "cache" / "plan.json").unlink()
+    with pytest.raises(PlanMismatchError, match=r"--seed: the cache has 5, this run 6$"):
+        run_dump(options(place, ("sample:11", tmp_path / "cache"), seed=6))
+    assert run_dump(options(place, ("sample:11", tmp_path / "cache"))).computed_tokens == 0
+    assert files_of(tmp_path / "cache") == before
+
+
+def refused_for_want_of(tables: Path, given: DumpOptions) -> None:
+    """In a child, which holds the cache no longer than it lives."""
+    with pytest.raises(DamagedCacheError, match=f"^{tables} is missing; restore it, or run logitcache repair"):
+        run_dump(given)
+
+
+def test_missing_tables_are_no_finished_cache(place: Path, whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "cache")
+    [tables] = (tmp_path / "cache" / "codebook").iterdir()
+    tables.unlink()
+    run_to_end(children, refused_for_want_of, tables, options(place, ("sample:11", tmp_path / "cache")))
+    repair(tmp_path / "cache", apply=True)
+    run_dump(options(place, ("sample:11", tmp_path / "cache")))
+    assert files_of(tmp_path / "cache") == files_of(whole)
+
+
 def test_a_finished_cache_costs_nothing(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = options(place, ("top-k:7", tmp_path / "a"), ("sample:11", tmp_path / "b"))
     first = run_dump(given)
@@ -484,6 +520,12 @@ def test_an_empty_corpus(place: Path, tmp_path: Path, text: str) -> None:
     with pytest.raises(CorpusError, match=r"^the corpus is empty: "):
         run_dump(options(place, ("top-k:7", tmp_path / "cache"), corpus=(str(corpus),)))
     assert [path.name for path in tmp_path.iterdir()] == ["empty.txt"]
+
+
+def test_another_selection_of_also(place: Path, whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "also")
+    with pytest.raises(PlanMismatchError, match=r"--also: the cache has 'sample:11', this run 'sample:12'$"):
+        run_dump(options(place, ("top-k:7", tmp_path / "cache"), ("sample:12", tmp_path / "also")))
 
 
 def test_a_folder_that_is_no_cache(place: Path, tmp_path: Path) -> None:

@@ -62,7 +62,10 @@ class ChatTemplate:
                 of it the assistant says; the message begins with `place`.
         """
         if all(message["role"] != ASSISTANT for message in messages):
-            raise CorpusError(f"{place} has no message of the role {ASSISTANT!r}, so nothing to learn; leave it out")
+            roles = ", ".join(repr(role) for role in sorted({message["role"] for message in messages}))
+            raise CorpusError(
+                f"{place} has no message of the role {ASSISTANT!r}, only of {roles}, so nothing to learn; leave it out"
+            )
         ids, learnt = (self._marked if GENERATION.search(self.template) else self._compared)(messages, place)
         if not learnt.any():
             raise CorpusError(

@@ -45,7 +45,7 @@ class Record:
         """The conversation. Raises CorpusError unless it is a list of objects with a role each."""
         value = self.values["messages"]
         if not isinstance(value, list) or not value:
-            raise self.wrong("messages", "a list of messages")
+            raise self.wrong("messages", "a list of messages", "" if value else "empty")
         for number, message in enumerate(value):
             if not isinstance(message, dict) or not isinstance(message.get("role"), str):
                 raise CorpusError(

@@ -20,11 +20,12 @@ from logitcache.dump_pipeline import Pipeline
 from logitcache.dump_unit import PILOT_UNIT, process_unit
 from logitcache.engines.bucket_leases import BucketLeases
 from logitcache.engines.leases import Lease, Leases
-from logitcache.errors import DamagedCacheError, RemoteError
+from logitcache.errors import RemoteError
 from logitcache.progress import RUNNING, Progress
 from logitcache.store import Layout, prepare_place, remove_staging
 from logitcache.store.layout import unit_name
 from logitcache.store.objects import open_bucket
+from logitcache.store.writer import missing_tables
 from logitcache.teachers import Teacher
 
 UNIT_PREFIX = "unit-"
@@ -55,11 +56,11 @@ def run_worker(options: DumpOptions, progress: Progress, teacher: Teacher | None
             progress.stage("tokenising the corpus")
             here.status = leases.status = lambda: {"stage": "tokenising"}
             job = Job.prepare(options, files, teacher, progress, lambda find, make: here.once("tokens", find, make))
-            _take_back_missing(job, leases)
+            _take_back_lost(job, leases)
             if job.corpus.has_tokens or not job.pending():
                 return _Worker(job, leases).run()
             # What a finished cache needed no tokens for is to be computed again.
-            progress.stage("shards are missing: computing them again")
+            progress.stage("parts of the cache are missing: computing them again")
 
 
 def shared_leases(options: DumpOptions, label: str) -> Leases:
@@ -77,10 +78,10 @@ def sweep(options: DumpOptions) -> None:
             shutil.rmtree(layout.work, ignore_errors=True)
 
 
-def _take_back_missing(job: Job, leases: Leases) -> None:
-    """Make units pending again whose shard files are gone; one worker at a time, so that no new commit is lost."""
-    if any(writer.missing_shards() for writer in job.writers):
-        leases.once("shards", lambda: None, lambda: [writer.forget_missing_shards() for writer in job.writers])
+def _take_back_lost(job: Job, leases: Leases) -> None:
+    """Make units pending again that are lost; one worker at a time, so that no new commit is lost."""
+    if any(writer.lost_units() for writer in job.writers):
+        leases.once("shards", lambda: None, lambda: [writer.forget_lost_units() for writer in job.writers])
 
 
 class _Worker:
@@ -139,10 +140,7 @@ class _Worker:
         while any(writer.codebook() is None for writer in self._job.writers):
             for writer in self._job.writers:
                 if writer.is_committed(PILOT_UNIT) and writer.codebook() is None:
-                    raise DamagedCacheError(
-                        f"{writer.layout.codebook} is missing; restore it, or run logitcache repair and then the same "
-                        "dump again"
-                    )
+                    raise missing_tables(writer.layout.codebook)
             self._work_on([PILOT_UNIT])
             # The writers' tables are read here again: nobody may be at them.
             self._pipeline.drain()

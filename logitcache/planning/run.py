@@ -13,7 +13,7 @@ import torch
 
 from logitcache.bench.yardstick import GradientError, Yardstick
 from logitcache.codec import LayoutName, RowCodec
-from logitcache.dump_job import identity_of, load_teacher, origin_of
+from logitcache.dump_job import identity_of, load_teacher, origin_of, refuse_other_arguments
 from logitcache.dump_options import Output
 from logitcache.planning.options import PlanOptions
 from logitcache.planning.report import CorpusFacts, DumpPlan, PlannedCache, StudentFacts, worth
@@ -70,6 +70,7 @@ class _Planner:
         self.options, self.dump, self.progress, self.folder = options, options.dump, progress, folder
         for output in self.dump.outputs:
             check_place(output.root, output.url)
+        refuse_other_arguments(self.dump)
         started = time.perf_counter()
         self.teacher = teacher or self._load()
         self.loading_seconds = time.perf_counter() - started

@@ -28,7 +28,7 @@ from logitcache.store.lock import held_alone
 from logitcache.store.objects import FETCHES, PIECE_BYTES, Objects, open_objects, pause
 from logitcache.store.schema import Commit, Identity, Manifest, Origin, Plan, Shard
 from logitcache.store.staging import WORK, copy_documents, keep_copy, refuse_transfer
-from logitcache.store.writer import MAX_CODEBOOK_INTEGERS, CacheWriter, refuse_other_plan
+from logitcache.store.writer import MAX_CODEBOOK_INTEGERS, CacheWriter, missing_tables, refuse_other_plan
 
 # Records on their way at once.
 STREAMS = 16
@@ -105,20 +105,22 @@ class BucketWriter(CacheWriter):
     def commits(self) -> list[Commit]:
         return _at_once(self._read_commit, sorted(units_in(self.objects)))
 
-    def missing_shards(self) -> list[int]:
-        """Committed units whose shard is not there.
+    def lost_units(self) -> list[int]:
+        """Committed units whose shard is not there, and of a finished cache those without record.
 
         Of an unfinished cache those of which no shard is there: its records are read in the end, by `finalize`.
         """
         # What is committed is asked first: what others commit meanwhile then has its shard.
         if (manifest := read_manifest(self.objects)) is not None:
             there = set(self._shards())
-            return [int(shard.unit) for shard in manifest.shards if shard.file not in there]
+            recorded = units_in(self.objects)
+            units = ((int(shard.unit), shard.file) for shard in manifest.shards)
+            return [unit for unit, file in units if file not in there or unit not in recorded]
         committed = units_in(self.objects)
         return sorted(committed - {int(name.partition("-")[0]) for name in self._shards()})
 
-    def forget_missing_shards(self) -> list[int]:
-        lost = self.missing_shards()
+    def forget_lost_units(self) -> list[int]:
+        lost = self.lost_units()
         if lost:
             self._take_back(lost)
         return lost
@@ -216,6 +218,8 @@ class BucketWriter(CacheWriter):
     def finalize(self) -> Manifest:
         """Write the manifest once every unit is committed, or take the one there; remove all that is not needed."""
         manifest = read_manifest(self.objects) or self._finish()
+        if self.objects.size(self._tables) is None:
+            raise missing_tables(self.objects.url(self._tables))
         self._sweep_bucket(manifest)
         shutil.rmtree(self.layout.root, ignore_errors=True)
         return manifest
@@ -229,7 +233,7 @@ class BucketWriter(CacheWriter):
             self._take_back(lost)
             raise CacheError(f"{place} lost the shards of {len(lost)} units; run the same dump again")
         if (tables := self._fetch_tables()) is None:
-            raise DamagedCacheError(f"{self.objects.url(self._tables)} is missing; restore it")
+            raise missing_tables(self.objects.url(self._tables))
         sha256 = hashlib.sha256(tables).hexdigest()
         manifest = manifest_of(self.plan, commits, sha256, self.objects.url(self._tables))
         num_bytes = len(tables) + sum(commit.num_bytes for commit in commits)

@@ -124,6 +124,11 @@ def writing(root: Path, needed_bytes: int = 0, again: str = "it resumes") -> Ite
                 f"{where} cannot be written ({error.strerror or error}); mend it and run the same command again, "
                 f"{again}"
             ) from error
+        if error.errno == errno.EFBIG:
+            raise CacheError(
+                f"{where} cannot be written: a file may not grow so large here (ulimit -f, or a limit of the file "
+                f"system); raise it and run the same command again, {again}"
+            ) from error
         there = nearest_folder(root)
         needed = f"about {needed_bytes:,} bytes are needed, " if needed_bytes else ""
         raise CacheError(

@@ -52,7 +52,8 @@ def check_place(root: Path, url: str | None = None) -> None:
         # What is finished is only read.
         if not Layout(root).manifest.exists() and not os.access(there, os.W_OK | os.X_OK):
             raise CacheError(
-                f"{root} cannot be written, as {there} may not be; choose another --out, or mend its rights"
+                f"{root} cannot be written: this user may not write {there}, or it is mounted read-only; change "
+                "that, or choose another --out"
             )
         return
     refuse_inside_cache(root)

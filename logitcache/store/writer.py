@@ -83,6 +83,9 @@ class CacheWriter:
         layout = Layout(root, identity.container)
         check_folder(layout)
         if not layout.plan.exists():
+            if layout.manifest.exists():
+                finished = load_document(layout.manifest, Manifest)
+                refuse_other_plan(root, Plan(identity=finished.identity), identity, wording)
             with outrun(layout.plan.exists), writing(root):
                 plan = Plan(identity=identity, origin=origin or Origin())
                 plan_json = checked_json(plan.model_dump(mode="json"))
@@ -108,16 +111,17 @@ class CacheWriter:
         """Whether a unit has its commit record."""
         return self.layout.commit(unit).exists()
 
-    def missing_shards(self) -> list[int]:
-        """Units that are committed and whose shard files are gone."""
-        return [int(commit.unit) for commit in self.commits() if not os.path.lexists(self.layout.shards / commit.file)]
+    def lost_units(self) -> list[int]:
+        """Units that are committed and whose shard is gone; of a finished cache also those without commit record."""
+        lost = [int(commit.unit) for commit in self.commits() if not os.path.lexists(self.layout.shards / commit.file)]
+        return sorted({*lost, *self.pending_units()}) if self.complete else lost
 
-    def forget_missing_shards(self) -> list[int]:
-        """Take back the commits of units whose shard files are gone, and the manifest that lists them.
+    def forget_lost_units(self) -> list[int]:
+        """Take back the commits of units that are lost, and the manifest that lists them.
 
         Returns the units, which are then pending again. Files that are there stay, damaged or not.
         """
-        lost = self.missing_shards()
+        lost = self.lost_units()
         if lost:
             take_back(self.layout, lost)
         return lost
@@ -287,6 +291,8 @@ class CacheWriter:
         if not self.complete:
             with outrun(lambda: self.complete):
                 self._write_manifest()
+        if not self.layout.codebook.exists():
+            raise missing_tables(self.layout.codebook)
         # Also where it was there: a run killed after it left the folder, and so does one that resumes another output.
         self._sweep()
         return load_document(self.layout.manifest, Manifest)
@@ -312,6 +318,11 @@ class CacheWriter:
 
     def _attributes(self, role: str, **more: Any) -> dict[str, Any]:
         return {"format_version": FORMAT_VERSION, "role": role, "plan": self.plan.fingerprint, **more}
+
+
+def missing_tables(where: str | Path) -> DamagedCacheError:
+    """What to say of a cache whose tables are gone."""
+    return DamagedCacheError(f"{where} is missing; restore it, or run logitcache repair and then the same dump again")
 
 
 def refuse_other_plan(where: str | Path, plan: Plan, identity: Identity, wording: Wording | None = None) -> None:
@@ -340,7 +351,8 @@ def check_folder(layout: Layout) -> None:
         raise CacheError(f"{root} is a file; choose another folder for --out")
     strangers = {entry.name for entry in root.iterdir()} - {"work"} if root.is_dir() else set()
     strangers = {name for name in strangers if not name.endswith(".tmp")}
-    if strangers and not layout.plan.exists():
+    # A finished cache that lost its plan gets it again from whoever would make the same.
+    if strangers and not layout.plan.exists() and not layout.manifest.exists():
         example = sorted(strangers)[0]
         raise CacheError(f"{root} is not empty and not a logitcache cache (it holds {example!r}); choose another --out")
 

@@ -76,6 +76,9 @@ def test_dump_with_other_arguments(logitcache: Main, dumped: Dumped, tmp_path: P
     assert "\n  --seed: the cache has 0, this run 4" in ran.err
     assert "\n  --select: the cache has 'top-k:4', this run 'top-k:5'" in ran.err
     assert "Traceback" not in ran.err
+    tried = logitcache(*dump_line(dumped, tmp_path / "cache", "--seed", "4", "--dry-run"))
+    assert tried.status == 1
+    assert "\n  --seed: the cache has 0, this run 4" in tried.err
 
 
 def test_verify(logitcache: Main, dumped: Dumped) -> None:

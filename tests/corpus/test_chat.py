@@ -83,7 +83,11 @@ def test_a_template_that_rewrites_what_came_earlier() -> None:
 
 
 REFUSED: list[tuple[str, list[dict[str, Any]], str]] = [
-    (CHATML, TALK[:1], "here has no message of the role 'assistant', so nothing to learn; leave it out"),
+    (
+        CHATML,
+        TALK[:1],
+        "here has no message of the role 'assistant', only of 'user', so nothing to learn; leave it out",
+    ),
     (CHATML, TALK[1:], "here begins with the assistant's message, which nothing prompts; leave it out"),
     (STRICT, TALK[1:], r"here: the chat template refuses the conversation \(Begin with the user\); repair it"),
     (CHATML, [TALK[0], {"role": "assistant", "content": "\ud800"}], "here holds half a surrogate pair at character"),
@@ -119,11 +123,11 @@ def test_files_of_conversations(tmp_path: Path, kind: str) -> None:
     ("value", "message"),
     [
         ("hello", "has a field 'chat' that is a string, not a list of messages"),
-        ([], "has a field 'chat' that is an array, not a list of messages"),
+        ([], "has a field 'chat' that is empty, not a list of messages"),
         ([TALK[0], "x"], "has a message 1 in field 'chat' that is no object with a role; repair the record"),
         ([{"from": "gpt", "value": "x"}], "has a message 0 in field 'chat' that is no object with a role"),
         ([{"role": "user"}, *TALK], "has a message 0 in field 'chat' that has no content; repair the record"),
-        (TALK[:1], "has no message of the role 'assistant'"),
+        (TALK[:1], "has no message of the role 'assistant', only of 'user', so nothing to learn; leave it out"),
     ],
 )
 def test_errors_name_the_line(tmp_path: Path, value: Any, message: str) -> None:

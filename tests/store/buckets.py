@@ -42,7 +42,7 @@ def write(url: str, staging: Path, container: ContainerKind = "zarr", seed: int 
     """A whole cache, or what is missing of it."""
     writer = begin(url, staging, container=container)
     tokens, targets = content(seed=seed)
-    writer.forget_missing_shards()
+    writer.forget_lost_units()
     for unit in writer.pending_units():
         commit(writer, unit, tokens, targets)
     writer.finalize()

@@ -201,7 +201,7 @@ def test_a_unit_that_is_committed_at_this_moment_is_not_missing(url: str, proxy:
     commit(one, 0, *content())
     gate, found = threading.Event(), []
     fault = proxy.fail("GET .*list-type.*commits", until=gate)
-    looker = threading.Thread(target=lambda: found.append(two.missing_shards()))
+    looker = threading.Thread(target=lambda: found.append(two.lost_units()))
     looker.start()
     fault.reached.wait()
     commit(one, 1, *content())
