@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 help:
 	@echo "make demo    distil a real teacher on real text (about 8 minutes on 2 cores)"
-	@echo "make test    ruff, mypy and all tests (about 6 minutes on 2 cores)"
+	@echo "make test    ruff, mypy and all tests (about 8 minutes on 2 cores)"
 	@echo "make lint    ruff and mypy only"
 	@echo "make format  rewrite the code in the project's style"
 	@echo "make clean   delete the environment and caches of tools"
@@ -17,8 +17,8 @@ demo: $(VENV)/.demo
 	$(BIN)/logitcache demo --out demo-output
 
 test: lint
-	# Two processes of one thread each: many small tests gain from it, and none needs more.
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --durations=8
+	# Processes of one thread each, one more than there are cores: many tests wait for servers and for other processes.
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadfile --durations=8
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
