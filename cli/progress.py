@@ -125,14 +125,16 @@ class DumpView(View):
 
     def workers(self, seen: Snapshot) -> None:
         """See `logitcache.progress.Progress`."""
-        busy = counted(sum(state.stage == "computing" for state in seen.workers), "worker")
+        busy = f"{counted(sum(state.stage == 'computing' for state in seen.workers), 'worker')} computing"
+        if all(state.stage == "gone" for state in seen.workers):
+            busy = "nobody works on it: run the dump's own line again to go on"
         if self._live is not None:
             self._live.below = workers_table(seen)
         if seen.total_tokens is None:
             return
         units = f"{seen.committed_units:,} of {counted(seen.total_units or 0, 'unit')}"
         facts = f"{seen.done_tokens:,} of {seen.total_tokens:,} tokens, {units}, {seen.tokens_per_second:,.0f} tokens/s"
-        self.bar(seen.done_tokens, seen.total_tokens, f"{facts}, {busy} computing", seen.seconds_left)
+        self.bar(seen.done_tokens, seen.total_tokens, f"{facts}, {busy}", seen.seconds_left)
 
 
 def workers_table(seen: Snapshot) -> Table:

@@ -95,6 +95,7 @@ def test_the_view_ends_with_the_dump(
     assert len(naps) == 1
     assert ran.out == f"{root}: complete, {open_cache(root).num_tokens:,} tokens in 7 units\n"
     assert "5 of 7 units" in ran.err
+    assert "nobody works on it" in ran.err
 
 
 def test_ctrl_c_ends_the_view_only(
