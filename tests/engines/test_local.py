@@ -230,6 +230,7 @@ def test_a_real_command_that_is_stopped(
         assert process.returncode == status, said
         assert "Traceback" not in said
         assert said.strip().endswith("the same command goes on from there")
-        assert owners(root) == []
+        # Usually there are none; a worker that does not end in time is killed, and nobody waits for its claims.
+        assert all(known_dead(owner) for owner in owners(root))
     run_to_end(children, dump, given)
     assert content(root) == content(whole)
