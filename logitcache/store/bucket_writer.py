@@ -217,8 +217,10 @@ class BucketWriter(CacheWriter):
 
     def finalize(self) -> Manifest:
         """Write the manifest once every unit is committed, or take the one there; remove all that is not needed."""
-        manifest = read_manifest(self.objects) or self._finish()
-        if self.objects.size(self._tables) is None:
+        manifest = read_manifest(self.objects)
+        if manifest is None:
+            manifest = self._finish()
+        elif self.objects.size(self._tables) is None:
             raise missing_tables(self.objects.url(self._tables))
         self._sweep_bucket(manifest)
         shutil.rmtree(self.layout.root, ignore_errors=True)

@@ -15,7 +15,7 @@ from logitcache.store.location import refuse_url
 
 ContainerKind = Literal["zarr", "arrow"]
 SUFFIXES: dict[ContainerKind, str] = {"zarr": ".zarr.zip", "arrow": ".arrow"}
-OUT_OF_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+OUT_OF_SPACE = {errno.ENOSPC, errno.EDQUOT}
 
 
 @dataclass(frozen=True)
@@ -119,15 +119,15 @@ def writing(root: Path, needed_bytes: int = 0, again: str = "it resumes") -> Ite
         # Copying names the file it reads, which is not the one that cannot be written.
         named = Path(error.filename) if isinstance(error.filename, str) else root
         where = named if named.is_relative_to(root) else root
-        if error.errno not in OUT_OF_SPACE:
-            raise CacheError(
-                f"{where} cannot be written ({error.strerror or error}); mend it and run the same command again, "
-                f"{again}"
-            ) from error
         if error.errno == errno.EFBIG:
             raise CacheError(
                 f"{where} cannot be written: a file may not grow so large here (ulimit -f, or a limit of the file "
                 f"system); raise it and run the same command again, {again}"
+            ) from error
+        if error.errno not in OUT_OF_SPACE:
+            raise CacheError(
+                f"{where} cannot be written ({error.strerror or error}); mend it and run the same command again, "
+                f"{again}"
             ) from error
         there = nearest_folder(root)
         needed = f"about {needed_bytes:,} bytes are needed, " if needed_bytes else ""

@@ -291,7 +291,7 @@ class CacheWriter:
         if not self.complete:
             with outrun(lambda: self.complete):
                 self._write_manifest()
-        if not self.layout.codebook.exists():
+        elif not self.layout.codebook.exists():
             raise missing_tables(self.layout.codebook)
         # Also where it was there: a run killed after it left the folder, and so does one that resumes another output.
         self._sweep()
