@@ -296,6 +296,19 @@ def read_leases(folder: Path) -> list[LeaseFile]:
     return found
 
 
+def remove_leases_of_dead(folder: Path) -> None:
+    """Remove the leases of processes of this machine that are gone.
+
+    Nobody waits for those: this is for whoever ended them and leaves nothing behind. Another worker may take one over
+    at this moment and find it free besides; then a unit is computed twice, and committed once.
+    """
+    for lease in read_leases(folder):
+        if known_dead(lease.owner):
+            for path in (*_files(folder, lease.name), folder / f"{lease.owner.get('worker')}.tmp"):
+                with suppress(OSError):
+                    path.unlink(missing_ok=True)
+
+
 def owner_in(data: bytes) -> dict[str, Any]:
     """What a lease says; nothing while its owner writes it."""
     try:

@@ -20,11 +20,12 @@ from logitcache.corpus import expand_paths
 from logitcache.dump_job import DumpReport
 from logitcache.dump_options import DumpOptions
 from logitcache.engines.devices import take_device
+from logitcache.engines.leases import remove_leases_of_dead
 from logitcache.engines.watch import Watcher
 from logitcache.engines.worker import run_worker, sweep
 from logitcache.errors import CacheError, counted
 from logitcache.progress import Progress, Silent
-from logitcache.store import check_place
+from logitcache.store import Layout, check_place
 
 _VIEW_SECONDS = 0.5
 # What a worker may take to end by itself: it finishes one forward of the teacher first.
@@ -93,11 +94,15 @@ class Fleet:
 
     def _end(self, grace: float) -> None:
         deadline = time.monotonic() + grace
+        killed = False
         for process in self._processes.values():
             process.join(max(0.0, deadline - time.monotonic()))
-            # One that was stopped, or hangs in a driver: what it has not committed is nobody's loss.
+            # One that was stopped, or hangs in a driver or a slow disk: what it has not committed is nobody's loss.
+            killed |= process.is_alive()
             process.kill()
             process.join()
+        if killed:
+            remove_leases_of_dead(Layout(self._options.outputs[0].root).leases)
         for pipe in self._pipes.values():
             pipe.close()
         self._processes, self._pipes = {}, {}

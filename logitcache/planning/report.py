@@ -117,7 +117,7 @@ def worth(dump: float, live: float, student: float | None) -> tuple[float, dict[
 
     Args:
         dump: of writing the cache.
-        live: that a live teacher adds to a step.
+        live: that a live teacher adds to a step, at least: its body and head.
         student: of a step from the cache, if that is known.
     """
     costs = Costs(dump, student or 0.0, live + (student or 0.0))

@@ -20,7 +20,7 @@ from logitcache.planning.report import CorpusFacts, DumpPlan, PlannedCache, Stud
 from logitcache.planning.sample import Sample, take_sample
 from logitcache.planning.sizes import SizeModel, measure_sizes
 from logitcache.planning.student import student_rate
-from logitcache.planning.trial import RememberedBody, Trial, dump_sample, find_batch, forward_seconds, warm_up
+from logitcache.planning.trial import RememberedBody, Trial, dump_sample, find_batch, warm_up
 from logitcache.progress import Progress, Silent
 from logitcache.selection import Selection, chunk_uniforms
 from logitcache.store import check_place
@@ -91,7 +91,6 @@ class _Planner:
             dump_sample(self.dump, group, body, sample.corpus, self.folder / str(number), unit_seconds, self.progress)
             for number, group in enumerate(self.options.groups)
         ]
-        live = forward_seconds(body, sample.corpus, max(1, batch_tokens // self.dump.block_length))
         student = self._measure_student(trials[0])
         self.progress.stage("measuring sizes and errors")
         yardstick = self._yardstick(sample)
@@ -101,7 +100,7 @@ class _Planner:
             for number, selection in enumerate(group)
         ]
         caches = [
-            self._planned(output, codec, sample, one, live, student)
+            self._planned(output, codec, sample, one, student)
             for output, one in zip(self.dump.outputs, tried, strict=True)
             for codec in one.sizes
         ]
@@ -168,7 +167,6 @@ class _Planner:
         codec: LayoutName,
         sample: Sample,
         tried: _Tried,
-        live: float,
         student: StudentFacts | None,
     ) -> PlannedCache:
         options = replace(self.dump, codec=codec)
@@ -185,12 +183,15 @@ class _Planner:
             )
         # The trial was written with the dump's own codec.
         base = tried.sizes.get(self.dump.codec, model)
-        per_token = max(0.0, tried.trial.seconds + model.seconds - base.seconds)
+        forward = tried.trial.forward_seconds
+        per_token = max(forward, tried.trial.seconds + model.seconds - base.seconds)
         units = identity.geometry.num_units
         seconds = sample.total_tokens * per_token + units * tried.trial.unit_seconds
         rounds = -(-units // self._speed_up())
         hours = (self.loading_seconds + sample.tokenising_seconds + seconds * rounds / units) / 3600
-        students, gains = worth(seconds / sample.total_tokens, live, 1 / student.tokens_per_second if student else None)
+        students, gains = worth(
+            seconds / sample.total_tokens, forward, 1 / student.tokens_per_second if student else None
+        )
         per_token_bytes = num_bytes / sample.total_tokens
         return PlannedCache(
             select=str(output.selection),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,29 +29,52 @@ from logitcache.teachers.capture import RowsFromLogits, capture_blocks
 class RememberedBody(RowsFromLogits):
     """A teacher that computes its hidden states once, however many dumps of the same blocks ask for them.
 
-    Attributes:
-        seconds: that computing those of the latest dump's blocks took, if they were remembered; set to 0 to begin.
+    Attributes, of the latest dump, set to 0 by `begin`:
+        remembered_seconds: that computing its hidden states took, as far as they were remembered.
+        forward_seconds: that body and head take, remembered or not.
     """
 
     def __init__(self, teacher: TransformersTeacher) -> None:
         self._teacher = teacher
         self._known: dict[bytes, tuple[torch.Tensor, float]] = {}
-        self.seconds = 0.0
+        self.begin()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._teacher, name)
+
+    def begin(self) -> None:
+        """Forget the times of the dump before."""
+        self.remembered_seconds = self.forward_seconds = 0.0
 
     def hidden(self, tokens: NDArray[np.int64]) -> torch.Tensor:
         """As the teacher's."""
         key = tokens.tobytes()
         if key in self._known:
             hidden, seconds = self._known[key]
-            self.seconds += seconds
-            return hidden
-        started = device_clock(self._teacher.device)
-        hidden = self._teacher.hidden(tokens)
-        self._known[key] = hidden, device_clock(self._teacher.device) - started
+            self.remembered_seconds += seconds
+        else:
+            hidden, seconds = self._timed(lambda: self._teacher.hidden(tokens))
+            self._known[key] = hidden, seconds
+        self.forward_seconds += seconds
         return hidden
+
+    def product(self, hidden_rows: torch.Tensor) -> torch.Tensor:
+        """As the teacher's."""
+        return self._head(lambda: self._teacher.product(hidden_rows))
+
+    def finish(self, product_rows: torch.Tensor) -> torch.Tensor:
+        """As the teacher's."""
+        return self._head(lambda: self._teacher.finish(product_rows))
+
+    def _head(self, work: Callable[[], torch.Tensor]) -> torch.Tensor:
+        made, seconds = self._timed(work)
+        self.forward_seconds += seconds
+        return made
+
+    def _timed(self, work: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, float]:
+        started = device_clock(self._teacher.device)
+        made = work()
+        return made, device_clock(self._teacher.device) - started
 
 
 @dataclass(frozen=True)
@@ -62,13 +85,15 @@ class Trial:
         caches: of the selections, in their order.
         manifests: likewise.
         tokens: of the sample.
-        seconds: of a token, capture to commit, for all selections together.
+        forward_seconds: of a token, through body and head alone.
+        seconds: of a token, capture to commit, for all selections together; not less than those.
         unit_seconds: of a unit, whatever its size.
     """
 
     caches: list[Cache]
     manifests: list[Manifest]
     tokens: int
+    forward_seconds: float
     seconds: float
     unit_seconds: float
 
@@ -125,32 +150,18 @@ def dump_sample(
     root.mkdir()
     progress.stage(f"dumping the sample with {', '.join(map(str, selections))}")
     job = _job(options, selections, teacher, corpus, root, progress)
-    teacher.seconds = 0.0
+    teacher.begin()
     started = time.perf_counter()
     with Pipeline() as pipeline:
         for unit in job.pending():
             process_unit(job, unit, pipeline)
-    seconds = time.perf_counter() - started + teacher.seconds
-    of_units = unit_seconds * len(selections)
+    seconds = time.perf_counter() - started + teacher.remembered_seconds
+    of_units, forward = unit_seconds * len(selections), teacher.forward_seconds
     caches, manifests = _finish(job)
-    per_token = max(0.0, seconds - of_units * job.geometry.num_units) / corpus.num_tokens
-    return Trial(caches, manifests, corpus.num_tokens, per_token, of_units)
-
-
-def forward_seconds(teacher: RememberedBody, corpus: SampleCorpus, batch_blocks: int) -> float:
-    """Seconds of a token through body, head and softmax: what a live teacher would cost a student's step, at least.
-
-    The body's share is remembered from a dump of the same blocks, if there was one.
-    """
-    batch, counted = corpus.read(0, batch_blocks), corpus.read_counted(0, batch_blocks)
-    rows = min(batch.size, corpus.num_tokens)
-    if counted is not None and not counted.reshape(-1)[:rows].any():
-        # Nothing at all would be computed of these.
-        counted = None
-    teacher.seconds = 0.0
-    started = time.perf_counter()
-    capture_blocks(teacher, BlockBatch(batch, 0, rows, [], 0, counted, "mask"))
-    return (time.perf_counter() - started + teacher.seconds) / rows
+    # What units take was measured at another time, perhaps of a busier machine.
+    of_tokens = max(forward, seconds - of_units * job.geometry.num_units)
+    tokens = corpus.num_tokens
+    return Trial(caches, manifests, tokens, forward / tokens, of_tokens / tokens, of_units)
 
 
 def _job(

@@ -170,6 +170,31 @@ def test_an_interrupt_ends_all_workers(place: Path, whole: Path, tmp_path: Path)
     assert content(root) == content(whole)
 
 
+def test_a_worker_that_does_not_end_is_killed_and_leaves_nothing(
+    place: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It hears no signal but the last one; what it claimed is free at once."""
+    root = tmp_path / "cache"
+    stopped: list[int] = []
+    monkeypatch.setattr("logitcache.engines.local._ENDING_SECONDS", 1.0)
+    with unfinished(root, whole) as other:
+
+        def interrupt(seen: Snapshot) -> None:
+            if seen.committed_units > 2:
+                stopped.append(owners(root)[0]["pid"])
+                os.kill(stopped[0], signal.SIGSTOP)
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            run_local(options(place, root, workers=2), Watched(interrupt), children)
+        assert not Path(f"/proc/{stopped[0]}").exists()
+        left = {path.name for path in Layout(root).leases.iterdir()}
+        assert left == {f"{lease.name}.{lease.generation:06d}" for lease in read_leases(other.folder)}
+        assert owners(root) == []
+    run_local(options(place, root, workers=2), Silent(), children)
+    assert content(root) == content(whole)
+
+
 def run_two(given: Any) -> None:
     """In a child, which is killed: the parent of two workers. It has imported all and run nothing, so it may fork."""
     run_local(given, Silent(), multiprocessing.get_context("fork"))
