@@ -1,12 +1,14 @@
 """Dumps against a bare body + head loop of the same teacher, and the bytes a token takes.
 
-    python -m benchmarks.dump [--tokens 16384] [--rounds 3] [--storage-tokens 102400] [--batches] [--save]
+    python -m benchmarks.dump [--tokens 16384] [--rounds 5] [--storage-tokens 102400] [--batches] [--save]
 
-Speed: all run the same batches in one process, interleaved; ratios are medians over rounds. A dump is the whole of
+Speed: all run the same batches in one process. Every dump runs between two bare loops and is compared with their mean;
+ratios are medians over rounds, and beside them is where the middle half of the rounds lies. A dump is the whole of
 `run_dump` after loading: forward, head in slices, selection, entropy, encoding, fsync and commit, in four units (one
 cannot be encoded before it is computed, so the last one's encoding is never hidden). Encoding is what the
 second thread does (assembling rows, encoding, compressing, fsync, commit), as a share of the dump's time, and how much
 of that the teacher did not wait for.
+Capture: one batch of real text through body and head, and to sparse rows; nothing is encoded. Likewise.
 Workers: two processes of one thread each, beside one of two and beside two bare loops of one thread each.
 Memory: peak of a process that does only the one or only the other.
 Batches (--batches): the bare loop alone, with batches of several sizes.
@@ -20,13 +22,14 @@ import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from multiprocessing.context import BaseContext
 from pathlib import Path
 
 import torch
 
 from benchmarks import measure, report
-from benchmarks.dump_jobs import Problem, bare_loop, bare_processes, capture, workers_seconds
+from benchmarks.dump_jobs import Problem, bare_loop, bare_processes, capture, capture_batch, workers_seconds
 from logitcache.demo import plays, teacher_folder
 from logitcache.dump import DumpOptions, DumpReport, Output, run_dump
 from logitcache.selection import Selection
@@ -52,21 +55,52 @@ def speed(problem: Problem, rounds: int) -> list[list[str]]:
     # Once each before timing: imports, memory and threads are warm.
     bare_loop(teacher, replace(problem, tokens=min(problem.tokens, problem.batch_tokens)))
     capture(teacher, replace(problem, tokens=problem.block_length), SELECTIONS[0])
-    bare: list[float] = []
     dumps: dict[str, list[DumpReport]] = {name: [] for name in SELECTIONS}
-    for _ in range(rounds):
-        bare += measure.interleaved({"bare": lambda: bare_loop(teacher, problem)}, 1)["bare"]
-        for name in SELECTIONS:
-            dumps[name].append(capture(teacher, problem, name))
-    rows = [[problem.dtype, "bare body + head", f"{problem.tokens / statistics.median(bare):,.0f}", "1.00", "", ""]]
-    for name, done in dumps.items():
-        seconds = [one.seconds for one in done]
-        ratio = measure.median_ratio(bare, seconds)
-        share = statistics.median(one.encode_seconds / one.seconds for one in done)
-        hidden = statistics.median(max(0.0, 1 - one.waited_seconds / one.encode_seconds) for one in done)
-        rate = f"{problem.tokens / statistics.median(seconds):,.0f}"
-        rows.append([problem.dtype, f"dump --select {name}", rate, f"{ratio:.3f}", f"{share:.1%}", f"{hidden:.0%}"])
+
+    def dump_once(name: str) -> float:
+        dumps[name].append(capture(teacher, problem, name))
+        return dumps[name][-1].seconds
+
+    bare, found = measure.beside(
+        lambda: measure.seconds_of(lambda: bare_loop(teacher, problem)),
+        {name: partial(dump_once, name) for name in SELECTIONS},
+        rounds,
+    )
+    rows = [[problem.dtype, "bare body + head", _rate(problem.tokens, bare), "1.00", "", "", ""]]
+    for name, one in found.items():
+        share = statistics.median(done.encode_seconds / done.seconds for done in dumps[name])
+        hidden = statistics.median(max(0.0, 1 - done.waited_seconds / done.encode_seconds) for done in dumps[name])
+        ratio = f"{statistics.median(one.shares):.3f}"
+        rows.append(
+            [problem.dtype, f"dump --select {name}", _rate(problem.tokens, one.seconds), ratio, one.quartiles,
+             f"{share:.1%}", f"{hidden:.0%}"]
+        )  # fmt: skip
     return rows
+
+
+def capture_alone(problem: Problem, rounds: int) -> list[list[str]]:
+    """Rows of the table of capture: one batch through body and head, and the same batch to sparse rows."""
+    teacher = problem.load()
+    problem = replace(problem, tokens=problem.batch_tokens)
+    tokens_BL = problem.text(teacher)
+    jobs = {name: partial(capture_batch, teacher, tokens_BL, Selection.parse(name)) for name in SELECTIONS}
+    for job in jobs.values():
+        job()
+    bare, found = measure.beside(
+        lambda: measure.seconds_of(lambda: bare_loop(teacher, problem)),
+        {name: partial(measure.seconds_of, job) for name, job in jobs.items()},
+        rounds,
+    )
+    rows = [[problem.dtype, "bare body + head", _rate(tokens_BL.size, bare), "1.00", ""]]
+    return rows + [
+        [problem.dtype, f"capture of {name}", _rate(tokens_BL.size, one.seconds),
+         f"{statistics.median(one.shares):.3f}", one.quartiles]
+        for name, one in found.items()
+    ]  # fmt: skip
+
+
+def _rate(tokens: int, seconds: list[float]) -> str:
+    return f"{tokens / statistics.median(seconds):,.0f}"
 
 
 def workers(problem: Problem, rounds: int, context: BaseContext | None = None) -> list[list[str]]:
@@ -167,7 +201,8 @@ def storage(tokens: int, keep: Path) -> list[list[str]]:
 def main() -> None:
     arguments = report.parser(__doc__)
     arguments.add_argument("--tokens", type=int, default=16_384)
-    arguments.add_argument("--rounds", type=int, default=3)
+    arguments.add_argument("--rounds", type=int, default=5)
+    arguments.add_argument("--capture-rounds", type=int, default=21)
     arguments.add_argument("--batch-tokens", type=int, help="default: an eighth of --tokens, a unit of two workers")
     arguments.add_argument("--storage-tokens", type=int, default=102_400, help="0 leaves the storage table out")
     arguments.add_argument("--storage-folder", type=Path, help="keep (and resume) the storage caches here")
@@ -187,8 +222,13 @@ def main() -> None:
         f"SmolLM2-135M, blocks of {BLOCK_LENGTH}, {given.batch_tokens} tokens a batch, {given.tokens} tokens a round, "
         f"{given.rounds} rounds, {torch.get_num_threads()} threads. {TARGETS}",
         report.table(
-            ("dtype", "job", "tokens/s", "of bare", "encoding", "of it hidden"),
+            ("dtype", "job", "tokens/s", "of bare", "middle half", "encoding", "of it hidden"),
             [row for problem in problems for row in speed(problem, given.rounds)],
+        ),
+        f"Capture alone, one batch of {given.batch_tokens} tokens, {given.capture_rounds} rounds:",
+        report.table(
+            ("dtype", "job", "tokens/s", "of bare", "middle half"),
+            [row for problem in problems for row in capture_alone(problem, given.capture_rounds)],
         ),
         f"Dumps with {SELECTIONS[0]}:",
         report.table(

@@ -13,11 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from logitcache.dump import DumpOptions, DumpReport, Output, Silent, run_dump
 from logitcache.engines.local import run_local
 from logitcache.selection import Selection
-from logitcache.teachers import TransformersTeacher
+from logitcache.teachers import BlockBatch, TransformersTeacher
+from logitcache.teachers.capture import capture_blocks
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,13 @@ class Problem:
 
     def load(self) -> TransformersTeacher:
         return TransformersTeacher.load(self.teacher, dtype=self.dtype)
+
+    def text(self, teacher: TransformersTeacher) -> NDArray[np.int64]:
+        """The first tokens of the corpus, int64 [B, L]."""
+        with open(self.corpus[0], encoding="utf-8") as file:
+            found = teacher.tokenizer(file.read(16 * self.tokens + 64))["input_ids"]
+        blocks = self.tokens // self.block_length
+        return np.array(found[: blocks * self.block_length], dtype=np.int64).reshape(blocks, self.block_length)
 
     def options(self, root: Path, selection: str, workers: int = 1) -> DumpOptions:
         """Of a dump; each worker has four units, so that a unit is encoded while the next is computed."""
@@ -76,6 +85,11 @@ def capture(teacher: TransformersTeacher, problem: Problem, selection: str) -> D
     """One dump into a fresh folder."""
     with tempfile.TemporaryDirectory() as folder:
         return run_dump(problem.options(Path(folder) / "cache", selection), teacher=teacher)
+
+
+def capture_batch(teacher: TransformersTeacher, tokens_BL: NDArray[np.int64], selection: Selection) -> None:
+    """The sparse rows of one batch."""
+    capture_blocks(teacher, BlockBatch(tokens_BL, 0, tokens_BL.size, [selection], 0))
 
 
 def workers_seconds(problem: Problem, selection: str, workers: int, context: BaseContext | None = None) -> float:

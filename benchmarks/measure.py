@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 # The constant of glibc's mallopt: blocks from this size on are mapped, and unmapped as soon as they are freed.
@@ -25,6 +26,47 @@ def interleaved(jobs: Mapping[str, Callable[[], None]], rounds: int) -> dict[str
             job()
             seconds[name].append(time.perf_counter() - started)
     return seconds
+
+
+def seconds_of(job: Callable[[], object]) -> float:
+    """Seconds that one run of it takes."""
+    started = time.perf_counter()
+    job()
+    return time.perf_counter() - started
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A job that took turns with a base.
+
+    Args:
+        seconds: of every round.
+        shares: likewise, seconds of the base over its own; those of the base are the mean of the runs right before and
+            right after, so that a drift of the machine cancels.
+    """
+
+    seconds: list[float]
+    shares: list[float]
+
+    @property
+    def quartiles(self) -> str:
+        """Where the middle half of the shares lies."""
+        low, _, high = statistics.quantiles(self.shares, n=4, method="inclusive")
+        return f"{low:.3f} to {high:.3f}"
+
+
+def beside(
+    base: Callable[[], float], jobs: Mapping[str, Callable[[], float]], rounds: int
+) -> tuple[list[float], dict[str, Beside]]:
+    """Seconds of the base, and each job beside it; all return their seconds, and the base runs between any two jobs."""
+    done = [base()]
+    found: dict[str, Beside] = {name: Beside([], []) for name in jobs}
+    for _ in range(rounds):
+        for name, job in jobs.items():
+            found[name].seconds.append(job())
+            done.append(base())
+            found[name].shares.append((done[-2] + done[-1]) / 2 / found[name].seconds[-1])
+    return done, found
 
 
 def median_ratio(base: list[float], other: list[float]) -> float:
