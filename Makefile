@@ -18,7 +18,7 @@ demo: $(VENV)/.demo
 
 test: lint
 	# Processes of one thread each, one more than there are cores: many tests wait for servers and for other processes.
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadfile --durations=8
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder --durations=8
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

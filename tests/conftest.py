@@ -28,6 +28,30 @@ if TYPE_CHECKING:
     from tests.train_ranks import Nursery
 
 
+# Half a minute and more: begun last they would be what all other processes wait for.
+LONGEST = (
+    "real/test_end_to_end.py",
+    "engines/test_bucket.py",
+    "store/test_bucket_writer.py",
+    "real/test_demo.py",
+    "teachers/test_server_dump.py",
+    "engines/test_local.py",
+    "cli/test_commands.py",
+    "real/test_gradient.py",
+    "test_distill_ranks.py",
+    "real/test_audit.py",
+    "teachers/test_server_rollouts.py",
+    "kernels/test_triton.py",
+    "teachers/test_compiled.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, the rest as they come."""
+    ranks = {Path(__file__).parent / name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
+
+
 def pytest_collection_finish() -> None:
     """What is imported by now lives to the end: full garbage collections, which benchmarks ask for, pass it over."""
     gc.collect()
