@@ -54,7 +54,8 @@ def run_training(
             others; of a finished run, return its result.
         progress: called as progress(step, total_steps, latest metrics), on the main rank.
         command: the command line that asked for this, for run.json.
-        remark: called on the main rank, before the first step, with each sentence about what may not be as expected.
+        remark: called on the main rank, before the first step, with each sentence about what may not be as expected;
+            of a finished run, that nothing is left to do.
 
     Returns:
         The final evaluation's metrics and `steps`, `tokens`, `tokens_per_second`; with early_stop also `best_step`,
@@ -72,11 +73,11 @@ def run_training(
         run = ranks.agree(lambda: _Run(options, resume, ranks, command, units))
         result = run.folder.result() if resume else None
         run.check_same(result)
+        if remark is not None and ranks.is_main:
+            for sentence in run.remarks if result is None else [_finished(options.out)]:
+                remark(sentence)
         if result is not None:
             return result
-        if remark is not None and ranks.is_main:
-            for sentence in run.remarks:
-                remark(sentence)
         with run.folder.writing():
             return run.train(progress or (lambda step, total, metrics: None))
 
@@ -265,6 +266,13 @@ def _record(
             "python": platform.python_version(),
         },
     }
+
+
+def _finished(out: str) -> str:
+    return (
+        f"the run in {out} is finished and nothing is left to train; to train its student on, start another run with "
+        f"--student {out} and another --out"
+    )
 
 
 def _is_evaluation(row: dict[str, Any]) -> bool:
