@@ -19,7 +19,7 @@ from logitcache.reader import CacheDataset, ReaderOptions
 from logitcache.store import Cache
 from logitcache.training import DistillationTrainer, evaluate_blocks
 from logitcache.training.arguments import training_arguments
-from logitcache.training.checks import check_impl, check_shares, remark_on_batch
+from logitcache.training.checks import check_impl, check_shares, remarks_on_batch
 from logitcache.training.evaluation import empty_batch, overall
 from logitcache.training.load import check_fits, load_student
 from logitcache.training.options import TrainOptions
@@ -105,8 +105,8 @@ class _Run:
         self.reading = self._reading()
         self.record = _record(options, self.data, self.steps, ranks, command)
         self.checkpoint, passed_over = self.folder.find_checkpoint(self.record, resume)
-        batch = remark_on_batch(options, self._step_blocks, self.data.num_blocks, self.data.block_length)
-        self.remarks = [*passed_over, *([batch] if batch else [])]
+        on_batch = remarks_on_batch(options, self._step_blocks, self.data.num_blocks, self.data.block_length)
+        self.remarks = [*passed_over, *on_batch]
         self.tokenizer = _load_tokenizer(options, self.data.caches[0])
         self.other_domain = plain_text_batches(
             options, self.tokenizer, self.data.block_length, self.reading.batch_blocks
