@@ -16,9 +16,10 @@ from logitcache.algebra import BlockRanges, Derivation, derive_cache, merge_cach
 from logitcache.dump import run_dump
 from logitcache.errors import DamagedCacheError
 from logitcache.selection import Selection
-from logitcache.store import convert, open_cache, verify
+from logitcache.store import convert, open_cache, push, verify
 from tests.corpus.files import write_records
 from tests.rollouts import pairs
+from tests.s3 import Proxy
 from tests.store.caches import rewrite
 from tests.test_dump import LENGTH, options
 from tests.test_nonfinite import MASK, everything, followed, logits_of, make_place
@@ -120,6 +121,14 @@ def test_where_prompts_are_masked_whole_units_are_known(prompted: Made, tmp_path
     derived = Made(tmp_path / "derived", prompted.left_out)
     assert subset(derived, tmp_path / "unit-of-derived", blocks) is None
     assert subset(derived, tmp_path / "shuffled", "1:,0") == whole
+
+
+def test_of_a_cache_in_a_bucket(prompted: Made, proxy: Proxy, tmp_path: Path) -> None:
+    url = f"{proxy.bucket('left-out')}/cache"
+    push(prompted.root, url)
+    unit = int(prompted.left_out.argmax()) // 2 * 2
+    subset_cache(url, tmp_path / "unit", BlockRanges.parse(f"{unit}:{unit + 2}"))
+    assert open_cache(tmp_path / "unit").num_nonfinite == prompted.of(slice(unit, unit + 2)) > 0
 
 
 def test_a_merge_has_the_sum(plain: Made, prompted: Made, tmp_path: Path) -> None:
