@@ -130,7 +130,7 @@ def dump(
 
         show_plan(PlanOptions(options, (options.codec,), together=True), "dump", as_json)
         return
-    with DumpView() as view:
+    with DumpView(caches=len(outputs)) as view:
         report = run_dump(options, view)
     if not report.speaks:
         return

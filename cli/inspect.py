@@ -81,7 +81,7 @@ def show_facts(cache: Cache, as_json: bool) -> None:
         **({} if identity.mean_tail_mass is None else {"tail mass left out": identity.mean_tail_mass}),
         "tokens": tokens,
         **({"counted tokens": cache.num_counted} if cache.masked else {}),
-        **({} if cache.num_nonfinite is None else {"rows left out (NaN or infinite)": cache.num_nonfinite}),
+        **({"rows left out (NaN or infinite)": cache.num_nonfinite} if identity.leaves_out_nonfinite else {}),
         "blocks": cache.num_blocks,
         "block length": cache.block_length,
         "documents": identity.corpus.get("documents"),
@@ -106,7 +106,8 @@ def show_facts(cache: Cache, as_json: bool) -> None:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in facts.items():
-        table.add_row(Text(name, style="dim"), Text(f"{value:,}" if type(value) in (int, float) else str(value)))
+        text = "not known" if value is None else f"{value:,}" if type(value) in (int, float) else str(value)
+        table.add_row(Text(name, style="dim"), Text(text))
     for number, step in enumerate(identity.ancestry):
         table.add_row(Text("" if number else "made by", style="dim"), Text(ancestry_line(step)))
     out.print(table)
@@ -183,7 +184,8 @@ def show_position(cache: Cache, position: int, decoder: Decoder, rows: int, as_j
 
 def _reason(cache: Cache) -> str:
     """Why a position does not count, after `is not one to learn`."""
-    return ", or the teacher's logits were NaN or infinite" if cache.num_nonfinite else ""
+    some = cache.manifest.identity.leaves_out_nonfinite and cache.num_nonfinite != 0
+    return ", or the teacher's logits were NaN or infinite" if some else ""
 
 
 def _print_row_facts(facts: dict[str, Any], listed: int, reason: str) -> None:

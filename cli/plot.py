@@ -19,7 +19,7 @@ Example:
   logitcache plot cache --out pictures --sample 20
 
 A name that ends in .png gets one picture of everything, any other is a folder for one picture each. They show what
-`stats` counts.
+`stats` counts; one that would be empty, as of the mass that draws keep, is left out, and the output says why.
 
 Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 """
@@ -33,7 +33,7 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 @debug_option
 def plot(cache: str, path: Path, tokenizer: str | None, as_json: bool, **rest: Any) -> None:
     """Draw what `stats` counts: mass, entropy, ids and bytes of a cache's rows."""
-    from logitcache.stats import StatsOptions, check_picture, draw_stats, measure_stats
+    from logitcache.stats import StatsOptions, check_picture, draw_stats, left_out_panels, measure_stats
     from logitcache.store import open_cache
 
     check_picture(path)
@@ -43,7 +43,11 @@ def plot(cache: str, path: Path, tokenizer: str | None, as_json: bool, **rest: A
         found = measure_stats(cache, options, text, view)
         view.stage("drawing")
         written = draw_stats(found, path)
+    left_out = left_out_panels(found)
     if as_json:
-        print_json({"cache": found.cache, "tokens": found.tokens, "pictures": [str(picture) for picture in written]})
-    else:
-        out.print(f"{found.cache}: {counted(len(written), 'picture')} in {path}", soft_wrap=True)
+        pictures = [str(picture) for picture in written]
+        print_json({"cache": found.cache, "tokens": found.tokens, "pictures": pictures, "left_out": left_out})
+        return
+    out.print(f"{found.cache}: {counted(len(written), 'picture')} in {path}", soft_wrap=True)
+    for name, why in left_out.items():
+        out.print(f"without {name.replace('_', ' ')}: {why}", style="dim", soft_wrap=True)

@@ -97,10 +97,11 @@ class View:
 
 
 class DumpView(View):
-    """What `run_dump` reports to."""
+    """What `run_dump` reports to; `caches` is the number of those it writes, whose bytes are added up."""
 
-    def __init__(self, name: str = "dump") -> None:
+    def __init__(self, name: str = "dump", caches: int = 1) -> None:
         super().__init__(name)
+        self._of_caches = f" in {caches} caches together" if caches > 1 else ""
         self._resumed_bytes = 0
         self._committed = 0
         self._done_before: int | None = None
@@ -119,7 +120,7 @@ class DumpView(View):
         rate = (done - self._done_before) / seconds
         if num_bytes != self._resumed_bytes:
             self._resumed_bytes, self._committed = num_bytes, computed
-        size = f", {num_bytes / self._committed:.1f} B/token" if self._committed else ""
+        size = f", {num_bytes / self._committed:.1f} B/token{self._of_caches}" if self._committed else ""
         facts = f"{done:,} of {total:,} tokens, {rate:,.0f} tokens/s{size}"
         self.bar(done, total, facts, (total - done) / rate if rate else None)
 

@@ -19,7 +19,7 @@ from logitcache.reader import CacheDataset, ReaderOptions
 from logitcache.store import Cache
 from logitcache.training import DistillationTrainer, evaluate_blocks
 from logitcache.training.arguments import training_arguments
-from logitcache.training.checks import check_impl, check_shares, remark_on_batch
+from logitcache.training.checks import check_impl, check_shares, remarks_on_batch
 from logitcache.training.evaluation import empty_batch, overall
 from logitcache.training.load import check_fits, load_student
 from logitcache.training.options import TrainOptions
@@ -54,7 +54,8 @@ def run_training(
             others; of a finished run, return its result.
         progress: called as progress(step, total_steps, latest metrics), on the main rank.
         command: the command line that asked for this, for run.json.
-        remark: called on the main rank, before the first step, with each sentence about what may not be as expected.
+        remark: called on the main rank, before the first step, with each sentence about what may not be as expected;
+            of a finished run, that nothing is left to do.
 
     Returns:
         The final evaluation's metrics and `steps`, `tokens`, `tokens_per_second`; with early_stop also `best_step`,
@@ -72,11 +73,11 @@ def run_training(
         run = ranks.agree(lambda: _Run(options, resume, ranks, command, units))
         result = run.folder.result() if resume else None
         run.check_same(result)
+        if remark is not None and ranks.is_main:
+            for sentence in run.remarks if result is None else [_finished(options.out)]:
+                remark(sentence)
         if result is not None:
             return result
-        if remark is not None and ranks.is_main:
-            for sentence in run.remarks:
-                remark(sentence)
         with run.folder.writing():
             return run.train(progress or (lambda step, total, metrics: None))
 
@@ -104,8 +105,8 @@ class _Run:
         self.reading = self._reading()
         self.record = _record(options, self.data, self.steps, ranks, command)
         self.checkpoint, passed_over = self.folder.find_checkpoint(self.record, resume)
-        batch = remark_on_batch(options, self._step_blocks, self.data.num_blocks, self.data.block_length)
-        self.remarks = [*passed_over, *([batch] if batch else [])]
+        on_batch = remarks_on_batch(options, self._step_blocks, self.data.num_blocks, self.data.block_length)
+        self.remarks = [*passed_over, *on_batch]
         self.tokenizer = _load_tokenizer(options, self.data.caches[0])
         self.other_domain = plain_text_batches(
             options, self.tokenizer, self.data.block_length, self.reading.batch_blocks
@@ -265,6 +266,13 @@ def _record(
             "python": platform.python_version(),
         },
     }
+
+
+def _finished(out: str) -> str:
+    return (
+        f"the run in {out} is finished and nothing is left to train; to train its student on, start another run with "
+        f"--student {out} and another --out"
+    )
 
 
 def _is_evaluation(row: dict[str, Any]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,18 @@ def dump_tiny(root: Path) -> Dumped:
         )
     )
     return made
+
+
+def dump_orphan(root: Path, made: Dumped) -> Path:
+    """Make a cache whose teacher is no longer where the dump found it."""
+    from logitcache.dump import DumpOptions, Output, run_dump
+    from logitcache.selection import Selection
+
+    shutil.copytree(made.teacher, root / "gone")
+    output = Output(Selection.parse("top-k:4"), root / "orphan")
+    run_dump(DumpOptions(str(root / "gone"), (str(made.corpus),), (output,), device="cpu", block_length=BLOCK_LENGTH))
+    shutil.rmtree(root / "gone")
+    return root / "orphan"
 
 
 def student_yaml(path: Path, **changes: Any) -> Path:

@@ -67,6 +67,14 @@ def dumped(tmp_path_factory: pytest.TempPathFactory) -> Dumped:
 
 
 @pytest.fixture(scope="session")
+def unsteady_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its dropout makes every step depend on the state of the random number generator."""
+    from tests.caches import student_yaml
+
+    return student_yaml(tmp_path_factory.mktemp("student") / "student.yaml", attention_dropout=0.2)
+
+
+@pytest.fixture(scope="session")
 def rollout_caches(tmp_path_factory: pytest.TempPathFactory) -> Rollouts:
     """Caches of prompts with completions; read only."""
     from tests.rollouts import make_rollouts

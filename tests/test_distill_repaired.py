@@ -13,7 +13,7 @@ from logitcache.selection import Selection
 from logitcache.store import open_cache, repair
 from tests.caches import BLOCK_LENGTH, Dumped, student_yaml
 from tests.faults import flip_bit
-from tests.test_distill import assert_same_run, eight_steps, train
+from tests.short_runs import assert_same_run, eight_steps, train
 
 
 class Stopped(Exception):

@@ -210,7 +210,7 @@ def test_training_leaves_these_tokens_out(caches: dict[str, Path]) -> None:
 
 
 def test_what_is_made_of_such_a_cache(place: Path, caches: dict[str, Path], tmp_path: Path) -> None:
-    """The mask goes along, and the count as long as the units are the same."""
+    """The mask goes along, and the count: tests/algebra/test_left_out.py."""
     source = open_cache(caches["top-k:7"])
     convert(source.root, tmp_path / "arrow", "arrow")
     derive_cache(source.root, tmp_path / "derived", Derivation(Selection.parse("top-k:3")))

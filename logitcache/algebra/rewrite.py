@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from logitcache.algebra.left_out import LeftOut
 from logitcache.codec import CodedRows
 from logitcache.errors import CacheError, TargetsError
 from logitcache.progress import Progress, Silent
@@ -148,21 +149,27 @@ def rewrite(
     progress = progress or Silent()
     writer = CacheWriter.open(root, identity, origin, Wording.of_step(identity))
     make = _Maker(writer, picked, change, drop)
+    left_out = LeftOut(picked.caches, picked.cache_of, picked.block_of)
+    # Units that an earlier version left without a count would be taken for units with none.
+    counts = left_out.known and all("nonfinite" in commit.counters for commit in writer.commits())
     pending, geometry = writer.pending_units(), writer.geometry
     progress.stage("writing" if pending else "nothing left to write")
     before = geometry.num_tokens - sum(geometry.tokens_in(*geometry.unit_range(unit)) for unit in pending)
     computed = written = 0
     for unit in pending:
         first, stop = geometry.unit_range(unit)
-        chunks = []
+        chunks, missing = [], 0
         for begin in range(first, stop, geometry.chunk_blocks):
             if writer.codebook() is None:
                 make.codebook()
-            rows = make.rows(begin, min(begin + geometry.chunk_blocks, stop))
+            end = min(begin + geometry.chunk_blocks, stop)
+            rows = make.rows(begin, end)
+            if counts and rows.coded.counted is not None:
+                missing += left_out.count(begin, geometry.block_tokens(begin, end), rows.coded.counted)
             chunks.append(writer.pack(rows.tokens, rows.coded))
             computed += rows.tokens.size
             progress.advance(before + computed, geometry.num_tokens, computed, written)
-        written += writer.commit_unit(unit, chunks)
+        written += writer.commit_unit(unit, chunks, {"nonfinite": missing} if counts else None)
         progress.advance(before + computed, geometry.num_tokens, computed, written)
     return Result(root, geometry.num_tokens, computed, time.perf_counter() - started, writer.finalize())
 

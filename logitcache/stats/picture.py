@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,12 +15,15 @@ from logitcache.store.layout import refuse_inside_cache
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREEN, GREY = "#1f77b4", "#ff7f0e", "#2ca02c", "#7f7f7f"
 BINS, MOST_BARS = 60, 100
 # Legends stand above what is drawn.
 HEADROOM = 1.25
-NO_IDS = "no row has ids"
+NO_ROWS = "no token is followed by one to learn"
+NO_IDS, NO_COLUMNS = "no row has ids", "neither entropy nor label_logprob is stored"
+NOT_EXACT = "draws stand for the whole distribution, no weight is exact"
 Panel = Callable[["Axes", CacheStats], None]
 
 
@@ -34,8 +38,29 @@ def check_picture(path: Path) -> None:
         raise UsageError(f"--out {path} is a {'folder' if picture else 'file'}; give a name.png, or a folder")
 
 
+def left_out_panels(stats: CacheStats) -> dict[str, str]:
+    """Names of the panels that have nothing to show, and why."""
+    columns, places = stats.columns, stats.places
+    if not stats.rows:
+        return dict.fromkeys((name for name in PANELS if name != "bytes"), NO_ROWS)
+    reasons = {}
+    if stats.kept_mass is None:
+        reasons["kept_mass"] = NOT_EXACT if stats.keeps_ids else NO_IDS
+    if not (columns.entropy.count or columns.surprise.count):
+        reasons["entropy"] = NO_COLUMNS
+    if not columns.ids.count:
+        reasons["ids"] = NO_IDS
+    if all(value is None for place in places for value in (place.entropy, place.cross_entropy, place.kept_mass)):
+        reasons["positions"] = NO_COLUMNS
+    if not stats.top_ids:
+        reasons["used_ids"] = NO_IDS
+    return reasons
+
+
 def draw_stats(stats: CacheStats, path: Path) -> list[Path]:
     """Write PNGs: all panels in one picture where `path` ends in .png, else one file for each in the folder `path`.
+
+    Those of `left_out_panels` are not drawn, and a file of such a name in the folder, of another cache, is removed.
 
     Raises:
         OSError: a file cannot be written.
@@ -47,23 +72,37 @@ def draw_stats(stats: CacheStats, path: Path) -> list[Path]:
         title += f" of {stats.cache_tokens:,}"
     if stats.rows < stats.tokens:
         title += f", {stats.rows:,} of them count"
+    left_out = left_out_panels(stats)
+    panels = {name: panel for name, panel in PANELS.items() if name not in left_out}
     if path.suffix.lower() == ".png":
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure = Figure(figsize=(14, 7.8), layout="constrained")
+        figure = Figure(layout="constrained")
         figure.suptitle(title, fontsize=13)
-        for axes, panel in zip(figure.subplots(2, 3).flat, PANELS.values(), strict=True):
+        for axes, panel in zip(_grid(figure, len(panels)), panels.values(), strict=True):
             _draw(axes, panel, stats)
         figure.savefig(path, dpi=120)
         return [path]
     path.mkdir(parents=True, exist_ok=True)
+    for name in left_out:
+        (path / f"{name}.png").unlink(missing_ok=True)
     written = []
-    for name, panel in PANELS.items():
+    for name, panel in panels.items():
         figure = Figure(figsize=(7, 4.4), layout="constrained")
         figure.suptitle(title, fontsize=10, color=GREY)
         _draw(figure.add_subplot(), panel, stats)
         written.append(path / f"{name}.png")
         figure.savefig(written[-1], dpi=130)
     return written
+
+
+def _grid(figure: Figure, panels: int) -> list[Axes]:
+    """Axes for up to six panels, which fill the figure: a row of up to three, or two rows."""
+    rows = [panels] if panels <= 3 else [-(-panels // 2), panels // 2]
+    figure.set_size_inches(14 * rows[0] / 3, 3.9 * len(rows))
+    columns = math.lcm(*rows)
+    grid = figure.add_gridspec(len(rows), columns)
+    spans = [(row, columns // count, place) for row, count in enumerate(rows) for place in range(count)]
+    return [figure.add_subplot(grid[row, place * width : (place + 1) * width]) for row, width, place in spans]
 
 
 def _draw(axes: Axes, panel: Panel, stats: CacheStats) -> None:
@@ -73,10 +112,7 @@ def _draw(axes: Axes, panel: Panel, stats: CacheStats) -> None:
 
 def _kept_mass(axes: Axes, stats: CacheStats) -> None:
     axes.set_title("probability mass kept exactly")
-    if stats.kept_mass is None:
-        draws = "draws stand for the whole distribution;\nno weight is exact"
-        _nothing(axes, draws if stats.keeps_ids and stats.rows else NO_IDS)
-        return
+    assert stats.kept_mass is not None, "left_out_panels comes first"
     counts = stats.columns.kept.counts
     share = np.cumsum(counts) / counts.sum()
     seen = np.flatnonzero(counts)
@@ -92,9 +128,6 @@ def _entropy(axes: Axes, stats: CacheStats) -> None:
     axes.set_title("how sure the teacher was")
     columns = {"entropy of the row": stats.columns.entropy, "surprise at the next token": stats.columns.surprise}
     known = {label: tally for label, tally in columns.items() if tally.count}
-    if not known:
-        _nothing(axes, "neither entropy nor label_logprob is stored")
-        return
     # Equal stretches for both; the rarest 0.1 % would only make the rest narrow.
     step = stats.columns.entropy.step
     used = max(round(tally.quantile(0.999) / step) for tally in known.values()) + 1
@@ -116,9 +149,6 @@ def _ids(axes: Axes, stats: CacheStats) -> None:
 
     axes.set_title("ids of a row")
     tally = stats.columns.ids
-    if not tally.count:
-        _nothing(axes, NO_IDS)
-        return
     lengths = np.flatnonzero(tally.counts)
     per_bin = max(1, -(-int(lengths[-1]) // MOST_BARS))
     bins = int(lengths[-1]) // per_bin + 1
@@ -167,9 +197,6 @@ def _bytes(axes: Axes, stats: CacheStats) -> None:
 
 def _used_ids(axes: Axes, stats: CacheStats) -> None:
     axes.set_title("the ids that most rows keep")
-    if not stats.top_ids:
-        _nothing(axes, NO_IDS)
-        return
     names = [str(used.id) if used.token is None else _shown(used.token) for used in stats.top_ids]
     places = np.arange(len(names))
     axes.barh(places - 0.2, [used.row_share for used in stats.top_ids], height=0.4, color=BLUE, label="share of rows")
@@ -202,12 +229,6 @@ def _line(axes: Axes, middles: list[float], values: list[float | None], label: s
 def _mean_line(axes: Axes, mean: float, digits: int) -> None:
     """Ends below the legend, which would hide it and which it would strike through."""
     axes.axvline(mean, ymax=1 / HEADROOM, color=ORANGE, linestyle="--", label=f"mean {mean:.{digits}f}")
-
-
-def _nothing(axes: Axes, why: str) -> None:
-    axes.text(0.5, 0.5, why, ha="center", va="center", color=GREY, transform=axes.transAxes)
-    axes.set_xticks([])
-    axes.set_yticks([])
 
 
 def _shown(token: str) -> str:

@@ -142,7 +142,8 @@ class Cache:
 
     @property
     def num_nonfinite(self) -> int | None:
-        """Rows that were left out because the teacher's logits were NaN or infinite; None where that was an error."""
+        """Rows that were left out because the teacher's logits were NaN or infinite; None where that was an error, and,
+        with `identity.leaves_out_nonfinite`, where it is not known: of some caches made of parts of others."""
         return self.manifest.counters.get("nonfinite")
 
     @property

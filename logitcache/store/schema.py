@@ -235,6 +235,19 @@ class Identity(Document):
         masses = [step.arguments["mean_tail_mass"] for step in self.ancestry if "mean_tail_mass" in step.arguments]
         return masses[0] if masses else None
 
+    @property
+    def leaves_out_nonfinite(self) -> bool:
+        """Whether rows of NaN or infinite logits are left out."""
+        return self.teacher.get("nonfinite") == "mask"
+
+    @property
+    def masks_only_nonfinite(self) -> bool:
+        """Whether every other position with a next token in its block counts."""
+        corpora = [self.corpus]
+        for corpus in corpora:
+            corpora += corpus.get("merged", [])
+        return self.leaves_out_nonfinite and not any("mask_sha256" in corpus for corpus in corpora)
+
 
 class Origin(Document):
     """Where the teacher was when the dump began: a hint for finding its tokenizer again, no part of the identity."""

@@ -38,7 +38,7 @@ class Report:
         tokens: tokens of those that are whole.
         counted: those of them whose next token is one to learn; in a cache without a mask all.
         nonfinite: rows that the manifest says were left out as the teacher's logits were not finite; None where that
-            was an error.
+            was an error, or where it is not known.
         num_bytes: of all files that were checked: shards, tables, commit records, plan and manifest.
         unfinished: whether units are still to be committed.
     """
@@ -104,9 +104,9 @@ def _check(cache: Cache, report: Report) -> None:
 def _check_left_out(cache: Cache, report: Report) -> None:
     """Where nothing else masks positions, those that do not count and have a next token were left out."""
     identity = cache.manifest.identity
-    if report.nonfinite is None or "mask_sha256" in identity.corpus or identity.ancestry:
+    if report.nonfinite is None or not identity.masks_only_nonfinite:
         return
-    # In a dumped cache each block's last token is the only one without a next.
+    # A block's last token is the only one without a next.
     followed = report.tokens - sum(shard.num_blocks for shard in cache.manifest.shards)
     if report.counted + report.nonfinite != followed:
         missing = followed - report.counted

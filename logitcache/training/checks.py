@@ -27,12 +27,19 @@ def check_shares(options: TrainOptions, batch_blocks: int, block_length: int, wo
         )
 
 
-def remark_on_batch(options: TrainOptions, step_blocks: int, num_blocks: int, block_length: int) -> str | None:
-    """A sentence about a step that takes more than there is; None of any other."""
+def remarks_on_batch(options: TrainOptions, step_blocks: int, num_blocks: int, block_length: int) -> list[str]:
+    """A sentence about a batch that is larger than was said, and one about a step that takes more than there is."""
+    remarks = []
+    if options.batch_tokens < block_length:
+        remarks.append(
+            f"a batch is a whole block of {block_length} tokens, the least that the cache's blocks allow, and not the "
+            f"{counted(options.batch_tokens, 'token')} of --batch-tokens"
+        )
     if step_blocks <= num_blocks:
-        return None
+        return remarks
     accumulated = f" and --set accumulate={options.accumulate}" if options.accumulate > 1 else ""
-    return (
+    remarks.append(
         f"one step takes {step_blocks:,} blocks of {block_length} tokens, but there are only {num_blocks:,} to train "
         f"on, so it reads blocks more than once; use a smaller --batch-tokens than {options.batch_tokens}{accumulated}"
     )
+    return remarks

@@ -242,6 +242,16 @@ def test_train_and_resume(logitcache: Main, dumped: Dumped, tmp_path: Path) -> N
     again = logitcache(*line, "--resume", "--json")
     assert again.status == 0
     assert json.loads(again.out)["steps"] == 4
+    run = tmp_path / "run"
+    assert "nothing is left to train" not in shown.err
+    assert again.err == (
+        f"train: loading\ntrain: the run in {run} is finished and nothing is left to train; to train its student "
+        f"on, start another run with --student {run} and another --out\n"
+    )
+    # As it says.
+    on = logitcache(*line, "--student", run, "--out", tmp_path / "on", "--json")
+    assert on.status == 0
+    assert json.loads(on.out)["eval_ce"] < json.loads(again.out)["eval_ce"]
     refused = logitcache(*line)
     assert refused.status == 1
     assert "go on with --resume" in refused.sentence

@@ -8,6 +8,7 @@ import numpy as np
 
 from logitcache.store import open_cache
 from tests.cli.conftest import Main
+from tests.store.caches import rewrite
 from tests.test_dump import LENGTH
 from tests.test_nonfinite import everything, followed, make_place
 
@@ -29,5 +30,10 @@ def test_how_many_rows_were_left_out(tmp_path: Path, logitcache: Main) -> None:
     blocks = everything(root)
     assert blocks.counted is not None
     lost = int(np.flatnonzero(followed(blocks) & ~blocks.counted)[0])
-    shown = logitcache("inspect", root, "--position", lost)
-    assert "nothing is stored here: the next token is not one to learn, as in a prompt, or the teacher's" in shown.out
+    line = ["inspect", root, "--position", lost]
+    said = "nothing is stored here: the next token is not one to learn, as in a prompt, or the teacher's"
+    assert said in logitcache(*line).out
+    # As of blocks of a cache with prompts, too.
+    rewrite(root / "manifest.json", counters={"counted": open_cache(root).num_counted})
+    assert "rows left out (NaN or infinite)  not known" in logitcache("inspect", root).out
+    assert said in logitcache(*line).out

@@ -148,3 +148,13 @@ def test_plot(logitcache: Main, dumped: Dumped, tmp_path: Path) -> None:
     assert (tmp_path / "all.png").read_bytes().startswith(b"\x89PNG")
     facts = json.loads(logitcache("plot", dumped.top_k, "--out", tmp_path / "all", "--sample", 1, "--json").out)
     assert [Path(path).exists() for path in facts["pictures"]] == [True] * 6
+    assert facts["left_out"] == {}
+
+
+def test_plot_of_what_is_not_there(logitcache: Main, dumped: Dumped, tmp_path: Path) -> None:
+    """Draws have no mass that is kept exactly."""
+    ran = logitcache("plot", dumped.sample, "--out", tmp_path / "all", "--sample", 1)
+    why = "draws stand for the whole distribution, no weight is exact"
+    assert ran.out == f"{dumped.sample}: 5 pictures in {tmp_path / 'all'}\nwithout kept mass: {why}\n"
+    facts = json.loads(logitcache("plot", dumped.sample, "--out", tmp_path / "a.png", "--sample", 1, "--json").out)
+    assert facts["left_out"] == {"kept_mass": why}

@@ -175,6 +175,20 @@ def test_a_batch_larger_than_what_is_trained_on(logitcache: Main, dumped: Dumped
     assert "one step takes" not in small.err
 
 
+def test_a_batch_smaller_than_a_block(logitcache: Main, dumped: Dumped, tmp_path: Path) -> None:
+    ran = logitcache(*train(tmp_path, dumped, batch_tokens=31), "--json")
+    assert ran.status == 0
+    said = (
+        "train: a batch is a whole block of 32 tokens, the least that the cache's blocks allow, and not the 31 tokens "
+        "of --batch-tokens\n"
+    )
+    assert ran.err.count(said) == 1
+    assert json.loads(ran.out)["tokens"] == 32 * json.loads(ran.out)["steps"]
+    whole = logitcache(*train(tmp_path, dumped, batch_tokens=32, out=tmp_path / "whole"), "--json")
+    assert "a whole block" not in whole.err
+    assert json.loads(whole.out)["eval_ce"] == json.loads(ran.out)["eval_ce"]
+
+
 def test_a_state_of_another_cache(logitcache: Main, dumped: Dumped, tmp_path: Path) -> None:
     """Another cache in the command line, and another's state in the checkpoint; the run's files stay as they were."""
     line = [*train(tmp_path, dumped), "--set", "save_every=1", "--set", "log_every=1"]

@@ -14,7 +14,8 @@ from matplotlib.image import imread
 
 from logitcache.algebra import Derivation, derive_cache, merge_caches
 from logitcache.errors import CacheError, DamagedCacheError, UsageError
-from logitcache.stats import CacheStats, StatsOptions, check_picture, draw_stats, measure_stats
+from logitcache.selection import Selection
+from logitcache.stats import CacheStats, StatsOptions, check_picture, draw_stats, left_out_panels, measure_stats
 from logitcache.stats.columns import ByPosition
 from logitcache.stats.tally import QUANTILES, Summary, Tally
 from logitcache.store import Cache, CacheWriter, convert, open_cache
@@ -158,6 +159,8 @@ def test_blocks_of_which_nothing_counts(rollout_caches: Rollouts, tmp_path: Path
     """As inside a long prompt."""
     found = measure_stats(rollout_caches.masked["top-k:7"], StatsOptions(blocks="0"))
     assert (found.tokens, found.rows, found.ids, found.kept_mass, found.surprise) == (LENGTH, 0, None, None, None)
+    assert [path.name for path in draw_stats(found, tmp_path / "parts")] == ["bytes.png"]
+    assert set(left_out_panels(found).values()) == {"no token is followed by one to learn"}
     assert draw_stats(found, tmp_path / "all.png")
 
 
@@ -286,17 +289,35 @@ def test_stretches_of_positions(length: int) -> None:
 # ------------------------------------------------------------------------------------------------------- pictures
 
 
-@pytest.mark.parametrize("name", ["top_k", "bare"])
+NAMES = ["kept_mass", "entropy", "ids", "positions", "bytes", "used_ids"]
+NO_COLUMNS = "neither entropy nor label_logprob is stored"
+NOT_EXACT = "draws stand for the whole distribution, no weight is exact"
+# What is left out of pictures of a cache, and why.
+LEFT_OUT = {
+    "top_k": {},
+    "sample": {"kept_mass": NOT_EXACT},
+    "bare": {"kept_mass": NOT_EXACT, "entropy": NO_COLUMNS, "positions": NO_COLUMNS},
+    "label": dict.fromkeys(("kept_mass", "ids", "used_ids"), "no row has ids"),
+}
+
+
+@pytest.mark.parametrize("name", LEFT_OUT)
 def test_pictures(name: str, dumped: Dumped, tmp_path: Path) -> None:
+    """Of what there is; a picture of another cache does not stay among them."""
+    root = tmp_path / name if name in ("bare", "label") else getattr(dumped, name)
     if name == "bare":
-        derive_cache(dumped.sample, tmp_path / "bare", Derivation(None, ("entropy", "label_logprob")))
-    root = tmp_path / "bare" if name == "bare" else getattr(dumped, name)
+        derive_cache(dumped.sample, root, Derivation(None, ("entropy", "label_logprob")))
+    if name == "label":
+        derive_cache(dumped.sample, root, Derivation(Selection.parse("label")))
     found = measure_stats(root, token_text=lambda number: f"$_{number}\n")
+    assert left_out_panels(found) == LEFT_OUT[name]
+    (tmp_path / "parts").mkdir()
+    for old in NAMES:
+        (tmp_path / "parts" / f"{old}.png").write_text("of another cache")
     assert draw_stats(found, tmp_path / "new" / "all.png") == [tmp_path / "new" / "all.png"]
     parts = draw_stats(found, tmp_path / "parts")
-    assert [path.name for path in parts] == [
-        "kept_mass.png", "entropy.png", "ids.png", "positions.png", "bytes.png", "used_ids.png",
-    ]  # fmt: skip
+    assert [path.stem for path in parts] == [panel for panel in NAMES if panel not in LEFT_OUT[name]]
+    assert sorted((tmp_path / "parts").iterdir()) == sorted(parts)
     for path in (tmp_path / "new" / "all.png", *parts):
         pixels = imread(path)
         assert min(pixels.shape[:2]) > 400
