@@ -432,8 +432,8 @@ CHANGES: dict[str, tuple[str, dict[str, Any], Callable[[Path], None] | None, set
         None,
         {"corpus.max_tokens", "corpus.num_tokens", "corpus.sha256", "corpus.documents", "geometry.num_tokens"},
     ),
-    "corpus": ("top-k:7", {}, swap_lines, {"corpus.files.1.sha256", "corpus.sha256"}),
-    "teacher": ("top-k:7", {}, other_teacher, {"teacher.files.1.sha256", "teacher.sha256"}),
+    "corpus": ("top-k:7", {}, swap_lines, {"corpus.files.b.jsonl.sha256", "corpus.sha256"}),
+    "teacher": ("top-k:7", {}, other_teacher, {"teacher.files.model.safetensors.sha256", "teacher.sha256"}),
 }
 
 SAID = {
@@ -445,8 +445,8 @@ SAID = {
     "dtype": "dtype: the cache has 'float32', this run 'bfloat16'",
     "eos": "eos: the cache has 'document', this run 'none'",
     "max tokens": "max-tokens: the cache has None, this run 50",
-    "corpus": r"corpus \(corpus.files.1.sha256\): the cache has '\w{64}', this run '\w{64}'",
-    "teacher": r"teacher \(teacher.files.1.sha256\): the cache has '\w{64}', this run '\w{64}'",
+    "corpus": r"corpus \(b.jsonl\): the cache has it with SHA-256 \w{64}, this run \w{64}",
+    "teacher": r"teacher \(model.safetensors\): the cache has it with SHA-256 \w{64}, this run \w{64}",
 }
 
 
