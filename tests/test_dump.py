@@ -492,7 +492,7 @@ BAD = {
     "block length 0": ({"block_length": 0}, UsageError, r"choose a block length of at least 2$"),
     "block over the context": (
         {"block_length": 129},
-        ModelError,
+        UsageError,
         r"^blocks of 129 tokens are longer than the teacher's context of 128; choose",
     ),
     "no such corpus": ({"corpus": ("nowhere.txt",)}, CorpusError, r"nowhere.txt"),

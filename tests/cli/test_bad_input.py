@@ -146,7 +146,7 @@ CASES: dict[str, tuple[int, str, Line]] = {
     "one folder twice": (2, "folder of its own", lambda r, d: [*dump(r, d), "--also", "top-k:3", r / "out"]),
     "block length 1": (2, "block length of at least 2", lambda r, d: dump(r, d, block_length=1)),
     "negative block length": (2, "at least 2", lambda r, d: dump(r, d, block_length=-5)),
-    "long blocks": (1, "longer than the teacher's context", lambda r, d: dump(r, d, block_length=129)),
+    "long blocks": (2, "longer than the teacher's context", lambda r, d: dump(r, d, block_length=129)),
     "negative tokens": (2, "max-tokens is -1", lambda r, d: dump(r, d, max_tokens=-1)),
     "no batch": (2, "batch-tokens is 0", lambda r, d: dump(r, d, batch_tokens=0)),
     "a batch of words": (
