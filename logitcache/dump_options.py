@@ -68,7 +68,7 @@ class Output:
     def at(cls, selection: Selection, location: str | Path, staging: Path | None = None) -> Output:
         """A cache in a folder or at a URL; its workers then work below `staging`, by default below `cache_home()`.
 
-        Raises CacheError for a URL that is not one of a place in a bucket.
+        Raises UsageError for a URL that is not one of a place in a bucket.
         """
         place = parse_location(location)
         if isinstance(place, S3Location):

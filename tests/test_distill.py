@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from logitcache import models
 from logitcache.distill import run_training
-from logitcache.errors import LogitcacheError, TrainingError
+from logitcache.errors import LogitcacheError, TrainingError, UsageError
 from logitcache.training.options import TrainOptions
 from logitcache.training.records import COMPLETE
 from tests.caches import BLOCK_LENGTH, Dumped, corpus_text, random_cache, student_yaml
@@ -580,7 +580,7 @@ def test_the_folder_of_a_run(values: dict[str, Any]) -> None:
         train(values, resume=True)
     assert not out.exists()
     out.write_text("a file")
-    with pytest.raises(TrainingError, match="is a file"):
+    with pytest.raises(UsageError, match="is a file"):
         train(values)
     out.unlink()
     out.mkdir()

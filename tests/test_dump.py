@@ -532,7 +532,7 @@ def test_a_folder_that_is_no_cache(place: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(CacheError, match=r"is not empty and not a logitcache cache \(it holds 'notes.txt'\)"):
         run_dump(options(place, ("top-k:7", tmp_path)))
-    with pytest.raises(CacheError, match=r"notes.txt is a file; choose another folder for --out$"):
+    with pytest.raises(UsageError, match=r"notes.txt is a file; choose another folder for --out$"):
         run_dump(options(place, ("top-k:7", tmp_path / "notes.txt")))
     assert files_of(tmp_path) == {"notes.txt": b"mine"}
 
