@@ -143,6 +143,18 @@ CORPORA: dict[str, tuple[str, bytes, dict[str, str], str]] = {
     "plain pairs": ("a.txt", b"x", PAIRS, " is plain text and has no fields 'p' and 'c'"),
     "no completion": ("a.jsonl", lines({"p": "x"}), PAIRS, ":1 has no field 'c'"),
     "no role": ("a.jsonl", lines({"m": [{"content": "x"}]}), MESSAGES, ":1 has a message 0 in field 'm' that is no"),
+    "parts": (
+        "a.jsonl",
+        lines({"m": [{"role": "user", "content": [{"type": "text", "text": "x"}]}]}),
+        MESSAGES,
+        ":1 has a message 0 in field 'm' whose content is an array, not text; write it as one string",
+    ),
+    "an object": (
+        "a.jsonl",
+        lines({"m": [{"role": "user", "content": {"text": "x"}}]}),
+        MESSAGES,
+        ":1 has a message 0 in field 'm' whose content is an object, not text",
+    ),
     "nobody answers": (
         "a.jsonl",
         lines({"m": [{"role": "user", "content": "x"}]}),
