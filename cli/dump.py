@@ -146,9 +146,11 @@ def dump(
         }
         for output, manifest in zip(outputs, report.manifests, strict=True)
     ]
+    corpus, counters = _corpus_facts(report), report.manifests[0].counters
     if as_json:
         print_json(
             {
+                "corpus": corpus,
                 "computed_tokens": report.computed_tokens,
                 "seconds": report.seconds,
                 "batch_tokens": report.batch_tokens,
@@ -157,12 +159,24 @@ def dump(
         )
     else:
         _print_table(facts, report)
-        read, counters = report.manifests[0].identity.corpus, report.manifests[0].counters
-        line = f"Corpus: {counted(read['documents'], 'document')} in {counted(len(read['files']), 'file')}"
-        learnt = f", {counters['counted']:,} of {report.tokens:,} tokens to learn" if "counted" in counters else ""
+        line = f"Corpus: {counted(corpus['documents'], 'document')} in {counted(corpus['files'], 'file')}"
+        learnt = f", {corpus['counted']:,} of {report.tokens:,} tokens to learn" if "counted" in corpus else ""
         out.print(line + learnt)
         if "nonfinite" in counters:
             out.print(left_out_line(counters["nonfinite"]), style="yellow" if counters["nonfinite"] else None)
+
+
+def _corpus_facts(report: Any) -> dict[str, Any]:
+    """What was read, by the names that a plan gives the same; `counted` tokens are those to learn, if not all are."""
+    read, counters = report.manifests[0].identity.corpus, report.manifests[0].counters
+    return {
+        "tokens": report.tokens,
+        "uncertainty": 0.0,
+        "files": len(read["files"]),
+        "bytes": sum(file["bytes"] for file in read["files"]),
+        "documents": read["documents"],
+        **({"counted": counters["counted"]} if "counted" in counters else {}),
+    }
 
 
 def _print_table(facts: list[dict[str, Any]], report: Any) -> None:

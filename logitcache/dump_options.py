@@ -11,6 +11,7 @@ from typing import Literal, get_args
 from logitcache.codec import LayoutName
 from logitcache.corpus import CorpusFields, PackingPolicy
 from logitcache.errors import UsageError
+from logitcache.models import choose_dtype
 from logitcache.selection import Selection
 from logitcache.store import ContainerKind, Wording, staging_folder
 from logitcache.store.location import S3Location, parse_location
@@ -67,7 +68,7 @@ class Output:
     def at(cls, selection: Selection, location: str | Path, staging: Path | None = None) -> Output:
         """A cache in a folder or at a URL; its workers then work below `staging`, by default below `cache_home()`.
 
-        Raises CacheError for a URL that is not one of a place in a bucket.
+        Raises UsageError for a URL that is not one of a place in a bucket.
         """
         place = parse_location(location)
         if isinstance(place, S3Location):
@@ -147,8 +148,9 @@ class DumpOptions:
     server: ServerOptions = field(default_factory=ServerOptions)
 
     def __post_init__(self) -> None:
-        # Raises for a block length that makes no sense, before anything is loaded.
+        # Raise for what makes no sense, before anything is loaded.
         PackingPolicy(self.block_length)
+        choose_dtype(self.dtype)
         if self.fields.kind == "messages" and not {self.bos, self.eos} <= {"auto", "none"}:
             raise UsageError(
                 f"bos={self.bos!r} and eos={self.eos!r} were asked for, but the chat template writes the special "

@@ -29,7 +29,10 @@ def _restored(kind: type[LogitcacheError], arguments: tuple[Any, ...], fields: d
 
 
 class UsageError(LogitcacheError, ValueError):
-    """The arguments make no sense, alone or together (exit status 2)."""
+    """Arguments that cannot be right, alone, together, for the teacher they name or as a place (exit status 2).
+
+    What the world refuses, files, damage, space and servers, is any of the others (exit status 1).
+    """
 
     exit_code = 2
 

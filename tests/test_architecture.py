@@ -20,7 +20,7 @@ RANKS = [
     {"dump_options"},
     {"dump_corpus", "dump_batches"},
     {"dump_job", "dump_pipeline"},
-    {"dump_unit"},
+    {"dump_unit", "dump_checks"},
     {"engines"},
     {"dump", "distill"},
     {"demo", "bench"},

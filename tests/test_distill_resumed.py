@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from logitcache.errors import TrainingError
+from logitcache.errors import TrainingError, UsageError
 from tests.caches import Dumped
 from tests.short_runs import eight_steps, train
 
@@ -91,7 +91,7 @@ def test_the_folder_of_a_run(values: dict[str, Any]) -> None:
         train(values, resume=True)
     assert not out.exists()
     out.write_text("a file")
-    with pytest.raises(TrainingError, match="is a file"):
+    with pytest.raises(UsageError, match="is a file"):
         train(values)
     out.unlink()
     out.mkdir()

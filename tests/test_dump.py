@@ -432,8 +432,8 @@ CHANGES: dict[str, tuple[str, dict[str, Any], Callable[[Path], None] | None, set
         None,
         {"corpus.max_tokens", "corpus.num_tokens", "corpus.sha256", "corpus.documents", "geometry.num_tokens"},
     ),
-    "corpus": ("top-k:7", {}, swap_lines, {"corpus.files.1.sha256", "corpus.sha256"}),
-    "teacher": ("top-k:7", {}, other_teacher, {"teacher.files.1.sha256", "teacher.sha256"}),
+    "corpus": ("top-k:7", {}, swap_lines, {"corpus.files.b.jsonl.sha256", "corpus.sha256"}),
+    "teacher": ("top-k:7", {}, other_teacher, {"teacher.files.model.safetensors.sha256", "teacher.sha256"}),
 }
 
 SAID = {
@@ -445,8 +445,8 @@ SAID = {
     "dtype": "dtype: the cache has 'float32', this run 'bfloat16'",
     "eos": "eos: the cache has 'document', this run 'none'",
     "max tokens": "max-tokens: the cache has None, this run 50",
-    "corpus": r"corpus \(corpus.files.1.sha256\): the cache has '\w{64}', this run '\w{64}'",
-    "teacher": r"teacher \(teacher.files.1.sha256\): the cache has '\w{64}', this run '\w{64}'",
+    "corpus": r"corpus \(b.jsonl\): the cache has it with SHA-256 \w{64}, this run \w{64}",
+    "teacher": r"teacher \(model.safetensors\): the cache has it with SHA-256 \w{64}, this run \w{64}",
 }
 
 
@@ -492,7 +492,7 @@ BAD = {
     "block length 0": ({"block_length": 0}, UsageError, r"choose a block length of at least 2$"),
     "block over the context": (
         {"block_length": 129},
-        ModelError,
+        UsageError,
         r"^blocks of 129 tokens are longer than the teacher's context of 128; choose",
     ),
     "no such corpus": ({"corpus": ("nowhere.txt",)}, CorpusError, r"nowhere.txt"),
@@ -532,7 +532,7 @@ def test_a_folder_that_is_no_cache(place: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(CacheError, match=r"is not empty and not a logitcache cache \(it holds 'notes.txt'\)"):
         run_dump(options(place, ("top-k:7", tmp_path)))
-    with pytest.raises(CacheError, match=r"notes.txt is a file; choose another folder for --out$"):
+    with pytest.raises(UsageError, match=r"notes.txt is a file; choose another folder for --out$"):
         run_dump(options(place, ("top-k:7", tmp_path / "notes.txt")))
     assert files_of(tmp_path) == {"notes.txt": b"mine"}
 

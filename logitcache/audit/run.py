@@ -25,7 +25,7 @@ from logitcache.audit.recompute import View, recompute
 from logitcache.audit.report import AuditOptions, AuditReport
 from logitcache.audit.suspicions import suspicions_of
 from logitcache.audit.verdict import Figure, figures_of
-from logitcache.errors import CacheError, ModelError
+from logitcache.errors import CacheError, ModelError, UsageError
 from logitcache.progress import Progress, Silent
 from logitcache.selection import block_uniforms
 from logitcache.selection.select import select
@@ -257,4 +257,8 @@ def _check_fits(cache: Cache, teacher: TransformersTeacher) -> None:
             f"the teacher's head has {teacher.vocab_size:,} ids, {cache.location} was made with {cache.vocab_size:,}; "
             "give the teacher of this cache"
         )
-    teacher.check_block_length(cache.block_length)
+    try:
+        teacher.check_block_length(cache.block_length)
+    except UsageError as error:
+        # It is the cache that settled the length here.
+        raise ModelError(f"{str(error).partition(';')[0]}; give the teacher of this cache") from error

@@ -1,5 +1,6 @@
 """Text, JSONL, Parquet, Arrow -> documents -> fixed blocks of token ids. Imports neither torch nor transformers."""
 
+from logitcache.corpus.beginning import check_beginning
 from logitcache.corpus.chat import ChatTemplate
 from logitcache.corpus.documents import Document
 from logitcache.corpus.encoding import Encoded, encode_corpus
@@ -17,6 +18,7 @@ __all__ = [
     "Encoded",
     "PackingPolicy",
     "TokenBlocks",
+    "check_beginning",
     "corpus_files_identity",
     "encode_corpus",
     "expand_paths",

@@ -61,11 +61,7 @@ class ChatTemplate:
             CorpusError: the assistant says nothing, the template refuses the conversation, or it cannot be told what
                 of it the assistant says; the message begins with `place`.
         """
-        if all(message["role"] != ASSISTANT for message in messages):
-            roles = ", ".join(repr(role) for role in sorted({message["role"] for message in messages}))
-            raise CorpusError(
-                f"{place} has no message of the role {ASSISTANT!r}, only of {roles}, so nothing to learn; leave it out"
-            )
+        check_roles(messages, place)
         ids, learnt = (self._marked if GENERATION.search(self.template) else self._compared)(messages, place)
         if not learnt.any():
             raise CorpusError(
@@ -113,3 +109,12 @@ class ChatTemplate:
         except Exception as error:
             what = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
             raise CorpusError(f"{place}: the chat template refuses the conversation ({what}); repair it") from error
+
+
+def check_roles(messages: Messages, place: str) -> None:
+    """Raise CorpusError unless the assistant says something."""
+    if all(message["role"] != ASSISTANT for message in messages):
+        roles = ", ".join(repr(role) for role in sorted({message["role"] for message in messages}))
+        raise CorpusError(
+            f"{place} has no message of the role {ASSISTANT!r}, only of {roles}, so nothing to learn; leave it out"
+        )

@@ -84,7 +84,7 @@ def encode_corpus(
         template = ChatTemplate.of(tokenizer)
         conversations = (_from_template(template, record) for record in records)
         return _batches(conversations, lambda document: len(document.ids))
-    return _batches((_from_ids(record, vocab_size) for record in records), lambda document: len(document.ids))
+    return _batches((ids_of(record, vocab_size) for record in records), lambda document: len(document.ids))
 
 
 def encode_texts(tokenizer: Any, documents: Iterable[Document]) -> Iterator[list[Encoded]]:
@@ -120,10 +120,10 @@ def _from_template(template: ChatTemplate, record: Record) -> Encoded:
     return Encoded(ids, learnt, own_specials=True)
 
 
-def _from_ids(record: Record, vocab_size: int) -> Encoded:
+def ids_of(record: Record, vocab_size: int | None) -> Encoded:
+    """Token ids of a record. Raises CorpusError where it holds none, or, if that is known, none of `vocab_size`."""
     ids = record.integers("ids")
-    wrong = (ids < 0) | (ids >= vocab_size)
-    if wrong.any():
+    if vocab_size is not None and (wrong := (ids < 0) | (ids >= vocab_size)).any():
         place = int(np.argmax(wrong))
         raise CorpusError(
             f"{record.place} holds token id {int(ids[place])} (number {place} of its list), but the teacher has "

@@ -233,10 +233,7 @@ class _Packer:
     def finish(self) -> None:
         """Pad the last block and complete the hash."""
         if not self.num_tokens:
-            raise EmptyCorpusError(
-                f"the corpus is empty: {counted(self.empty_documents, 'document')} and no text in any; "
-                "check the files and the text field"
-            )
+            raise empty_corpus(self.empty_documents)
         if self.mask is not None and not self.learnt_tokens:
             raise EmptyCorpusError(
                 f"nothing of the corpus is to be learnt: no completion in {self.num_tokens:,} tokens; check the files "
@@ -260,3 +257,10 @@ class _Packer:
             learnt_tokens=self.num_tokens if learnt is None else self.learnt_tokens,
             mask_sha256=None if learnt is None else self.mask_hash.hexdigest(),
         )
+
+
+def empty_corpus(documents: int) -> EmptyCorpusError:
+    """What is said of a corpus of so many documents without any text."""
+    return EmptyCorpusError(
+        f"the corpus is empty: {counted(documents, 'document')} and no text in any; check the files and the text field"
+    )

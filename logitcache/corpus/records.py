@@ -42,7 +42,7 @@ class Record:
         return encodable(value, self.place)
 
     def messages(self) -> list[dict[str, Any]]:
-        """The conversation. Raises CorpusError unless it is a list of objects with a role each."""
+        """The conversation. Raises CorpusError unless it is a list of objects with a role and text each."""
         value = self.values["messages"]
         if not isinstance(value, list) or not value:
             raise self.wrong("messages", "a list of messages", "" if value else "empty")
@@ -57,6 +57,12 @@ class Record:
                 raise CorpusError(
                     f"{self.place} has a message {number} in field {self.names['messages']!r} that has no content; "
                     "repair the record"
+                )
+            # Some templates would write the brackets and quotes of a list of parts as if they were said.
+            if not isinstance(content := message.get("content"), str | None):
+                raise CorpusError(
+                    f"{self.place} has a message {number} in field {self.names['messages']!r} whose content is "
+                    f"{json_kind(content)}, not text; write it as one string, of a list of parts the text of them all"
                 )
         return value
 

@@ -107,6 +107,14 @@ class Leases:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        try:
+            self._leave()
+        except BaseException:
+            # A signal in the middle: what it interrupted is done again.
+            self._leave()
+            raise
+
+    def _leave(self) -> None:
         self._closed.set()
         with self._lock:
             held = list(self._held.values())

@@ -16,7 +16,7 @@ from multiprocessing.context import BaseContext
 from types import FrameType
 from typing import Any
 
-from logitcache.corpus import expand_paths
+from logitcache.dump_checks import refuse_early
 from logitcache.dump_job import DumpReport
 from logitcache.dump_options import DumpOptions
 from logitcache.engines.devices import take_device
@@ -25,7 +25,7 @@ from logitcache.engines.watch import Watcher
 from logitcache.engines.worker import run_worker, sweep
 from logitcache.errors import CacheError, counted
 from logitcache.progress import Progress, Silent
-from logitcache.store import Layout, check_place
+from logitcache.store import Layout
 
 _VIEW_SECONDS = 0.5
 # What a worker may take to end by itself: it finishes one forward of the teacher first.
@@ -41,9 +41,7 @@ def run_local(options: DumpOptions, progress: Progress, context: BaseContext | N
         CacheError: every worker died again and again.
         Others: as `run_dump`.
     """
-    for output in options.outputs:
-        check_place(output.root, output.url)
-    expand_paths(options.corpus)
+    refuse_early(options)
     fleet = Fleet(options, progress, context or multiprocessing.get_context("spawn"))
     try:
         return fleet.run()
@@ -94,15 +92,13 @@ class Fleet:
 
     def _end(self, grace: float) -> None:
         deadline = time.monotonic() + grace
-        killed = False
         for process in self._processes.values():
             process.join(max(0.0, deadline - time.monotonic()))
             # One that was stopped, or hangs in a driver or a slow disk: what it has not committed is nobody's loss.
-            killed |= process.is_alive()
             process.kill()
             process.join()
-        if killed:
-            remove_leases_of_dead(Layout(self._options.outputs[0].root).leases)
+        # Also of workers that a signal met while they gave theirs back.
+        remove_leases_of_dead(Layout(self._options.outputs[0].root).leases)
         for pipe in self._pipes.values():
             pipe.close()
         self._processes, self._pipes = {}, {}

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from logitcache.corpus import expand_paths
+from logitcache.dump_checks import refuse_early
 from logitcache.dump_job import DumpReport
 from logitcache.dump_options import DumpOptions
 from logitcache.engines.devices import take_device
@@ -18,7 +18,6 @@ from logitcache.engines.watch import Watcher
 from logitcache.engines.worker import run_worker, sweep
 from logitcache.errors import LogitcacheError, UsageError, counted
 from logitcache.progress import Progress, Silent
-from logitcache.store import check_place
 
 _VIEW_SECONDS = 0.5
 # What the other workers may take to find that nothing is left.
@@ -37,9 +36,7 @@ def run_ray(options: DumpOptions, progress: Progress) -> DumpReport:
     """
     if importlib.util.find_spec("ray") is None:
         raise UsageError('the engine ray needs Ray; run: pip install "logitcache[ray]"')
-    for output in options.outputs:
-        check_place(output.root, output.url)
-    expand_paths(options.corpus)
+    refuse_early(options)
     import ray
 
     joined_before = ray.is_initialized()

@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from logitcache.corpus import expand_paths
+from logitcache.dump_checks import refuse_early
 from logitcache.dump_job import DumpReport, load_teacher
 from logitcache.dump_options import DumpOptions
 from logitcache.engines.devices import take_device
@@ -19,7 +19,6 @@ from logitcache.engines.watch import Watcher
 from logitcache.engines.worker import run_worker
 from logitcache.errors import UsageError
 from logitcache.progress import RUNNING, Progress, Snapshot
-from logitcache.store import check_place
 from logitcache.teachers import TensorParallelTeacher
 
 _VIEW_SECONDS = 2.0
@@ -91,9 +90,7 @@ def _check_launch(me: Rank) -> None:
 
 def _one_teacher(options: DumpOptions, view: _View, me: Rank, label: str) -> DumpReport:
     """Rank 0 is the one worker of this launch; the others compute their share of its teacher."""
-    for output in options.outputs:
-        check_place(output.root, output.url)
-    expand_paths(options.corpus)
+    refuse_early(options)
     view.stage("loading the teacher")
     teacher = load_teacher(options)
     assert isinstance(teacher, TensorParallelTeacher)

@@ -13,8 +13,8 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
-from logitcache.corpus import expand_paths
-from logitcache.dump_job import DumpReport, Job, load_teacher, refuse_other_arguments
+from logitcache.dump_checks import refuse_early, refuse_unfit
+from logitcache.dump_job import DumpReport, Job, load_teacher
 from logitcache.dump_options import DumpOptions
 from logitcache.dump_pipeline import Pipeline
 from logitcache.dump_unit import PILOT_UNIT, process_unit
@@ -38,17 +38,11 @@ def run_worker(options: DumpOptions, progress: Progress, teacher: Teacher | None
 
     Raises: as `run_dump`.
     """
-    for output in options.outputs:
-        prepare_place(output.root, output.url)
-    refuse_other_arguments(options)
-    files = expand_paths(options.corpus)
+    files = refuse_early(options, teacher, prepare_place)
     if teacher is None:
         progress.stage("loading the teacher")
         teacher = load_teacher(options)
-    for output in options.outputs:
-        output.selection.check_vocabulary(teacher.vocab_size)
-    teacher.check_selections([output.selection for output in options.outputs])
-    teacher.check_block_length(options.block_length)
+    refuse_unfit(options, teacher)
     with ExitStack() as held:
         here = held.enter_context(Leases(Layout(options.outputs[0].root).leases, label, options.lease_seconds))
         leases = held.enter_context(shared_leases(options, label)) if options.outputs[0].url else here

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from logitcache.errors import InterchangeError
 from logitcache.store.files import fsync_folder
-from logitcache.store.layout import refuse_inside_cache, writing
+from logitcache.store.layout import refuse_file, refuse_inside_cache, writing
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -60,12 +60,13 @@ def new_folder(final: Path) -> Iterator[NewFolder]:
     """Write a folder that takes the name `final` only when the block has ended without an error.
 
     Raises:
-        InterchangeError: `final` is a file or holds something already.
+        UsageError: `final` is a file, or lies inside a cache.
+        InterchangeError: it holds something already.
         CacheError: it cannot be written; nothing is left behind.
     """
-    if final.exists() and (not final.is_dir() or any(final.iterdir())):
-        what = "is not empty" if final.is_dir() else "is a file"
-        raise InterchangeError(f"{final} {what}; choose a new or empty folder for --out")
+    refuse_file(final)
+    if final.exists() and any(final.iterdir()):
+        raise InterchangeError(f"{final} is not empty; choose a new or empty folder for --out")
     refuse_inside_cache(final)
     with writing(final, again=BEGINS_ANEW):
         final.parent.mkdir(parents=True, exist_ok=True)

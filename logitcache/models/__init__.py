@@ -7,6 +7,7 @@ from logitcache.models.loading import (
     DEVICES,
     DTYPES,
     choose_device,
+    choose_dtype,
     errors_only,
     load_model,
     load_tokenizer,
@@ -17,16 +18,19 @@ from logitcache.models.loading import (
 from logitcache.models.operands import causal_lm, inside_forward, with_head
 from logitcache.models.placement import DEVICE_MAPS, input_device
 from logitcache.models.saving import convert_gguf, save_model
+from logitcache.models.shape import ModelShape
 
 __all__ = [
     "DEVICES",
     "DEVICE_MAPS",
     "DTYPES",
     "LMHead",
+    "ModelShape",
     "body_hidden",
     "causal_lm",
     "check_split",
     "choose_device",
+    "choose_dtype",
     "convert_gguf",
     "errors_only",
     "finish_logits",

@@ -71,7 +71,7 @@ def load_model(
         UsageError: an unknown dtype or device, or a map that does not fit the model or the machine.
         ModelError: the model is missing, damaged, incomplete or of a kind that cannot be loaded.
     """
-    torch_dtype, torch_device = _chosen_dtype(dtype), choose_device(device)
+    torch_dtype, torch_device = choose_dtype(dtype), choose_device(device)
     folder = resolve_source(source, gguf_file)
     if gguf_file is None:
         _check_config(folder, trust_remote_code)
@@ -218,7 +218,8 @@ def choose_device(device: str) -> torch.device:
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def _chosen_dtype(dtype: str) -> Any:
+def choose_dtype(dtype: str) -> Any:
+    """The torch dtype for a name of `DTYPES`, "auto" for "auto". Raises UsageError for another name."""
     if dtype not in DTYPES:
         raise UsageError(f"the dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
     return DTYPES[dtype]

@@ -13,7 +13,8 @@ import torch
 
 from logitcache.bench.yardstick import GradientError, Yardstick
 from logitcache.codec import LayoutName, RowCodec
-from logitcache.dump_job import identity_of, load_teacher, origin_of, refuse_other_arguments
+from logitcache.dump_checks import refuse_early, refuse_unfit
+from logitcache.dump_job import identity_of, load_teacher, origin_of
 from logitcache.dump_options import Output
 from logitcache.planning.options import PlanOptions
 from logitcache.planning.report import CorpusFacts, DumpPlan, PlannedCache, StudentFacts, worth
@@ -23,7 +24,6 @@ from logitcache.planning.student import student_rate
 from logitcache.planning.trial import RememberedBody, Trial, dump_sample, find_batch, warm_up
 from logitcache.progress import Progress, Silent
 from logitcache.selection import Selection, chunk_uniforms
-from logitcache.store import check_place
 from logitcache.teachers import TransformersTeacher
 
 SAMPLE_TOKENS, SAMPLE_TOKENS_CUDA = 8192, 65_536
@@ -68,16 +68,11 @@ class _Planner:
         self, options: PlanOptions, progress: Progress, folder: Path, teacher: TransformersTeacher | None
     ) -> None:
         self.options, self.dump, self.progress, self.folder = options, options.dump, progress, folder
-        for output in self.dump.outputs:
-            check_place(output.root, output.url)
-        refuse_other_arguments(self.dump)
+        refuse_early(self.dump, teacher)
         started = time.perf_counter()
         self.teacher = teacher or self._load()
         self.loading_seconds = time.perf_counter() - started
-        for selection in options.selections:
-            selection.check_vocabulary(self.teacher.vocab_size)
-        self.teacher.check_selections(options.selections)
-        self.teacher.check_block_length(self.dump.block_length)
+        refuse_unfit(self.dump, self.teacher)
 
     def plan(self) -> DumpPlan:
         self.progress.stage("reading a sample of the corpus")

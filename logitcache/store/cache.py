@@ -366,6 +366,7 @@ def open_cache(
         local_bytes: how many bytes that folder may hold; by default `$LOGITCACHE_LOCAL_SIZE`, else 50 GB.
 
     Raises:
+        UsageError: a URL of another kind.
         CacheError: there is no cache, or it is unfinished and `partial` is False.
         DamagedCacheError, FormatVersionError: as they say.
         RemoteError: the object store cannot be reached, or refuses.

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from logitcache.errors import counted
 from logitcache.store.schema import Identity
 
 # Dotted name of a field, and its values in two documents.
@@ -13,6 +14,8 @@ Difference = tuple[str, object, object]
 
 # Fields that are all of what their option says.
 _OPTION_ALONE = ("codec.layout", "teacher.compiled")
+# Fields that are lists of files: {"name", "sha256"}, with "bytes" where they are a corpus.
+_FILES = ("corpus.files", "teacher.files")
 STEP_OPTIONS: dict[str, tuple[str, ...]] = {
     "convert": ("container",),
     "derive": ("select", "drop", "codec", "seed"),
@@ -53,6 +56,11 @@ class Wording:
         optional = [row for row in differences if _fitting(self.options, row[0]) is not None]
         for name, old, new in causes or optional or differences:
             option = self.options.get(_fitting(self.options, name) or name)
+            if (files := _fitting(_FILES, name)) is not None:
+                option, (part, key) = option or files, files.split(".")
+                old, new = (getattr(identity, part).get(key, []) for identity in (stored, given))
+                lines.setdefault(option, f"{option} {_files_that_differ(old, new)}")
+                continue
             if option is None:
                 option = label = name
             elif name.startswith("selection."):
@@ -98,7 +106,34 @@ def _unit_tokens(identity: Identity) -> int:
     return identity.geometry.unit_blocks * identity.geometry.block_length
 
 
+def _files_that_differ(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> str:
+    """The end of a line: the first file that differs, by its name, what of it changed, and how many others did."""
+    stored, given = _by_name(old), _by_name(new)
+    names = [name for name in {**stored, **given} if stored.get(name) != given.get(name)]
+    mine, theirs = stored.get(names[0]), given.get(names[0])
+    if mine is None or theirs is None:
+        what = f"only {'this run' if mine is None else 'the cache'} has this file"
+    elif mine.get("bytes") != theirs.get("bytes"):
+        what = f"the cache has {mine.get('bytes')} bytes of it, this run {theirs.get('bytes')}"
+    else:
+        what = f"the cache has it with SHA-256 {mine.get('sha256')}, this run {theirs.get('sha256')}"
+    more = f"; {counted(len(names) - 1, 'more file')} changed" if names[1:] else ""
+    return f"({names[0]}): {what}{more}"
+
+
+def _by_name(files: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Files by their names; of those that share one the later ones by name and number."""
+    named: dict[str, dict[str, Any]] = {}
+    for number, file in enumerate(files):
+        name = str(file["name"])
+        named[name if name not in named else f"{name}, file {number}"] = file
+    return named
+
+
 def _numbered(value: Any) -> Any:
-    """A list of objects as an object, so that a difference inside one of them is named."""
-    objects = isinstance(value, list) and value and all(isinstance(item, dict) for item in value)
-    return {str(number): item for number, item in enumerate(value)} if objects else value
+    """A list of objects as an object, by name or else by number, so that a difference inside one of them is named."""
+    if not isinstance(value, list) or not value or not all(isinstance(item, dict) for item in value):
+        return value
+    if all("name" in item for item in value):
+        return _by_name(value)
+    return {str(number): item for number, item in enumerate(value)}

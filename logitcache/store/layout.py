@@ -76,7 +76,7 @@ def unit_name(unit: int) -> str:
 def refuse_inside_cache(root: Path, or_one: bool = False) -> None:
     """Raise UsageError when a new folder would lie inside a cache, whose files are only its own, or `or_one` be one.
 
-    Raises CacheError when it is a URL.
+    Raises UsageError, too, when it is a URL.
     """
     refuse_url(root)
     if or_one and _is_cache(root):
@@ -84,6 +84,12 @@ def refuse_inside_cache(root: Path, or_one: bool = False) -> None:
     for parent in root.resolve().parents:
         if _is_cache(parent):
             raise UsageError(f"{root} lies inside the cache {parent}; choose another folder for --out")
+
+
+def refuse_file(root: Path, option: str = " for --out") -> None:
+    """Raise UsageError when a new folder would have the name of a file."""
+    if root.exists() and not root.is_dir():
+        raise UsageError(f"{root} is a file; choose another folder{option}")
 
 
 def _is_cache(folder: Path) -> bool:

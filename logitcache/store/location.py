@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.request import url2pathname
 
-from logitcache.errors import CacheError
+from logitcache.errors import UsageError
 
 # A Path has made one slash of two. One letter is no scheme: it may be a drive or a folder.
 URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+", re.ASCII)
@@ -34,7 +34,7 @@ def parse_location(location: str | Path) -> Path | S3Location:
     """A folder (a path or a file:// URL) or a place in a bucket.
 
     Raises:
-        CacheError: another scheme, or no bucket or prefix that can be.
+        UsageError: another scheme, or no bucket or prefix that can be.
     """
     text = str(location)
     found = URL.match(text)
@@ -44,21 +44,21 @@ def parse_location(location: str | Path) -> Path | S3Location:
     if scheme == "file":
         return Path(url2pathname(text[len("file:") :].removeprefix("//")))
     if found is None or scheme != "s3":
-        raise CacheError(f"{text} cannot be used: {scheme}:// is not supported; give a folder, file:// or s3://")
+        raise UsageError(f"{text} cannot be used: {scheme}:// is not supported; give a folder, file:// or s3://")
     bucket, _, prefix = text[found.end() :].partition("/")
     prefix = prefix.rstrip("/")
     parts = prefix.split("/") if prefix else []
     usual = all(part.isprintable() and part not in ("", ".", "..") and "::" not in part for part in parts)
     if not BUCKET.fullmatch(bucket) or not usual:
-        raise CacheError(f"{text} names no place in a bucket; write s3://bucket/prefix")
+        raise UsageError(f"{text} names no place in a bucket; write s3://bucket/prefix")
     return S3Location(bucket, prefix)
 
 
 def local_root(location: str | Path) -> Path:
-    """The folder of a path or file:// URL. Raises CacheError for anything remote."""
+    """The folder of a path or file:// URL. Raises UsageError for anything remote."""
     place = parse_location(location)
     if isinstance(place, S3Location):
-        raise CacheError(
+        raise UsageError(
             f"{place} is remote, and this needs a folder; copy it with `logitcache pull {place} FOLDER`, once it "
             "is finished"
         )
@@ -66,10 +66,10 @@ def local_root(location: str | Path) -> Path:
 
 
 def refuse_url(root: Path) -> None:
-    """Raise CacheError when something new would be written to a URL."""
+    """Raise UsageError when something new would be written to a URL."""
     if URL.match(str(root)):
         url = URL.sub(r"\1://", str(root), count=1)
-        raise CacheError(f"{url} cannot be written to directly; give a folder (`logitcache push` copies a cache there)")
+        raise UsageError(f"{url} cannot be written to directly; give a folder (`logitcache push` copies a cache there)")
 
 
 def cache_home() -> Path:

@@ -30,7 +30,7 @@ from logitcache.store.documents import (
     shard_name,
 )
 from logitcache.store.files import MAX_JSON_BYTES, checked_json, failpoint
-from logitcache.store.layout import Layout, refuse_inside_cache
+from logitcache.store.layout import Layout, refuse_file, refuse_inside_cache
 from logitcache.store.location import local_root
 from logitcache.store.lock import hold_shared
 from logitcache.store.objects import LocalObjects, Objects, Source, open_objects
@@ -124,14 +124,13 @@ def _claim(target: Objects, source: Objects, manifest: Manifest) -> None:
 
     Raises:
         CacheError: something else is there.
-        UsageError: it is the source, or lies inside another cache.
+        UsageError: it is the source or a file, or lies inside another cache.
     """
     if isinstance(target, LocalObjects):
         refuse_inside_cache(target.root)
         if isinstance(source, LocalObjects) and source.root.resolve() == target.root.resolve():
             raise UsageError(f"{target.location} is the cache to copy; choose another destination")
-        if target.root.exists() and not target.root.is_dir():
-            raise CacheError(f"{target.location} is a file; choose another folder")
+        refuse_file(target.root, option="")
     if _is_there(target, manifest):
         return
     marker = checked_json(Marker(fingerprint=manifest.fingerprint).model_dump(mode="json"))

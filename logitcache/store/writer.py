@@ -36,7 +36,7 @@ from logitcache.store.files import (
     write_temporary,
     write_temporary_bytes,
 )
-from logitcache.store.layout import Layout, outrun, refuse_inside_cache, unit_name, writing
+from logitcache.store.layout import Layout, outrun, refuse_file, refuse_inside_cache, unit_name, writing
 from logitcache.store.lock import hold_shared
 from logitcache.store.retract import take_back
 from logitcache.store.schema import (
@@ -344,11 +344,10 @@ def _check_integers(what: str, chunks: Sequence[Mapping[str, Plane]], limit: int
 
 
 def check_folder(layout: Layout) -> None:
-    """Raise CacheError when the folder cannot become, or is not, a cache; UsageError when it lies inside one."""
+    """Raise CacheError when the folder cannot become, or is not, a cache; UsageError for a file, or inside a cache."""
     root = layout.root
     refuse_inside_cache(root)
-    if root.exists() and not root.is_dir():
-        raise CacheError(f"{root} is a file; choose another folder for --out")
+    refuse_file(root)
     strangers = {entry.name for entry in root.iterdir()} - {"work"} if root.is_dir() else set()
     strangers = {name for name in strangers if not name.endswith(".tmp")}
     # A finished cache that lost its plan gets it again from whoever would make the same.

@@ -72,7 +72,7 @@ class Teacher(Protocol):
         """Raise UsageError or ModelError if these cannot be had of this teacher."""
 
     def check_block_length(self, block_length: int) -> None:
-        """Raise ModelError if blocks of `block_length` tokens do not fit into the teacher's context."""
+        """Raise UsageError, or a server's ModelError, if blocks of so many tokens do not fit into the context."""
 
     def expect_batches(self, blocks: int) -> None:
         """Most batches have so many blocks from now on: whoever prepares for that may."""

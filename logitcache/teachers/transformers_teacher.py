@@ -103,14 +103,8 @@ class TransformersTeacher(RowsFromLogits):
         }
 
     def check_block_length(self, block_length: int) -> None:
-        """Raise ModelError if blocks of `block_length` tokens do not fit into the teacher's context."""
-        for field in ("max_position_embeddings", "max_seq_len"):
-            longest = getattr(self._config, field, None)
-            if isinstance(longest, int) and 0 < longest < block_length:
-                raise ModelError(
-                    f"blocks of {block_length} tokens are longer than the teacher's context of {longest}; "
-                    f"choose a block length of at most {longest}"
-                )
+        """Raise UsageError if blocks of `block_length` tokens do not fit into the teacher's context."""
+        models.ModelShape.of_config(self.model.config).check_block_length(block_length)
 
     def check_selections(self, selections: Sequence[Selection]) -> None:
         """Nothing to check: every selection can be made of whole distributions."""

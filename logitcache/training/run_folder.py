@@ -13,7 +13,7 @@ import yaml
 from safetensors import SafetensorError
 
 from logitcache.errors import TrainingError
-from logitcache.store.layout import refuse_inside_cache
+from logitcache.store.layout import refuse_file, refuse_inside_cache
 from logitcache.training.options import TrainOptions
 from logitcache.training.records import (
     Checkpoint,
@@ -32,7 +32,7 @@ _CONFIG_HEAD = "# The same run again: logitcache train --config THIS_FILE --out 
 class RunFolder:
     """The folder of one run. Nothing is written before `begin`; of several ranks only the main one writes.
 
-    Raises UsageError for a cache or a folder inside one, CacheError for a URL.
+    Raises UsageError for a cache, a folder inside one, and a URL.
     """
 
     def __init__(self, out: str | Path) -> None:
@@ -59,10 +59,11 @@ class RunFolder:
     def find_checkpoint(self, record: dict[str, Any], resume: bool) -> tuple[Checkpoint | None, list[str]]:
         """The last whole checkpoint with its reader state, None at the start of a run; and why newer ones are not it.
 
-        Raises TrainingError unless the folder is free or, to resume, holds the run of this record.
+        Raises:
+            UsageError: the folder is a file.
+            TrainingError: it is not free, or, to resume, does not hold the run of this record.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise TrainingError(f"{self.path} is a file; choose another folder for --out")
+        refuse_file(self.path)
         if self._record.exists():
             if not resume:
                 raise TrainingError(f"{self.path} holds a run already; go on with --resume or choose another --out")

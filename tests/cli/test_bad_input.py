@@ -146,7 +146,7 @@ CASES: dict[str, tuple[int, str, Line]] = {
     "one folder twice": (2, "folder of its own", lambda r, d: [*dump(r, d), "--also", "top-k:3", r / "out"]),
     "block length 1": (2, "block length of at least 2", lambda r, d: dump(r, d, block_length=1)),
     "negative block length": (2, "at least 2", lambda r, d: dump(r, d, block_length=-5)),
-    "long blocks": (1, "longer than the teacher's context", lambda r, d: dump(r, d, block_length=129)),
+    "long blocks": (2, "longer than the teacher's context", lambda r, d: dump(r, d, block_length=129)),
     "negative tokens": (2, "max-tokens is -1", lambda r, d: dump(r, d, max_tokens=-1)),
     "no batch": (2, "batch-tokens is 0", lambda r, d: dump(r, d, batch_tokens=0)),
     "a batch of words": (
@@ -177,12 +177,12 @@ CASES: dict[str, tuple[int, str, Line]] = {
     "pictures in nothing": (2, "'--out': it is empty", lambda r, d: ["plot", d.top_k, "--out", ""]),
     "pictures in the cache": (2, "top_k is a cache; choose", lambda r, d: ["plot", d.top_k, "--out", d.top_k]),
     "a copy to nothing": (2, "'FOLDER': it is empty", lambda r, d: ["pull", "s3://bucket/cache", ""]),
-    "a file as cache": (1, "is a file", lambda r, d: dump(r, d, out=d.corpus)),
+    "a file as cache": (2, "is a file", lambda r, d: dump(r, d, out=d.corpus)),
     # verify and inspect
     "verify nothing": (1, "does not exist", lambda r, d: ["verify", r / "nothing"]),
     "verify a folder": (1, "is not a logitcache cache", lambda r, d: ["verify", folder(r, "a.txt")]),
     "verify a file": (1, "not a folder", lambda r, d: ["verify", d.corpus]),
-    "verify a web page": (1, "https:// is not supported", lambda r, d: ["verify", "https://host/cache"]),
+    "verify a web page": (2, "https:// is not supported", lambda r, d: ["verify", "https://host/cache"]),
     "audit nothing": (1, "does not exist", lambda r, d: audit(r / "nothing", d.teacher)),
     "audit a folder": (1, "is not a logitcache cache", lambda r, d: audit(folder(r, "a.txt"), d.teacher)),
     "audit an empty cache": (1, "holds no rows yet", lambda r, d: audit(begun(r, d), d.teacher)),

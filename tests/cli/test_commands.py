@@ -342,6 +342,7 @@ def test_stopped_and_resumed(
     assert logitcache("verify", tmp_path / "cache").status == 0
 
 
+TRIAL = "dump --dry-run --select label --block-length 32"
 STOPPED = """
 import os, signal, sys
 from logitcache.cli.main import main
@@ -360,7 +361,7 @@ main()
         ("stats {top_k}", signal.SIGINT, "interrupted; nothing was written"),
         ("derive {top_k} --select top-k:4 --out {out}", signal.SIGINT, "interrupted; what is committed is kept, and"),
         ("export {top_k} --to parquet --out {out}", signal.SIGTERM, "stopped by SIGTERM; nothing is kept; the same"),
-        ("dump --dry-run --teacher {teacher} --corpus {corpus} --select label --out {out}", signal.SIGINT, NOTHING),
+        (f"{TRIAL} --teacher {{teacher}} --corpus {{corpus}} --out {{out}}", signal.SIGINT, NOTHING),
     ],
 )
 def test_what_is_said_of_what_was_stopped(

@@ -36,6 +36,7 @@ def test_convert_refuses(logitcache: Main, dumped: Dumped, tmp_path: Path) -> No
     assert absent.status == 1
     assert "does not exist or is not a folder" in absent.sentence
     file = logitcache("convert", dumped.sample, "--out", tmp_path / "mine", "--container", "arrow")
+    assert file.status == 2
     assert file.sentence == f"error: {tmp_path / 'mine'} is a file; choose another folder for --out"
     assert not (tmp_path / "x").exists()
 

@@ -64,6 +64,11 @@ def test_dry_run_writes_nothing(logitcache: Main, dumped: Dumped, tmp_path: Path
     assert os.listdir(tmp_path) == []
     assert planned["together"] is True
     dumped_now = json.loads(logitcache(*arguments).out)
+    # What a plan tried is no fact of a dump.
+    shared = planned["corpus"].keys() - {"sample_tokens", "whole"}
+    assert {name: dumped_now["corpus"][name] for name in shared} == {name: planned["corpus"][name] for name in shared}
+    assert dumped_now["corpus"].keys() == shared | {"documents"}
+    assert dumped_now["corpus"]["documents"] == 1
     for expected, real in zip(planned["caches"], dumped_now["caches"], strict=True):
         assert (expected["select"], expected["cache"]) == (real["select"], real["cache"])
         assert expected["bytes"] == pytest.approx(real["bytes"], abs=32)

@@ -23,8 +23,17 @@ def test_the_command_line(tmp_path: Path, logitcache: Main) -> None:
     )  # fmt: skip
     assert ran.status == 0, ran.err
     assert json.loads(ran.out)["caches"][0]["select"] == "label"
+    read = json.loads(ran.out)["corpus"]
     facts = json.loads(logitcache("inspect", root, "--json").out)
     cache = open_cache(root)
+    assert read == {
+        "tokens": cache.num_tokens,
+        "uncertainty": 0.0,
+        "files": 1,
+        "bytes": corpus.stat().st_size,
+        "documents": len(corpus.read_text().splitlines()),
+        "counted": cache.num_counted,
+    }
     assert (facts["select"], facts["counted tokens"], facts["ids per token"]) == ("label", cache.num_counted, 0.0)
     blocks = cache.read_blocks(0, cache.num_blocks)
     assert blocks.counted is not None

@@ -37,7 +37,7 @@ def options(place: Path, root: Path, *more: tuple[str, Path], **changes: Any) ->
     settings: dict[str, Any] = {"block_length": LENGTH, "batch_tokens": 3 * LENGTH, "unit_tokens": 6 * LENGTH}
     settings |= {"device": "cpu", "seed": 3, **changes}
     outputs = tuple(Output(Selection.parse(spec), folder) for spec, folder in (("sample:7", root), *more))
-    return DumpOptions(str(place / "teacher"), (str(place / "corpus.txt"),), outputs, **settings)
+    return DumpOptions(str(place / "teacher"), outputs=outputs, **{"corpus": (str(place / "corpus.txt"),), **settings})
 
 
 def dump(given: DumpOptions, log: Path | None = None) -> None:

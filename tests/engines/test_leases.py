@@ -171,6 +171,17 @@ def test_a_signal_in_the_middle_leaves_nothing(call: str, tmp_path: Path, monkey
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("call", ["close", "listdir"])
+def test_a_signal_while_leaving_leaves_nothing(call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that met an error gives its leases back, and is told to end meanwhile."""
+    leases = Leases(tmp_path / "cache" / "work" / "leases")
+    assert all(leases.claim([name]) for name in "abc")
+    monkeypatch.setattr("logitcache.engines.leases.os", Interrupted(call))
+    with pytest.raises(SystemExit), leases:
+        raise ValueError
+    assert list(tmp_path.iterdir()) == []
+
+
 def claim_three(leases: Leases) -> None:
     for name in "abc":
         lease = leases.claim([name])

@@ -14,7 +14,7 @@ from logitcache.dump import run_dump
 from logitcache.engines.leases import Leases, read_leases
 from logitcache.engines.owner import known_dead
 from logitcache.engines.worker import lease_of
-from logitcache.errors import PlanMismatchError
+from logitcache.errors import PlanMismatchError, UsageError
 from logitcache.progress import Silent, Snapshot
 from logitcache.store import Layout, open_cache
 from tests.engines.dumps import content, elsewhere, options
@@ -69,5 +69,13 @@ def test_a_node_is_lost_on_the_way(cluster: Any, place: Path, whole: Path, tmp_p
     assert progress.lost
     assert report.tokens == open_cache(root).num_tokens
     assert content(root) == content(whole)
+    with pytest.raises(UsageError, match=r"the tokenizer has no BOS token"):
+        run_dump(options(place, tmp_path / "other", engine="ray", bos="document"), Silent())
+
+
+def test_refused_before_a_cluster_is_joined(place: Path, whole: Path) -> None:
+    """As test_refused_early.py has it of the other engines."""
     with pytest.raises(PlanMismatchError, match=r"--seed: the cache has 3, this run 4"):
-        run_dump(options(place, root, engine="ray", seed=4), Silent())
+        run_dump(options(place, whole, engine="ray", seed=4), Silent())
+    with pytest.raises(UsageError, match=r"^blocks of 129 tokens are longer than the teacher's context of 128;"):
+        run_dump(options(place, whole.with_name("new"), engine="ray", block_length=129), Silent())

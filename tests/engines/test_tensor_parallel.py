@@ -118,10 +118,16 @@ def test_a_rank_dies(place: Path, parallel: Path, tmp_path: Path, dies: int) -> 
     assert content(root) == content(parallel)
 
 
-def test_an_error_of_rank_0_ends_the_others(place: Path, parallel: Path, tmp_path: Path) -> None:
+def test_what_needs_no_teacher_is_refused_by_every_rank(place: Path, parallel: Path, tmp_path: Path) -> None:
     ranks, logs = launch(tmp_path / "launch", given(place, parallel, seed=4))
     assert ended(ranks) == [3, 3]
-    assert logs[0].read_text().startswith("PlanMismatchError ")
+    assert all("--seed: the cache has 3, this run 4" in log.read_text() for log in logs)
+
+
+def test_an_error_of_rank_0_ends_the_others(place: Path, parallel: Path, tmp_path: Path) -> None:
+    ranks, logs = launch(tmp_path / "launch", given(place, parallel, bos="document"))
+    assert ended(ranks) == [3, 3]
+    assert logs[0].read_text().startswith("UsageError bos='document' was asked for, but the tokenizer has no BOS")
     assert logs[1].read_text().startswith("ModelError rank 0 of the teacher ended with an error; what it said")
 
 

@@ -223,7 +223,7 @@ def test_all_or_nothing(target: str, dumped: Dumped, tmp_path: Path) -> None:
         export_cache(open_cache(dumped.top_k), target, tmp_path / "out")
     assert sorted((tmp_path / "out").rglob("*")) == before
     (tmp_path / "file").touch()
-    with pytest.raises(InterchangeError, match="is a file"):
+    with pytest.raises(UsageError, match="is a file"):
         export_cache(open_cache(dumped.top_k), target, tmp_path / "file")
 
 

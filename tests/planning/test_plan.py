@@ -117,7 +117,7 @@ def test_a_student_says_what_it_reads(place: Path, tmp_path: Path) -> None:
 REFUSED = {
     "no corpus": (CorpusError, "does not exist", {"corpus": ("nowhere.txt",)}),
     "no teacher": (ModelError, "no-such-teacher", {"teacher": "./no-such-teacher"}),
-    "long blocks": (ModelError, "longer than the teacher's context", {"block_length": 4096}),
+    "long blocks": (UsageError, "longer than the teacher's context", {"block_length": 4096}),
     "vocabulary": (UsageError, "301", {"outputs": planned_outputs([Selection.parse("top-k:301")])}),
 }
 

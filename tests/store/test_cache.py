@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from logitcache.errors import CacheError, DamagedCacheError
+from logitcache.errors import CacheError, DamagedCacheError, UsageError
 from logitcache.store import Cache, open_cache, verify
 from logitcache.store.layout import Layout
 from tests.codec.rows import assert_equal
@@ -234,7 +234,7 @@ def test_what_is_not_a_cache(tmp_path: Path) -> None:
     ):
         open_cache(tmp_path / "empty")
     for url in ("https://host/cache", "http://169.254.169.254/x", "simplecache::file:///etc"):
-        with pytest.raises(CacheError, match=r"is not supported; give a folder, file:// or s3://$"):
+        with pytest.raises(UsageError, match=r"is not supported; give a folder, file:// or s3://$"):
             open_cache(url)
 
 

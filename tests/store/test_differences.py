@@ -23,7 +23,7 @@ def geometry(**changes: int) -> dict[str, object]:
 def test_options_are_named_and_what_follows_is_not() -> None:
     other = changed(seed=4, corpus={"files": [{"name": "b"}], "sha256": "2" * 64}, **geometry(chunk_blocks=1))
     assert WORDING.lines(identity(), other) == [
-        "--corpus (corpus.files): the cache has [], this run {'0': {'name': 'b'}}",
+        "--corpus (b): only this run has this file",
         "--seed: the cache has 0, this run 4",
     ]
     assert WORDING.lines(identity(), changed(**geometry(block_length=6, unit_blocks=9))) == [
@@ -74,7 +74,32 @@ def test_selections_are_spelled() -> None:
     ]
 
 
+def test_a_file_is_called_by_its_name() -> None:
+    """With what changed of the first one; a file before it does not make others of all that follow."""
+
+    def files(*named: tuple[str, int, str]) -> Identity:
+        listed = [{"name": name, "bytes": size, "sha256": digest} for name, size, digest in named]
+        return changed(corpus={"files": listed, "sha256": "1" * 64})
+
+    old = files(("b", 64, "x"), ("sub/c.txt", 5, "y"))
+    for new, said in (
+        (files(("b", 64, "x"), ("sub/c.txt", 6, "z")), "(sub/c.txt): the cache has 5 bytes of it, this run 6"),
+        (files(("b", 64, "z"), ("sub/c.txt", 5, "y")), "(b): the cache has it with SHA-256 x, this run z"),
+        (files(("a", 1, "a"), *[("b", 64, "x"), ("sub/c.txt", 5, "y")]), "(a): only this run has this file"),
+        (files(("b", 64, "x")), "(sub/c.txt): only the cache has this file"),
+        (files(), "(b): only the cache has this file; 1 more file changed"),
+        (
+            files(("b", 1, "v"), ("b", 2, "w")),
+            "(b): the cache has 64 bytes of it, this run 1; 2 more files changed",
+        ),
+    ):
+        assert WORDING.lines(old, new) == [f"--corpus {said}"]
+        assert Wording().lines(old, new) == [f"corpus.files {said}"]
+
+
 def test_objects_in_lists_are_compared_one_by_one() -> None:
     old, new = {"files": [{"a": 1, "b": 2}, {"a": 3}]}, {"files": [{"a": 1, "b": 5}, {"a": 3}]}
     assert diff(old, new) == [("files.0.b", 2, 5)]
+    named = {"files": [{"name": "x", "a": 1}]}, {"files": [{"name": "x", "a": 2}]}
+    assert diff(*named) == [("files.x.a", 1, 2)]
     assert diff({"blocks": [1, 2]}, {"blocks": [1]}) == [("blocks", [1, 2], [1])]

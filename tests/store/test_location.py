@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from logitcache.errors import CacheError, UsageError
+from logitcache.errors import UsageError
 from logitcache.store.location import S3Location, cache_home, local_root, parse_location, refuse_url
 from logitcache.store.remote import node_folder, parse_size
 
@@ -37,13 +37,13 @@ def test_places(text: str | Path, expected: Path | S3Location) -> None:
      "s3://bucket/zip::file:", "s3://key:secret@bucket/a", "s3://bucket/a\nb"],
 )  # fmt: skip
 def test_places_that_are_none(text: str) -> None:
-    with pytest.raises(CacheError, match=r"names no place in a bucket; write s3://bucket/prefix$"):
+    with pytest.raises(UsageError, match=r"names no place in a bucket; write s3://bucket/prefix$"):
         parse_location(text)
 
 
 @pytest.mark.parametrize("text", ["gs://bucket/a", "https://host/a", "simplecache::s3://bucket/a", "ftp://host"])
 def test_other_schemes(text: str) -> None:
-    with pytest.raises(CacheError, match=r"is not supported; give a folder, file:// or s3://$"):
+    with pytest.raises(UsageError, match=r"is not supported; give a folder, file:// or s3://$"):
         parse_location(text)
 
 
@@ -54,10 +54,10 @@ def test_keys() -> None:
 
 
 def test_what_needs_a_folder() -> None:
-    with pytest.raises(CacheError, match=r"copy it with `logitcache pull s3://bucket/a FOLDER`, once"):
+    with pytest.raises(UsageError, match=r"copy it with `logitcache pull s3://bucket/a FOLDER`, once"):
         local_root("s3://bucket/a")
     for url in ("s3://bucket/a", Path("s3://bucket/a")):
-        with pytest.raises(CacheError, match=r"^s3://bucket/a cannot be written to directly; give a folder"):
+        with pytest.raises(UsageError, match=r"^s3://bucket/a cannot be written to directly; give a folder"):
             refuse_url(Path(url))
     refuse_url(Path("a/b:c"))
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from logitcache.errors import CacheError, PlanMismatchError, TargetsError
+from logitcache.errors import CacheError, PlanMismatchError, TargetsError, UsageError
 from logitcache.store import CacheWriter, TokenFile, open_cache, verify
 from logitcache.store.files import publish, replace, write_temporary
 from logitcache.store.layout import ContainerKind, Layout
@@ -68,7 +68,7 @@ def test_another_plan_is_refused(tmp_path: Path) -> None:
 def test_folders_that_are_no_cache(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("mine")
-    with pytest.raises(CacheError, match=r"file is a file; choose another folder for --out$"):
+    with pytest.raises(UsageError, match=r"file is a file; choose another folder for --out$"):
         CacheWriter.open(file, identity())
     folder = tmp_path / "folder"
     folder.mkdir()

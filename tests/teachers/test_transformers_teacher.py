@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from logitcache.corpus import Document, PackingPolicy, pack
-from logitcache.errors import ModelError
+from logitcache.errors import ModelError, UsageError
 from logitcache.teachers import TransformersTeacher
 from tests.tiny import FAMILIES, save_tiny, tiny_model, tiny_tokenizer
 
@@ -80,7 +80,7 @@ def test_block_length_against_the_context() -> None:
         one = teacher(family)
         one.check_block_length(128)
         with pytest.raises(
-            ModelError, match=r"^blocks of 129 tokens are longer than the teacher's context of 128; choose"
+            UsageError, match=r"^blocks of 129 tokens are longer than the teacher's context of 128; choose"
         ):
             one.check_block_length(129)
 
