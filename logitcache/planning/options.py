@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,4 +67,6 @@ def planned_outputs(selections: list[Selection]) -> tuple[Output, ...]:
     """Outputs of a dump that has no folders yet. Raises UsageError when a selection is given twice."""
     if len(set(selections)) != len(selections):
         raise UsageError("a selection is given twice; give each --select once")
-    return tuple(Output(selection, Path(f"plan-{number}")) for number, selection in enumerate(selections))
+    # Nothing is written there, and nothing must be there; where the plan's own caches go can be written, too.
+    nowhere = Path(tempfile.gettempdir()) / f"logitcache-{uuid.uuid4().hex}"
+    return tuple(Output(selection, nowhere / str(number)) for number, selection in enumerate(selections))

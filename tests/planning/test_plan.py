@@ -152,6 +152,20 @@ def test_refused(place: Path, tmp_path: Path) -> None:
         make_plan(PlanOptions(dump_options(place, max_tokens=500), ("small",), student=str(small)))
 
 
+def test_what_is_in_the_working_folder_does_not_matter(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may hold anything, and need not be writable."""
+    monkeypatch.chdir(tmp_path)
+    for number in range(len(SPECS)):
+        (tmp_path / f"plan-{number}").write_text("mine")
+    tmp_path.chmod(0o555)
+    options = dump_options(place, max_tokens=300, outputs=planned_outputs([Selection.parse("top-k:8")]))
+    assert make_plan(PlanOptions(options, ("small",))).corpus.tokens == 300
+    tmp_path.chmod(0o755)
+    assert len([*tmp_path.iterdir()]) == len(SPECS)
+
+
 def test_a_loaded_teacher_is_taken(place: Path) -> None:
     teacher = TransformersTeacher.load(place / "teacher", device="cpu")
     outputs = planned_outputs([Selection.parse("top-k:8")])
