@@ -158,6 +158,9 @@ class NodeFolder:
         except OSError as error:
             if error.errno in (*READ_ONLY, errno.ENOENT):
                 raise
+            if error.errno == errno.EEXIST and not part.parent.is_file():
+                # pathlib met a folder that was removed before it could look what it is.
+                raise FileNotFoundError(errno.ENOENT, "removed while it was made", str(part.parent)) from error
             raise CacheError(f"{part} cannot be written: {error.strerror}; set LOGITCACHE_LOCAL_DIR") from error
 
     def _reserve(self, file: BinaryIO, num_bytes: int) -> None:

@@ -29,6 +29,7 @@ def test_a_teacher_that_lies_on_disk(logitcache: Main, dumped: Dumped, tmp_path:
 
 def test_bad_input(logitcache: Main, dumped: Dumped, tmp_path: Path) -> None:
     line = ["dump", "--teacher", dumped.teacher, "--corpus", dumped.corpus, "--select", "sample:9", "--out", "c"]
+    line += ["--block-length", 32]
     for given in (["fastest"], [tmp_path / "none.json"], ["auto", "--device", "cpu"], ["auto", "--workers", 3]):
         ran = logitcache(*line, "--device-map", *given)
         assert (ran.status, "map" in ran.sentence) == (2, True)

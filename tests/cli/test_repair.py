@@ -50,5 +50,5 @@ def test_a_damaged_plan(logitcache: Main, dumped: Dumped, tmp_path: Path) -> Non
 def test_no_cache(logitcache: Main, tmp_path: Path) -> None:
     assert "is not a logitcache cache: it holds no plan.json" in logitcache("repair", tmp_path).sentence
     refused = logitcache("repair", "s3://bucket/cache")
-    assert refused.status == 1
+    assert refused.status == 2
     assert "error: " in refused.err

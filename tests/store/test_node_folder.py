@@ -239,6 +239,23 @@ def test_a_folder_removed_again_and_again(tmp_path: Path) -> None:
         folder.hold("cache/a", SIZE, lambda _: shutil.rmtree(folder.root))
 
 
+def test_a_folder_removed_while_it_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another made it at this moment, and it is gone before anybody sees what it is."""
+    folder, make, met = NodeFolder(tmp_path / "local", 10 * SIZE), os.mkdir, []
+
+    def outrun(path: Path, mode: int = 0o777) -> None:
+        if Path(path).name == "cache" and not met:
+            met.append(path)
+            raise FileExistsError(errno.EEXIST, "File exists", str(path))
+        make(path, mode)
+
+    monkeypatch.setattr(os, "mkdir", outrun)
+    lease = hold(folder, "a")
+    assert lease.path.read_bytes() == content("a")
+    lease.close()
+    assert len(met) == 1
+
+
 def test_a_removed_part_is_not_waited_for(tmp_path: Path) -> None:
     """Its owner, who has renamed it, holds it as a lease for as long as it reads."""
     part = tmp_path / "a.0.part"
