@@ -113,8 +113,7 @@ def field_options(command: Command) -> Command:
     return together(
         click.option(
             "--text-field",
-            default="text",
-            show_default=True,
+            show_default="text",
             metavar="NAME",
             help="Text: a field of JSONL objects, or a column of Parquet and Arrow files.",
         ),

@@ -37,8 +37,8 @@ def refuse_early(options: DumpOptions, teacher: Teacher | None = None, place: Pl
     """
     for output in options.outputs:
         place(output.root, output.url)
-    refuse_other_arguments(options)
     files = expand_paths(options.corpus)
+    refuse_other_arguments(options, files)
     shape = ModelShape()
     if teacher is None and not options.served:
         shape = ModelShape.read(options.teacher, options.gguf_file, options.trust_remote_code)

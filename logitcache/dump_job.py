@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from logitcache.codec import RowCodec
-from logitcache.corpus import CorpusFile
+from logitcache.corpus import CorpusFile, corpus_files_identity
 from logitcache.dump_batches import Batches
 from logitcache.dump_corpus import Corpus, Once, alone
 from logitcache.dump_options import DumpOptions, Output
@@ -197,8 +197,10 @@ class Job:
         return DumpReport(*counts, seconds, manifests, True, *encoding, self.batches.tokens)
 
 
-def refuse_other_arguments(options: DumpOptions) -> None:
+def refuse_other_arguments(options: DumpOptions, files: Sequence[CorpusFile]) -> None:
     """Compare a dump that was begun with what the arguments alone settle, before a teacher is loaded for nothing.
+
+    Of the corpus' `files` names and sizes are looked at, not yet what is in them.
 
     Raises PlanMismatchError, as `Job.prepare` does of all that differs.
     """
@@ -206,7 +208,7 @@ def refuse_other_arguments(options: DumpOptions) -> None:
         path = Layout(output.root).plan
         if path.exists():
             plan = load_document(path, Plan)
-            given = _with_arguments(plan.identity, options, output)
+            given = _with_arguments(plan.identity, options, output, files)
             try:
                 refuse_other_plan(output.location, plan, given, options.wording_of(output))
             except PlanMismatchError:
@@ -220,14 +222,36 @@ def _remove_staging(options: DumpOptions) -> None:
             remove_staging(output.root, output.url)
 
 
-def _with_arguments(stored: Identity, options: DumpOptions, output: Output) -> Identity:
+def _with_arguments(stored: Identity, options: DumpOptions, output: Output, files: Sequence[CorpusFile]) -> Identity:
     """What a cache's identity would be if these arguments had settled it, where they alone do."""
     settled = _settled(options, output, stored.geometry.num_tokens, bool(stored.codec.get("masked")))
     geometry = {"block_length": options.block_length}
     # Else, and always of chunks, their sizes follow from more than the arguments.
     if options.unit_tokens:
         geometry["unit_blocks"] = settled["geometry"].unit_blocks
-    return stored.model_copy(update={**settled, "geometry": stored.geometry.model_copy(update=geometry)})
+    teacher = {name: value for name, value in stored.teacher.items() if name not in ("nonfinite", "compiled")}
+    teacher |= {**_left_out(options), **({"compiled": True} if options.compile else {})}
+    corpus = _corpus_with_arguments(stored.corpus, options, files)
+    return stored.model_copy(
+        update={
+            **settled,
+            "geometry": stored.geometry.model_copy(update=geometry),
+            "teacher": teacher,
+            "corpus": corpus,
+        }
+    )
+
+
+def _corpus_with_arguments(stored: dict[str, Any], options: DumpOptions, files: Sequence[CorpusFile]) -> dict[str, Any]:
+    """What a plan says of the corpus, with the fields that are read now; with other files, if names or sizes tell."""
+    if "files" not in stored:  # of a cache that was merged
+        return stored
+    known = {name: value for name, value in stored.items() if not name.endswith("_field")}
+    known |= {**options.fields.to_dict(), "max_tokens": options.max_tokens}
+    there = [(file.name, file.path.stat().st_size) for file in files]
+    if there != [(file["name"], file["bytes"]) for file in stored["files"]]:
+        known["files"] = corpus_files_identity(files)
+    return known
 
 
 def _settled(options: DumpOptions, output: Output, num_tokens: int, masked: bool) -> dict[str, Any]:
@@ -243,6 +267,11 @@ def _settled(options: DumpOptions, output: Output, num_tokens: int, masked: bool
     }
 
 
+def _left_out(options: DumpOptions) -> dict[str, str]:
+    """What a plan says of rows that are not finite."""
+    return {} if options.nonfinite == "fail" else {"nonfinite": options.nonfinite}
+
+
 def origin_of(options: DumpOptions) -> Origin:
     """Where the tokenizer of a cache's ids is: the teacher's own, or the one that was named."""
     source = Path(options.tokenizer or options.teacher)
@@ -254,7 +283,7 @@ def origin_of(options: DumpOptions) -> Origin:
 
 def identity_of(options: DumpOptions, output: Output, teacher: Teacher, corpus: Corpus) -> Identity:
     """What determines the cache that `output` is to become."""
-    left_out = {} if options.nonfinite == "fail" else {"nonfinite": options.nonfinite}
+    left_out = _left_out(options)
     masked = corpus.masked or bool(left_out)
     return Identity(
         teacher={**teacher.identity(), **left_out},

@@ -99,7 +99,8 @@ class DumpOptions:
         batch_tokens: tokens in one forward pass; "auto" finds what is fastest on a GPU, and is 4,096 elsewhere.
         unit_tokens: tokens committed at once; by default about 1/32 of the corpus, 16,384 to 4 million.
         seed: of sampled selections, 0 to 2^62 - 1.
-        text_field: of JSONL objects and columns of Parquet and Arrow files; the other fields as in `CorpusFields`.
+        text_field: of JSONL objects and columns of Parquet and Arrow files, "text" unless given; the other fields as in
+            `CorpusFields`.
         bos, eos: packing policy, "auto" or as in `PackingPolicy`. Messages and token ids have their own special
             tokens, so there "auto" is "none".
         container: kind of file the shards are, "zarr" or "arrow".
@@ -128,7 +129,7 @@ class DumpOptions:
     batch_tokens: int | Literal["auto"] = "auto"
     unit_tokens: int | None = None
     seed: int = 0
-    text_field: str = "text"
+    text_field: str | None = None
     prompt_field: str | None = None
     completion_field: str | None = None
     messages_field: str | None = None

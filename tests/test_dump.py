@@ -430,7 +430,7 @@ CHANGES: dict[str, tuple[str, dict[str, Any], Callable[[Path], None] | None, set
         "top-k:7",
         {"max_tokens": 50},
         None,
-        {"corpus.max_tokens", "corpus.num_tokens", "corpus.sha256", "corpus.documents", "geometry.num_tokens"},
+        {"corpus.max_tokens"},
     ),
     "corpus": ("top-k:7", {}, swap_lines, {"corpus.files.b.jsonl.sha256", "corpus.sha256"}),
     "teacher": ("top-k:7", {}, other_teacher, {"teacher.files.model.safetensors.sha256", "teacher.sha256"}),

@@ -35,7 +35,7 @@ def check_beginning(files: Sequence[CorpusFile], fields: CorpusFields, vocab_siz
 def _records(files: Sequence[CorpusFile], fields: CorpusFields, vocab_size: int | None) -> Iterator[tuple[bool, bool]]:
     """Of each record, or piece of a long text, whether anything is in it, and whether the next is more of the same."""
     if fields.kind == "text":
-        for document in iter_documents(files, fields.text):
+        for document in iter_documents(files, fields.names["text"]):
             yield _visible(document.text), document.continued
     else:
         for record in iter_records(files, fields.names):

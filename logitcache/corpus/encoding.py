@@ -76,7 +76,7 @@ def encode_corpus(
         CorpusError: a file cannot be read, or a record does not hold what it should; the message gives its place.
     """
     if fields.kind == "text":
-        return encode_texts(tokenizer, iter_documents(files, fields.text))
+        return encode_texts(tokenizer, iter_documents(files, fields.names["text"]))
     records = iter_records(files, fields.names)
     if fields.kind == "completions":
         return _encode_completions(tokenizer, records)

@@ -15,7 +15,7 @@ class CorpusFields:
     """What records of JSONL, Parquet and Arrow files hold. It is said, never guessed from the names of fields.
 
     Args:
-        text: a document's text; what is read unless another kind is given.
+        text: a document's text; "text" where no field of another kind is given.
         prompt, completion: a prompt, and the text after it, which alone is to be learnt.
         messages: a conversation, a list of `{"role", "content"}`; what the assistant says is to be learnt.
         ids: token ids.
@@ -25,7 +25,7 @@ class CorpusFields:
         UsageError: fields of several kinds, or one without the other it needs.
     """
 
-    text: str = "text"
+    text: str | None = None
     prompt: str | None = None
     completion: str | None = None
     messages: str | None = None
@@ -37,8 +37,10 @@ class CorpusFields:
             raise UsageError("a prompt field and a completion field need each other; give both")
         if self.mask is not None and self.ids is None:
             raise UsageError("a mask field says which token ids are to be learnt; give an ids field, too")
-        if sum(name is not None for name in (self.prompt, self.messages, self.ids)) > 1:
-            raise UsageError("records hold prompts and completions, messages or token ids; give fields of one kind")
+        if sum(name is not None for name in (self.text, self.prompt, self.messages, self.ids)) > 1:
+            raise UsageError(
+                "records hold a text, prompts and completions, messages or token ids; give fields of one kind"
+            )
 
     @property
     def kind(self) -> Kind:
@@ -57,8 +59,9 @@ class CorpusFields:
     @property
     def names(self) -> dict[str, str]:
         """The fields that are read, by what they hold."""
+        if self.kind == "text":
+            return {"text": self.text or "text"}
         roles = {
-            "text": ("text",),
             "completions": ("prompt", "completion"),
             "messages": ("messages",),
             "ids": ("ids", "mask"),

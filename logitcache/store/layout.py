@@ -87,9 +87,10 @@ def refuse_inside_cache(root: Path, or_one: bool = False) -> None:
 
 
 def refuse_file(root: Path, option: str = " for --out") -> None:
-    """Raise UsageError when a new folder would have the name of a file."""
-    if root.exists() and not root.is_dir():
-        raise UsageError(f"{root} is a file; choose another folder{option}")
+    """Raise UsageError when a new folder would have the name of a file, or lie below one."""
+    there = nearest_folder(root)
+    if not there.is_dir():
+        raise UsageError(f"{there} is a file; choose another folder{option}")
 
 
 def _is_cache(folder: Path) -> bool:
@@ -97,7 +98,7 @@ def _is_cache(folder: Path) -> bool:
 
 
 def nearest_folder(root: Path) -> Path:
-    """`root`, or the nearest folder above it that exists."""
+    """`root`, or the nearest path above it that exists: a folder, where `root` can be one."""
     return next((folder for folder in (root, *root.absolute().parents) if folder.exists()), Path("/"))
 
 

@@ -134,6 +134,7 @@ def test_errors_name_the_column_and_row(tmp_path: Path) -> None:
         ({"mask": "m"}, "give an ids field, too"),
         ({"prompt": "p", "completion": "c", "ids": "i"}, "give fields of one kind"),
         ({"messages": "m", "ids": "i"}, "give fields of one kind"),
+        ({"messages": "m", "text": "text"}, "give fields of one kind"),
     ],
 )
 def test_fields_that_contradict_each_other(given: dict[str, str], message: str) -> None:

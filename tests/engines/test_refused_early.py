@@ -19,12 +19,13 @@ import pytest
 from logitcache.corpus import encode_corpus, expand_paths, pack_encoded, resolve_policy
 from logitcache.dump import DumpOptions, run_dump
 from logitcache.dump_checks import refuse_unfit
-from logitcache.errors import CorpusError, EmptyCorpusError, LogitcacheError, ModelError, UsageError
+from logitcache.errors import CorpusError, EmptyCorpusError, LogitcacheError, ModelError, PlanMismatchError, UsageError
 from logitcache.models import ModelShape
 from logitcache.planning import PlanOptions, make_plan
 from logitcache.teachers import TransformersTeacher
 from tests.corpus.test_chat import CHATML
 from tests.engines.dumps import options
+from tests.store.caches import files_of
 from tests.tiny import save_tiny
 
 Run = Callable[[DumpOptions], object]
@@ -217,3 +218,37 @@ def test_a_config_that_says_nothing(tmp_path: Path) -> None:
     ModelShape().check_block_length(1 << 40)
     with pytest.raises(ModelError, match="does not exist"):
         ModelShape.read(tmp_path / "nowhere")
+
+
+OTHERS: dict[str, tuple[dict[str, Any], str]] = {
+    "nonfinite": ({"nonfinite": "mask"}, "--nonfinite: the cache has 'fail', this run 'mask'"),
+    "compile": ({"compile": True}, "--compile: the cache has False, this run True"),
+    "max tokens": ({"max_tokens": 50}, "--max-tokens: the cache has None, this run 50"),
+    "another field": ({"text_field": "body"}, "--text-field: the cache has 'text', this run 'body'"),
+    "another file": ({"corpus": "b.jsonl"}, r"--corpus \(a.jsonl\): only the cache has this file; 1 more file changed"),
+    "a longer file": ({"corpus": "more/a.jsonl"}, r"--corpus \(a.jsonl\): the cache has 23 bytes of it, this run 24"),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_dump_that_was_begun_with_others(place: Path, bare: Path, tmp_path: Path, case: str, finished: bool) -> None:
+    """What names, sizes and options show; a trial says it, too."""
+    changes, said = OTHERS[case]
+    (tmp_path / "more").mkdir()
+    for name, text in {"a.jsonl": "Some text.", "b.jsonl": "Some text.", "more/a.jsonl": "Some text.."}.items():
+        (tmp_path / name).write_bytes(lines({"text": text}))
+    root = tmp_path / "cache"
+    given = options(place, root, corpus=(str(tmp_path / "a.jsonl"),))
+    run_dump(given)
+    if not finished:
+        (root / "manifest.json").unlink()
+    before = files_of(root)
+    corpus = str(tmp_path / changes.get("corpus", "a.jsonl"))
+    others = options(bare, root, **{**changes, "corpus": (corpus,)})
+    found = refusal(lambda: run_dump(others))
+    assert isinstance(found, PlanMismatchError)
+    [line] = str(found).splitlines()[1:]
+    assert re.fullmatch(f"  {said}", line), line
+    assert same(found, refusal(lambda: make_plan(PlanOptions(others, together=True))))
+    assert files_of(root) == before
