@@ -178,6 +178,12 @@ CASES: dict[str, tuple[int, str, Line]] = {
     "pictures in the cache": (2, "top_k is a cache; choose", lambda r, d: ["plot", d.top_k, "--out", d.top_k]),
     "a copy to nothing": (2, "'FOLDER': it is empty", lambda r, d: ["pull", "s3://bucket/cache", ""]),
     "a file as cache": (2, "is a file", lambda r, d: dump(r, d, out=d.corpus)),
+    "a cache below a file": (
+        2,
+        "corpus.txt is a file; choose another folder",
+        lambda r, d: dump(r, d, out=d.corpus / "x"),
+    ),
+    "text and messages": (2, "give fields of one kind", lambda r, d: dump(r, d, text_field="text", messages_field="m")),
     # verify and inspect
     "verify nothing": (1, "does not exist", lambda r, d: ["verify", r / "nothing"]),
     "verify a folder": (1, "is not a logitcache cache", lambda r, d: ["verify", folder(r, "a.txt")]),
