@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from logitcache.errors import ModelError
 from logitcache.selection import Selection, block_uniforms
 from logitcache.selection.distribution import Distribution, Summary
-from logitcache.selection.kept import Kept
+from logitcache.selection.kept import Gathered, Kept
 from logitcache.selection.select import keep
 from logitcache.targets import SparseTargets
 from logitcache.teachers.teacher import BlockBatch, PendingRows
@@ -79,21 +79,21 @@ def begin_capture(teacher: LogitsTeacher, batch: BlockBatch) -> PendingRows:
     if batch.counted_BL is not None:
         hidden_RD = hidden_RD[torch.from_numpy(wanted).to(hidden_RD.device)]
     space = _space(teacher)
-    kept: list[list[Kept]] = [[] for _ in selections]
+    gathered = [Gathered(wanted.size) for _ in selections]
     summaries: list[Summary] = []
     for outer in teacher.row_slices(wanted.size):
         # The product lives only as long as this call: two slices at once would double the memory.
         for rows, dist in _distributions(teacher, teacher.product(hidden_RD[outer]), outer, space):
             if batch.nonfinite == "mask":
                 dist = _selectable(dist)
-            for selection, uniform, part in zip(selections, uniforms, kept, strict=True):
-                part.append(keep(selection, dist, None if uniform is None else uniform[rows]))
+            for selection, uniform, whole in zip(selections, uniforms, gathered, strict=True):
+                whole.put(rows, keep(selection, dist, None if uniform is None else uniform[rows]))
             summaries.append(dist.summary(labels_R[rows], spend=True))
             del dist
     summary = Summary.concatenate(summaries)
     return _Captured(
         torch.stack([summary.lse, summary.label_logprob(), summary.entropy()]).to("cpu", non_blocking=True),
-        [Kept.concatenate(part).to_host() for part in kept],
+        [whole.kept.to_host() for whole in gathered],
         _now_on(device),
         batch,
         counted_R,
