@@ -228,6 +228,8 @@ def test_all_or_nothing(target: str, dumped: Dumped, tmp_path: Path) -> None:
 
 
 def test_a_folder_that_cannot_be_written(dumped: Dumped, tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
     with pytest.raises(CacheError, match="cannot be written"):
+        export_cache(open_cache(dumped.top_k), "parquet", Path("/proc/logitcache"))
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="file is a file; choose another folder"):
         export_cache(open_cache(dumped.top_k), "parquet", tmp_path / "file" / "out")
