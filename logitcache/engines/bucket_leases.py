@@ -11,7 +11,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from logitcache.engines.leases import FILE_NAME, MOST_BYTES, WORKER_PREFIX, Lease, LeaseFile, Leases, owner_in
+from logitcache.engines.leases import (
+    FILE_NAME,
+    MOST_BYTES,
+    WORKER_PREFIX,
+    Lease,
+    LeaseFile,
+    Leases,
+    file_name,
+    owner_in,
+)
 from logitcache.errors import CacheError, RemoteError
 from logitcache.store.objects_s3 import S3Objects
 
@@ -73,7 +82,7 @@ class BucketLeases(Leases):
                 self._objects.remove(key_of(lease))
 
     def _create(self, name: str, generation: int) -> Lease | None:
-        path = self.folder / f"{name}.{generation:06d}"
+        path = self.folder / file_name(name, generation)
         data = json.dumps(self._owner).encode()
         # The answer to a first try may have been lost; no two owners say the same.
         created = self._objects.create(path.as_posix(), data)
@@ -134,4 +143,4 @@ def said_by_owner(objects: S3Objects, lease: LeaseFile) -> LeaseFile:
 
 def key_of(lease: LeaseFile) -> str:
     """Name of its object."""
-    return f"{FOLDER}/{lease.name}.{lease.generation:06d}"
+    return f"{FOLDER}/{file_name(lease.name, lease.generation)}"

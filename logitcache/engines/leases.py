@@ -126,12 +126,10 @@ class Leases:
 
     def _remove_forgotten(self) -> None:
         """Remove leases of this worker that a signal in the middle of a claim or a release kept from being noted."""
-        with suppress(OSError):
-            self._unnamed.unlink(missing_ok=True)
+        _discard(self._unnamed)
         for lease in read_leases(self.folder):
             if lease.owner.get("worker") == self._owner["worker"]:
-                with suppress(OSError):
-                    (self.folder / f"{lease.name}.{lease.generation:06d}").unlink(missing_ok=True)
+                _discard(self.folder / file_name(lease.name, lease.generation))
 
     # ------------------------------------------------------------------------------------------ claims
 
@@ -212,8 +210,7 @@ class Leases:
         now = self._clock()
         for lease in read_leases(self.folder):
             if lease.name.startswith(WORKER_PREFIX) and lease.expired(now, self.forgotten_terms * self.term):
-                with suppress(OSError):
-                    (self.folder / f"{lease.name}.{lease.generation:06d}").unlink(missing_ok=True)
+                _discard(self.folder / file_name(lease.name, lease.generation))
 
     def _there(self) -> list[LeaseFile]:
         return read_leases(self.folder)
@@ -224,11 +221,10 @@ class Leases:
         older = [path for path in _files(self.folder, lease.name) if int(path.suffix[1:]) < lease.generation]
         # The youngest last: an older one alone would look like a lease to be taken over, which nothing is lost by.
         for path in (*older, lease.path):
-            with suppress(OSError):
-                path.unlink(missing_ok=True)
+            _discard(path)
 
     def _create(self, name: str, generation: int) -> Lease | None:
-        path = self.folder / f"{name}.{generation:06d}"
+        path = self.folder / file_name(name, generation)
         handle = self._begin_file(path)
         if handle is None:
             return None
@@ -280,6 +276,17 @@ class Leases:
                     os.utime(lease.handle)
 
 
+def file_name(name: str, generation: int) -> str:
+    """Of a lease's file or object."""
+    return f"{name}.{generation:06d}"
+
+
+def _discard(path: Path) -> None:
+    """Remove a file, if it is there and can be."""
+    with suppress(OSError):
+        path.unlink(missing_ok=True)
+
+
 def _files(folder: Path, name: str | None = None) -> list[Path]:
     try:
         entries = sorted(os.listdir(folder))
@@ -313,8 +320,7 @@ def remove_leases_of_dead(folder: Path) -> None:
     for lease in read_leases(folder):
         if known_dead(lease.owner):
             for path in (*_files(folder, lease.name), folder / f"{lease.owner.get('worker')}.tmp"):
-                with suppress(OSError):
-                    path.unlink(missing_ok=True)
+                _discard(path)
 
 
 def owner_in(data: bytes) -> dict[str, Any]:
