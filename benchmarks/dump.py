@@ -70,9 +70,8 @@ def speed(problem: Problem, rounds: int) -> list[list[str]]:
     for name, one in found.items():
         share = statistics.median(done.encode_seconds / done.seconds for done in dumps[name])
         hidden = statistics.median(max(0.0, 1 - done.waited_seconds / done.encode_seconds) for done in dumps[name])
-        ratio = f"{statistics.median(one.shares):.3f}"
         rows.append(
-            [problem.dtype, f"dump --select {name}", _rate(problem.tokens, one.seconds), ratio, one.quartiles,
+            [problem.dtype, f"dump --select {name}", _rate(problem.tokens, one.seconds), one.share, one.quartiles,
              f"{share:.1%}", f"{hidden:.0%}"]
         )  # fmt: skip
     return rows
@@ -94,7 +93,7 @@ def capture_alone(problem: Problem, rounds: int) -> list[list[str]]:
     rows = [[problem.dtype, "bare body + head", _rate(tokens_BL.size, bare), "1.00", ""]]
     return rows + [
         [problem.dtype, f"capture of {name}", _rate(tokens_BL.size, one.seconds),
-         f"{statistics.median(one.shares):.3f}", one.quartiles]
+         one.share, one.quartiles]
         for name, one in found.items()
     ]  # fmt: skip
 
@@ -116,8 +115,8 @@ def workers(problem: Problem, rounds: int, context: BaseContext | None = None) -
     with bare_processes(problem, WORKERS, context) as processes:
         for _ in range(rounds):
             for name, taken in {
-                "bare loop": lambda: measure.interleaved({"": lambda: bare_loop(teacher, problem)}, 1)[""][0],
-                loops: lambda: measure.interleaved({"": processes.run}, 1)[""][0],
+                "bare loop": lambda: measure.seconds_of(lambda: bare_loop(teacher, problem)),
+                loops: lambda: measure.seconds_of(processes.run),
                 one: lambda: capture(teacher, problem, selection).seconds,
                 two: lambda: workers_seconds(problem, selection, WORKERS, context),
             }.items():

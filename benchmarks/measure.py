@@ -22,9 +22,7 @@ def interleaved(jobs: Mapping[str, Callable[[], None]], rounds: int) -> dict[str
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
     for _ in range(rounds):
         for name, job in jobs.items():
-            started = time.perf_counter()
-            job()
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(seconds_of(job))
     return seconds
 
 
@@ -47,6 +45,11 @@ class Beside:
 
     seconds: list[float]
     shares: list[float]
+
+    @property
+    def share(self) -> str:
+        """Their median."""
+        return f"{statistics.median(self.shares):.3f}"
 
     @property
     def quartiles(self) -> str:
