@@ -25,7 +25,7 @@ from logitcache.audit.recompute import View, recompute
 from logitcache.audit.report import AuditOptions, AuditReport
 from logitcache.audit.suspicions import suspicions_of
 from logitcache.audit.verdict import Figure, figures_of
-from logitcache.errors import CacheError, ModelError, UsageError
+from logitcache.errors import CacheError, ModelError
 from logitcache.progress import Progress, Silent
 from logitcache.selection import block_uniforms
 from logitcache.selection.select import select
@@ -257,8 +257,10 @@ def _check_fits(cache: Cache, teacher: TransformersTeacher) -> None:
             f"the teacher's head has {teacher.vocab_size:,} ids, {cache.location} was made with {cache.vocab_size:,}; "
             "give the teacher of this cache"
         )
-    try:
-        teacher.check_block_length(cache.block_length)
-    except UsageError as error:
-        # It is the cache that settled the length here.
-        raise ModelError(f"{str(error).partition(';')[0]}; give the teacher of this cache") from error
+    # No argument is wrong, as where a dump is told the length: it is the cache that settled it.
+    context = models.ModelShape.of_config(teacher.model.config).context
+    if context is not None and cache.block_length > context:
+        raise ModelError(
+            f"blocks of {cache.block_length} tokens are longer than the teacher's context of {context}; give the "
+            "teacher of this cache"
+        )
