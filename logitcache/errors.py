@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import Any
+
+
+def reason_of(error: Exception) -> str:
+    """What an exception of another library says, short enough for a sentence of ours, and without the full stop."""
+    return textwrap.shorten(str(error) or type(error).__name__, 200, placeholder=" ...").rstrip(".")
 
 
 def counted(number: int, one: str, many: str = "") -> str:

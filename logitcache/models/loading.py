@@ -8,7 +8,6 @@ import io
 import json
 import logging
 import re
-import textwrap
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
-from logitcache.errors import ModelError, UsageError
+from logitcache.errors import ModelError, UsageError, reason_of
 from logitcache.models.placement import (
     DeviceMap,
     fitted,
@@ -295,7 +294,7 @@ def _explained(folder: Path, gguf_file: str | None, what: str) -> Iterator[None]
     except torch.OutOfMemoryError as error:
         raise ModelError(f"the model {folder} does not fit on the device; choose --dtype bfloat16 or cpu") from error
     except Exception as error:
-        reason = textwrap.shorten(str(error) or type(error).__name__, 200, placeholder=" ...").rstrip(".")
+        reason = reason_of(error)
         damaged = None if gguf_file or what == "tokenizer" else _damaged_file(folder)
         if damaged is not None:
             message = f"the weight file {damaged} is damaged or incomplete ({reason}); fetch or save the model again"

@@ -7,7 +7,6 @@ is a worker like any other, and tells the others which blocks come next. The hea
 from __future__ import annotations
 
 import contextlib
-import textwrap
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from logitcache.errors import ModelError
+from logitcache.errors import ModelError, reason_of
 from logitcache.teachers.transformers_teacher import TransformersTeacher
 
 # Rank 0 may wait for long where others hold the rest of a dump; who dies closes its connections at once.
@@ -98,7 +97,7 @@ def _together() -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        reason = textwrap.shorten(str(error) or type(error).__name__, 200, placeholder=" ...").rstrip(".")
+        reason = reason_of(error)
         raise ModelError(
             f"the teacher's ranks lost each other in a forward pass ({reason}); where memory ran out, choose a smaller "
             "--batch-tokens, and run the same command again, it resumes"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import textwrap
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,7 +11,7 @@ import transformers
 import yaml
 
 from logitcache import models
-from logitcache.errors import ModelError, TrainingError
+from logitcache.errors import ModelError, TrainingError, reason_of
 
 # Keys that configs take without listing them among their fields.
 _FURTHER_KEYS = ("attn_implementation", "name_or_path", "rope_scaling", "rope_theta", "torch_dtype")
@@ -86,7 +85,7 @@ def _from_config(path: Path, cache: Learnt, tokenizer: Any, seed: int) -> Any:
         raise
     except Exception as error:
         # Configs and models of transformers check themselves, each with exceptions of its own.
-        reason = textwrap.shorten(str(error) or type(error).__name__, 200, placeholder=" ...").rstrip(".")
+        reason = reason_of(error)
         raise ModelError(f"the student config {path} is not a usable transformers config: {reason}") from error
 
 
